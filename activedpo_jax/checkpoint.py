@@ -1,0 +1,50 @@
+"""State on disk, through Orbax: what a run needs to go on where it stopped."""
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+    """The checkpoints of one run, one a round; the newest two are kept.
+
+    A checkpoint becomes visible only when it is whole, so a process killed while saving leaves the one before.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(folder.absolute() / "checkpoints", options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """The last round that was saved, or None."""
+        return self._manager.latest_step()
+
+    def save(self, round_number: int, state: Any) -> None:
+        self._manager.save(round_number, args=ocp.args.StandardSave(state))
+        self._manager.wait_until_finished()
+
+    def restore(self, round_number: int, like: Any) -> Any:
+        """The state of that round, with the shapes, dtypes and shardings of `like`."""
+        return self._manager.restore(round_number, args=ocp.args.StandardRestore(_abstract(like)))
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def save_tree(path: pathlib.Path, tree: Any) -> None:
+    """Writes one pytree of arrays, all or nothing."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), tree, force=True)
+
+
+def restore_tree(path: pathlib.Path, like: Any) -> Any:
+    """Reads what `save_tree` wrote, with the shapes, dtypes and shardings of `like`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path.absolute(), _abstract(like))
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -1,0 +1,264 @@
+"""Preference data: records of a prompt and its responses, checked one by one.
+
+A record is any of TRL's preference formats, or of a pool that nobody has labelled yet:
+
+    prompt, chosen, rejected      strings, or lists of chat messages {"role", "content"}
+    chosen, rejected              likewise, the prompt being what both begin with
+    prompt, responses             two or more responses of which the data does not say which is better
+
+and may have `id`; `score_chosen` and `score_rejected`, or `rewards` (one for each of `responses`).  Other
+fields are ignored.  https://huggingface.co/docs/trl/dataset_formats
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from activedpo_jax.data.sources import fail, kind, read_rows
+
+Message = Mapping[str, Any]  # at least "role" and "content", both strings
+Prompt = str | Sequence[Message]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One prompt with m ≥ 2 different, non-empty responses."""
+
+    id: str  # unique; a hash of the content where the data gives none
+    prompt: Prompt
+    responses: tuple[str, ...]  # chosen and rejected in alphabetical order, which says nothing of the label
+    preferred: int | None  # index of the chosen response
+    rewards: tuple[float, ...] | None  # one a response, finite
+    where: str  # file and line, for error messages
+
+    @property
+    def num_pairs(self) -> int:
+        return math.comb(len(self.responses), 2)
+
+
+def uniform(seed: int, *names: str) -> float:
+    """A number in [0, 1) that depends on the seed and the names alone: on no other draw, nor any order."""
+    digest = hashlib.blake2b(json.dumps([seed, *names]).encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
+
+
+def read_records(source: str, split: str = "train") -> list[Record]:
+    """All records of a data set, in its order.
+
+    Args:
+      source: a `.jsonl` or `.parquet` file, else a directory or name for `datasets`.
+      split: of a `datasets` directory or name; a file is one split.
+
+    Raises:
+      ValueError: the source cannot be read, or a record is not in order; says which line (from 1) or row
+        (from 0), what was expected, and what to change.  Nothing is dropped or repaired.
+    """
+    records, seen, copies = [], dict[str, str](), Counter[str]()
+    for where, row in read_rows(source, split):
+        record = _parse(row, where)
+        if not record.id:
+            content = _content_hash(record)
+            copies[content] += 1
+            count = copies[content]
+            record = dataclasses.replace(record, id=content if count == 1 else f"{content}#{count}")
+        if record.id in seen:
+            fail(where, f"id {record.id!r} was given to {seen[record.id]} already", "every id once")
+        seen[record.id] = where
+        records.append(record)
+    if not records:
+        raise ValueError(f"{source}: there is no record in it; expected one at least: check config.data")
+    return records
+
+
+def split_by_prompt(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Training and held-out records, each in the given order, with no prompt on both sides.
+
+    Args:
+      fraction: of the different prompts that is held out, rounded; each side has one prompt at least.
+
+    Raises:
+      ValueError: there are fewer than two different prompts.
+    """
+    keys = [_prompt_key(r.prompt) for r in records]
+    prompts = sorted(set(keys), key=lambda key: (uniform(seed, "split", key), key))
+    if len(prompts) < 2:
+        raise ValueError(
+            f"cannot hold out prompts: all {len(records)} records have the same one; "
+            "expected two different prompts or more: add data, or name a held-out set in config.data.heldout"
+        )
+    count = min(max(round(fraction * len(prompts)), 1), len(prompts) - 1)
+    held_out = set(prompts[:count])
+    train = [r for r, key in zip(records, keys, strict=True) if key not in held_out]
+    return train, [r for r, key in zip(records, keys, strict=True) if key in held_out]
+
+
+def limit(records: Sequence[Record], num_pairs: int, seed: int) -> list[Record]:
+    """Records drawn by the seed that have at most `num_pairs` pairs between them, in the given order.
+
+    What a lower limit draws is part of what a higher one draws.
+
+    Raises:
+      ValueError: the first record drawn has more pairs than that already.
+    """
+    drawn, total = set(), 0
+    for record in sorted(records, key=lambda r: (uniform(seed, "limit", r.id), r.id)):
+        total += record.num_pairs
+        if total > num_pairs:
+            break
+        drawn.add(record.id)
+    if not drawn:
+        raise ValueError(
+            f"a limit of {num_pairs} pairs leaves nothing: {record.where} alone has {record.num_pairs}; "
+            "raise config.data.train_limit or heldout_limit"
+        )
+    return [r for r in records if r.id in drawn]
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+_SCORES = ("score_chosen", "score_rejected")
+
+
+def _parse(row: Mapping[str, Any], where: str) -> Record:
+    """The record that is in a row, with an empty id if the row gives none."""
+    # Parquet has every column in every row: null is as good as missing.
+    row = {name: value for name, value in row.items() if value is not None}
+    id_ = row.get("id", "")
+    if "id" in row and (isinstance(id_, bool) or not isinstance(id_, str | int) or id_ == ""):
+        fail(where, f"id is {kind(id_)}", "a non-empty string or an integer, or no id")
+    labelled, unlabelled = "chosen" in row or "rejected" in row, "responses" in row
+    if labelled == unlabelled:
+        problem = f"the fields are {', '.join(sorted(row)) or 'none'}"
+        fail(where, problem, "`chosen` and `rejected`, or `responses`, and not both")
+    if unlabelled:
+        prompt = _prompt(_require(row, "prompt", where), where)
+        responses = _responses(row["responses"], where)
+        rewards = _rewards(row["rewards"], len(responses), where) if "rewards" in row else None
+        return Record(str(id_), prompt, responses, None, rewards, where)
+
+    value, chosen, rejected = _explicit_prompt(row, where)
+    prompt = _prompt(value, where)
+    pair = (_response(chosen, "chosen", where), _response(rejected, "rejected", where))
+    _check_different(pair, ("chosen", "rejected"), where)
+    scores = None
+    if any(name in row for name in _SCORES):
+        scores = tuple(_number(_require(row, name, where), name, where) for name in _SCORES)
+    if pair[0] < pair[1]:
+        return Record(str(id_), prompt, pair, 0, scores, where)
+    return Record(str(id_), prompt, pair[::-1], 1, scores and scores[::-1], where)
+
+
+def _explicit_prompt(row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
+    """(prompt, chosen, rejected), the prompt being taken off the responses where it is within them.
+
+    As in TRL's `maybe_extract_prompt`, a `prompt` string beside whole conversations is but a copy of their
+    beginning; and as in its `extract_prompt`, the space between prompt and response goes to the response.
+    """
+    chosen, rejected = _require(row, "chosen", where), _require(row, "rejected", where)
+    if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
+        problem = f"chosen is {kind(chosen)} and rejected {kind(rejected)}"
+        fail(where, problem, "two strings, or two lists of chat messages")
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if "prompt" in row and (isinstance(chosen, str) or not isinstance(row["prompt"], str) or not shared):
+        return row["prompt"], chosen, rejected
+    if chosen == rejected:
+        fail(where, "chosen and rejected are identical", "different responses", "delete the record")
+    if shared in (len(chosen), len(rejected)):
+        problem = "there is no `prompt`, and one of chosen and rejected is the beginning of the other"
+        fail(where, problem, "a response after the prompt in both", "add `prompt`")
+    if shared and chosen[shared - 1] == " ":
+        shared -= 1
+    if not shared:
+        problem = "there is no `prompt`, and chosen and rejected begin differently"
+        fail(where, problem, "the same prompt at the beginning of both", "add `prompt`")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _prompt(value: Any, where: str) -> Prompt:
+    messages = [] if isinstance(value, str) else _messages(value, "prompt", where)
+    if not (value.strip() if isinstance(value, str) else any(m["content"].strip() for m in messages)):
+        fail(where, "the prompt is empty", "some text in it", "write one, or delete the record")
+    if messages and messages[-1]["role"] == "assistant":
+        fail(where, "the prompt ends in a message of the assistant", "one of the user at its end")
+    return messages or value
+
+
+def _responses(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) < 2:
+        problem = f"responses is {kind(value)}" + (f" of {len(value)}" if isinstance(value, list) else "")
+        fail(where, problem, "a list of two responses or more")
+    names = [f"responses[{i}]" for i in range(len(value))]
+    responses = tuple(_response(r, name, where) for r, name in zip(value, names, strict=True))
+    _check_different(responses, names, where)
+    return responses
+
+
+def _response(value: Any, name: str, where: str) -> str:
+    """The text of a response: a string, or the content of a single message of the assistant."""
+    if not isinstance(value, str):
+        messages = _messages(value, name, where)
+        roles = [m["role"] for m in messages]
+        if roles != ["assistant"]:
+            fail(where, f"{name} after the prompt has messages of {roles}", "one message, of the assistant")
+        value = messages[0]["content"]
+    if not value.strip():
+        fail(where, f"{name} is an empty response", "some text in it", "write one, or delete the record")
+    return str(value)
+
+
+def _messages(value: Any, name: str, where: str) -> list[dict[str, Any]]:
+    expected = 'a string, or a list of chat messages {"role": string, "content": string}'
+    if not isinstance(value, list) or not value:
+        fail(where, f"{name} is {kind(value)}", expected)
+    for message in value:
+        fields = message if isinstance(message, dict) else {}
+        if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), str):
+            fail(where, f"{name} has the message {str(message)[:80]}", expected)
+    return [{k: v for k, v in message.items() if v is not None} for message in value]
+
+
+def _check_different(responses: Sequence[str], names: Sequence[str], where: str) -> None:
+    first: dict[str, str] = {}
+    for response, name in zip(responses, names, strict=True):
+        twin = first.setdefault(response.strip(), name)  # most chat templates strip them
+        if twin != name:
+            fail(where, f"{twin} and {name} are identical", "different responses", "delete one of the two")
+
+
+def _rewards(value: Any, count: int, where: str) -> tuple[float, ...]:
+    if not isinstance(value, list) or len(value) != count:
+        problem = f"rewards is {kind(value)}" + (f" of {len(value)}" if isinstance(value, list) else "")
+        fail(where, problem, f"a list of {count} numbers, one for each of `responses`")
+    return tuple(_number(v, f"rewards[{i}]", where) for i, v in enumerate(value))
+
+
+def _number(value: Any, name: str, where: str) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not abs(value) <= _LARGEST:
+        fail(where, f"{name} is {value!r}", "a finite number", "correct it, or leave the scores out")
+    return float(value)
+
+
+def _require(row: Mapping[str, Any], name: str, where: str) -> Any:
+    if name not in row:
+        fail(where, f"the fields are {', '.join(sorted(row))}", f"`{name}` among them", f"add `{name}`")
+    return row[name]
+
+
+def _prompt_key(prompt: Prompt) -> str:
+    """The same for prompts that differ in surrounding space, or in being a string or a user's message."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return json.dumps([{**m, "content": m["content"].strip()} for m in messages], sort_keys=True)
+
+
+def _content_hash(record: Record) -> str:
+    """Of prompt and responses but not of the label: an id outlives a new annotation, and betrays nothing."""
+    content = json.dumps([record.prompt, sorted(record.responses)], sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()

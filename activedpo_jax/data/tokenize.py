@@ -1,0 +1,151 @@
+"""Records to token ids: the pool of pairs that everything after this works on."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from activedpo_jax.data.groups import PairPool, group_pairs
+from activedpo_jax.data.preferences import Record, uniform
+from activedpo_jax.data.templates import Template, make_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def tokenize(
+    records: Sequence[Record],
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str,
+    max_prompt: int,
+    max_response: int,
+    seed: int,
+) -> PairPool:
+    """One group a record, and all pairs of its responses, in the order of the records and of `group_pairs`.
+
+    A prompt of more than `max_prompt` tokens loses its beginning, but for BOS, which models depend on; it
+    keeps its end, and with it the header of the assistant's turn.  A response of more than `max_response`
+    tokens loses its end, and with it EOS.  Both are counted in the pool's `notes`.  Which response is shown
+    first depends on the seed and the pair's id alone.
+
+    Args:
+      template: `auto`, `chat` or `plain`; see `templates`.
+
+    Raises:
+      ValueError: the template does not suit the tokenizer or a prompt; `max_prompt` cannot hold the
+        assistant's header; a prompt has no tokens; two pairs have the same id.
+    """
+    writer = make_template(template, tokenizer)
+    prompts, responses, notes = _encode(records, writer)
+    header = len(_ids(writer, [writer.header])[0])
+    if max_prompt <= header + 1:
+        raise ValueError(
+            f"the longest prompt in config.data.buckets is {max_prompt} tokens; expected more than "
+            f"{header + 1}, which BOS and the header of the assistant's turn take: give a larger one"
+        )
+    notes += _truncation("prompts", "beginning", [len(p) for p in prompts], max_prompt)
+    notes += _truncation("responses", "end, EOS included", [len(r) for rs in responses for r in rs], max_response)
+    prompts = [_last(p, max_prompt, tokenizer.bos_token_id) for p in prompts]
+    responses = [[r[:max_response] for r in rs] for rs in responses]
+
+    pairs, pair_ids, preferences, rewards = [], [], [], []
+    same = ties = 0
+    for g, record in enumerate(records):
+        if not len(prompts[g]):
+            raise ValueError(f"{record.where}: the tokenizer makes no token of the prompt; expected some: change it")
+        several = record.num_pairs > 1
+        for low, high in group_pairs(len(record.responses)).tolist():
+            name = f"{record.id}/{low}-{high}" if several else record.id
+            first, second = (low, high) if uniform(seed, "side", name) < 0.5 else (high, low)
+            pairs.append((g, first, second))
+            pair_ids.append(name)
+            preferences.append(-1 if record.preferred is None else int(record.preferred == second))
+            given = record.rewards
+            rewards.append((given[first], given[second]) if given else (np.nan, np.nan))
+            same += np.array_equal(responses[g][low], responses[g][high])
+            ties += record.preferred is None and given is not None and given[low] == given[high]
+    _check_unique(pair_ids, pairs, records)
+    if same:
+        notes.append(f"{same} of {len(pairs)} pairs have two responses of the same tokens: nothing can be learnt there")
+    if ties:
+        notes.append(f"{ties} of {len(pairs)} pairs have equal rewards and no preference: a coin decides, by their id")
+    return PairPool(
+        prompt_tokens=prompts,
+        response_tokens=responses,
+        pairs=np.array(pairs, np.int32),
+        pair_ids=pair_ids,
+        preferences=np.array(preferences, np.int8),
+        rewards=None if np.all(np.isnan(rewards)) else np.array(rewards, np.float32),
+        prompt_texts=[r.prompt for r in records],
+        response_texts=[r.responses for r in records],
+        notes=notes,
+    )
+
+
+def _encode(
+    records: Sequence[Record], template: Template
+) -> tuple[list[np.ndarray], list[list[np.ndarray]], list[str]]:
+    """Token ids of every prompt and every response, and notes.
+
+    The ids of a response are those that follow the prompt's in the whole text.  Where a token of the whole
+    text lies across the border, the response is tokenised on its own, as a model that goes on from the
+    prompt's tokens would have to write it.
+    """
+    texts = [template.prompt(r) for r in records]
+    answers = [
+        [template.response(r, t, j) for j in range(len(r.responses))] for r, t in zip(records, texts, strict=True)
+    ]
+    flat = [(t, a) for t, several in zip(texts, answers, strict=True) for a in several]
+    prompts = _ids(template, texts)
+    whole = iter(_ids(template, [t + a for t, a in flat]))
+    leading, trailing = list(template.leading), list(template.trailing)
+    responses, across = [], 0
+    for prompt, several in zip(prompts, answers, strict=True):
+        group = []
+        for answer in several:
+            both = next(whole)
+            joined = both[: len(prompt)] == prompt
+            across += not joined
+            ids = both[len(prompt) :] if joined else _ids(template, [answer])[0]
+            group.append(np.array(ids + trailing, np.int32))
+        responses.append(group)
+    notes = []
+    if across:
+        notes.append(
+            f"{across} of {len(flat)} responses were tokenised apart from their prompts, since a token would "
+            "have lain across the border"
+        )
+    return [np.array(leading + p, np.int32) for p in prompts], responses, notes
+
+
+def _ids(template: Template, texts: list[str]) -> list[list[int]]:
+    return template.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def _last(prompt: np.ndarray, size: int, bos: int | None) -> np.ndarray:
+    if len(prompt) <= size:
+        return prompt
+    keep_bos = int(bos is not None and prompt[0] == bos)
+    return np.concatenate([prompt[:keep_bos], prompt[len(prompt) - size + keep_bos :]])
+
+
+def _truncation(what: str, lost: str, lengths: list[int], size: int) -> list[str]:
+    """What was cut, if anything was."""
+    longer = sum(n > size for n in lengths)
+    if not longer:
+        return []
+    return [
+        f"{longer} of {len(lengths)} {what} ({longer / len(lengths):.1%}) are longer than {size} tokens "
+        f"(up to {max(lengths)}) and lost their {lost}: see config.data.buckets"
+    ]
+
+
+def _check_unique(pair_ids: list[str], pairs: list[tuple[int, int, int]], records: Sequence[Record]) -> None:
+    first: dict[str, str] = {}
+    for name, (g, _, _) in zip(pair_ids, pairs, strict=True):
+        if name in first:
+            raise ValueError(
+                f"{records[g].where}: the pair id {name!r} is that of a pair of {first[name]} already; "
+                "expected every pair id once: change the `id` of one of the records"
+            )
+        first[name] = records[g].where

@@ -1,0 +1,73 @@
+"""Log-probabilities of responses, the implicit reward, and the DPO loss: pure functions (Rafailov et al. 2023)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from activedpo_jax.data.groups import Groups
+from activedpo_jax.models.decoder import Decoder, Params
+from activedpo_jax.models.lora import Lora
+
+
+class Preferences(NamedTuple):
+    """B labelled pairs in the order in which they were shown."""
+
+    preference: jax.Array  # [B] int: 0 the first response is preferred, 1 the second
+    ref_logps: jax.Array  # [B, 2] float32, log π_ref of the two
+    weight: jax.Array  # [B] float32; 0 marks padding of the batch
+
+
+class DpoMetrics(NamedTuple):
+    """Weighted means over a batch, float32 scalars."""
+
+    loss: jax.Array
+    accuracy: jax.Array  # share of pairs whose preferred response has the larger implicit reward; ties count half
+    margin: jax.Array  # implicit reward of the preferred response less that of the other
+
+
+def response_logps(decoder: Decoder, params: Params, lora: Lora | None, groups: Groups) -> jax.Array:
+    """log π_θ(y|x), summed over the response's tokens: [G, m] float32.  `lora=None` gives log π_ref."""
+    variables = {"params": params} if lora is None else {"params": params, "lora": lora}
+    return jnp.sum(decoder.apply(variables, groups), axis=-1)  # type: ignore[arg-type]
+
+
+def reward_margins(logps: jax.Array, pairs: Preferences, beta: float) -> jax.Array:
+    """r(preferred) − r(other) with r(x,y) = β [log π_θ(y|x) − log π_ref(y|x)] (Rafailov et al., eq. 5): [B] float32."""
+    rewards = beta * (logps - pairs.ref_logps)
+    return (rewards[:, 0] - rewards[:, 1]) * (1 - 2 * pairs.preference)
+
+
+def sigmoid_loss(margins: jax.Array, label_smoothing: float) -> jax.Array:
+    """−(1−ε) log σ(Δ) − ε log σ(−Δ): eq. 7 of Rafailov et al.; ε > 0 is conservative DPO (Mitchell 2023): [B]."""
+    return -(1 - label_smoothing) * jax.nn.log_sigmoid(margins) - label_smoothing * jax.nn.log_sigmoid(-margins)
+
+
+def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
+    """Mean over the entries of positive weight; 0 where there are none."""
+    return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1e-9)
+
+
+def metrics(logps: jax.Array, pairs: Preferences, beta: float, label_smoothing: float) -> DpoMetrics:
+    """Loss, accuracy and margin of a batch from log π_θ [B, 2]."""
+    margins = reward_margins(logps, pairs, beta)
+    correct = (margins > 0) + 0.5 * (margins == 0)
+    return DpoMetrics(
+        loss=weighted_mean(sigmoid_loss(margins, label_smoothing), pairs.weight),
+        accuracy=weighted_mean(correct, pairs.weight),
+        margin=weighted_mean(margins, pairs.weight),
+    )
+
+
+def loss(
+    decoder: Decoder,
+    params: Params,
+    lora: Lora,
+    groups: Groups,
+    pairs: Preferences,
+    beta: float,
+    label_smoothing: float,
+) -> tuple[jax.Array, DpoMetrics]:
+    """The DPO loss of a batch of pairs (groups with m = 2), and its metrics."""
+    out = metrics(response_logps(decoder, params, lora, groups), pairs, beta, label_smoothing)
+    return out.loss, out

@@ -1,0 +1,87 @@
+"""Held-out evaluation: how well the implicit reward tells preferred responses from the others."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from activedpo_jax import dpo, mesh as meshes
+from activedpo_jax.data.groups import Bucket, Groups, PairPool, assign_buckets, pad_pairs
+from activedpo_jax.models.decoder import Decoder, Params
+from activedpo_jax.models.lora import Lora
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score(decoder: Decoder, params: Params, lora: Lora | None, groups: Groups) -> jax.Array:
+    """log π(y|x) of a batch, [G, m] float32; `lora=None`: of the reference model."""
+    return dpo.response_logps(decoder, params, lora, groups)
+
+
+class Batches:
+    """Rows of a pool as padded batches of pairs, bucket by bucket; shapes repeat, so programs are compiled once each.
+
+    Iterating gives (rows [≤ size], batch of pairs on the mesh); rows come bucket by bucket.
+    """
+
+    def __init__(self, pool: PairPool, rows: np.ndarray, buckets: Sequence[Bucket], size: int, mesh: jax.sharding.Mesh):
+        self._pool, self._buckets, self._sharding = pool, buckets, meshes.batch(mesh)
+        self._size = meshes.round_up(size, mesh)
+        of_group = assign_buckets(pool, buckets)
+        of_row = of_group[pool.pairs[rows, 0]]
+        self._chunks = [
+            (b, rows[of_row == b][i : i + self._size])
+            for b in range(len(buckets))
+            for i in range(0, int(np.sum(of_row == b)), self._size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        for b, rows in self._chunks:
+            groups = pad_pairs(self._pool, rows, self._buckets[b], self._size)
+            yield rows, jax.device_put(groups, self._sharding)
+
+
+def log_probs(
+    decoder: Decoder, params: Params, lora: Lora | None, batches: Batches, num_rows: int, label: str, quiet: bool = False
+) -> np.ndarray:
+    """log π(y|x) of both responses of every row in `batches`: [num_rows, 2] float32, indexed by row."""
+    out = np.zeros((num_rows, 2), np.float32)
+    pending = [
+        (rows, score(decoder, params, lora, groups))
+        for rows, groups in tqdm(batches, desc=label, unit="batch", leave=False, disable=quiet)
+    ]
+    for rows, logps in pending:
+        out[rows] = np.asarray(logps)[: len(rows)]
+    return out
+
+
+class Evaluator:
+    """Scores adapters on a held-out set, whose reference log-probabilities are computed once."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        params: Params,
+        pool: PairPool,
+        preferences: np.ndarray,
+        batches: Batches,
+        beta: float,
+        label_smoothing: float,
+        quiet: bool = False,
+    ):
+        self._decoder, self._params, self._batches, self._quiet = decoder, params, batches, quiet
+        self._num_rows, self._beta, self._smoothing = pool.num_pairs, beta, label_smoothing
+        ref = log_probs(decoder, params, None, batches, pool.num_pairs, "held-out reference", quiet)
+        self._pairs = dpo.Preferences(
+            np.asarray(preferences, np.int32), ref, np.ones(pool.num_pairs, np.float32)  # type: ignore[arg-type]
+        )
+
+    def __call__(self, lora: Lora) -> dict[str, float]:
+        """Accuracy (ties count half), mean reward margin (nats) and DPO loss (nats) over the held-out pairs."""
+        logps = log_probs(self._decoder, self._params, lora, self._batches, self._num_rows, "evaluation", self._quiet)
+        out = dpo.metrics(logps, self._pairs, self._beta, self._smoothing)  # type: ignore[arg-type]
+        return {name: float(value) for name, value in out._asdict().items()}

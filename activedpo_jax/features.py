@@ -1,0 +1,121 @@
+"""Features of response pairs: sketched LoRA gradients of their log-probabilities (arXiv 2505.19241, eq. 4 and 5).
+
+    g(x,y) = ∇_LoRA log π_θ(y|x)        φ(x,y1,y2) = ĝ(x,y1) − ĝ(x,y2)
+
+where ĝ is g sketched to D dimensions and then, with `response` normalisation, scaled to unit length.  (β and π_ref
+drop out: the first scales every feature alike, the second has no gradient.)
+
+`response_features` and `pair_features` are fast, by the probe of `models.lora`; `reference_gradients` is what they
+compute, written with `vmap(grad)` for everyone to read and for the tests to compare with.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from activedpo_jax import dpo
+from activedpo_jax.data.groups import Groups, group_pairs
+from activedpo_jax.models.decoder import Decoder, Params
+from activedpo_jax.models.lora import Lora, Probe
+from activedpo_jax.sketch import tiled_count_sketch
+
+NORMALISATIONS = ("response", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSpec:
+    """D, and how a response's sketch is scaled."""
+
+    dim: int
+    normalisation: str = "response"
+
+    def __post_init__(self) -> None:
+        if self.normalisation not in NORMALISATIONS:
+            raise ValueError(f"features.normalisation={self.normalisation!r}: expected one of {NORMALISATIONS}")
+
+
+def _weighted_gradient(
+    decoder: Decoder, params: Params, lora: Lora, groups: Groups, weights: jax.Array, dim: int, seed: jax.Array
+) -> jax.Array:
+    """Sketch of Σ_j w_j g(x, y_j) for each group, weights [m] or [G, m]: [G, D], one forward and one backward pass."""
+
+    def total(zeros: jax.Array) -> jax.Array:
+        logps = decoder.apply({"params": params, "lora": lora}, groups, Probe(zeros, seed))
+        return jnp.sum(jnp.sum(logps, axis=-1) * weights)  # type: ignore[arg-type]
+
+    return jax.grad(total)(jnp.zeros((groups.prompt_ids.shape[0], dim), jnp.float32))
+
+
+def response_features(
+    decoder: Decoder, params: Params, lora: Lora, groups: Groups, dim: int, seed: jax.Array
+) -> jax.Array:
+    """The sketched gradient of every response: [G, m, D] float32, not normalised.
+
+    Each response needs a backward pass of its own, through its prompt too: the prompt's tokens carry gradient of every
+    response, which no linear map can take apart again.  But the prompt's *forward* pass is one for all.  Mapping over
+    the responses alone gives just that: whatever depends on the prompt only is not mapped, so it is computed, and kept
+    for the backward passes, once.  In tokens through the network, for m responses of R tokens to a prompt of P:
+
+        separate rows    forward m(P + R)    backward m(P + R)
+        here             forward P + mR      backward m(P + R)
+        summed gradient  forward P + mR      backward P + mR     (`none` on pairs; cannot be normalised)
+    """
+
+    def one(response_ids: jax.Array, response_len: jax.Array) -> jax.Array:
+        single = Groups(groups.prompt_ids, groups.prompt_len, response_ids[:, None], response_len[:, None])
+        return _weighted_gradient(decoder, params, lora, single, jnp.ones(1), dim, seed)
+
+    return jax.vmap(one, in_axes=1, out_axes=1)(jnp.asarray(groups.response_ids), jnp.asarray(groups.response_len))
+
+
+def normalise(features: jax.Array) -> jax.Array:
+    """Scales the last axis to unit length; zero rows, which padding gives, stay zero."""
+    norms = jnp.linalg.norm(features, axis=-1, keepdims=True)
+    return features / jnp.where(norms > 0, norms, 1.0)
+
+
+def pair_features(
+    decoder: Decoder, params: Params, lora: Lora, groups: Groups, spec: FeatureSpec, seed: jax.Array
+) -> jax.Array:
+    """φ of every pair of responses i < j of each group.
+
+    Args:
+      groups: G groups of m responses; seed: scalar uint32, of the sketch.
+
+    Returns:
+      [G, m(m−1)/2, D] float32, in the order of `data.groups.group_pairs`.
+    """
+    m = groups.response_ids.shape[1]
+    if spec.normalisation == "none" and m == 2:  # the difference itself is one gradient
+        return _weighted_gradient(decoder, params, lora, groups, jnp.array([1.0, -1.0]), spec.dim, seed)[:, None]
+    features = response_features(decoder, params, lora, groups, spec.dim, seed)
+    if spec.normalisation == "response":
+        features = normalise(features)
+    first, second = np.asarray(group_pairs(m)).T
+    return features[:, first] - features[:, second]
+
+
+def reference_gradients(decoder: Decoder, params: Params, lora: Lora, groups: Groups) -> dict[str, Any]:
+    """g(x,y) of every response by `vmap(grad)` over the LoRA tree: leaves [G, m, L, ...].  Slow, large, and readable."""
+
+    def log_prob(lora: Lora, prompt_ids: Any, prompt_len: Any, response_ids: Any, response_len: Any) -> jax.Array:
+        one = Groups(prompt_ids[None], prompt_len[None], response_ids[None, None], response_len[None, None])
+        return dpo.response_logps(decoder, params, lora, one)[0, 0]
+
+    per_response = jax.vmap(jax.grad(log_prob), in_axes=(None, None, None, 0, 0))
+    return jax.vmap(per_response, in_axes=(None, 0, 0, 0, 0))(lora, *groups)
+
+
+def sketch_gradients(gradients: dict[str, Any], dim: int, seed: jax.Array) -> jax.Array:
+    """Sketches `reference_gradients` layer by layer and matrix by matrix: [G, m, D]."""
+    total: Any = 0.0
+    for module, matrices in gradients["layers"].items():
+        for name, grad in matrices.items():
+            groups, m, layers = grad.shape[:3]
+            rows = jnp.moveaxis(grad.reshape(groups * m, *grad.shape[2:]), 1, 0)
+            one = lambda args, name=f"{module}/{name}": tiled_count_sketch(args[0], dim, seed, args[1], name)  # noqa: E731
+            total += jnp.sum(jax.lax.map(one, (rows, jnp.arange(layers))), axis=0).reshape(groups, m, dim)
+    return total

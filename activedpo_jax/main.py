@@ -1,0 +1,321 @@
+"""ActiveDPO, round after round.
+
+    python -m activedpo_jax.main --config configs/quickstart.py --workdir runs/quickstart [--config.dpo.beta=0.2]
+
+The same command on the same work directory goes on where it stopped.  With `--compile_only=v5e:4x4` it compiles the
+programs of the run for that TPU topology, prints what they need, and stops.
+"""
+
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from activedpo_jax import checkpoint, compare, evaluate, flags, mesh as meshes, metrics, report, stages, task as tasks
+from activedpo_jax import round as rounds
+from activedpo_jax import workdir as workdirs
+from activedpo_jax.data.groups import PairPool, assign_buckets, pad_groups
+from activedpo_jax.features import FeatureSpec
+from activedpo_jax.models import peft
+from activedpo_jax.models.lora import Lora, init_lora
+from activedpo_jax.oracles.dataset import answers
+from activedpo_jax.selection.posterior import information_gain
+from activedpo_jax.selection.strategies import STRATEGIES
+from activedpo_jax.train import DpoSpec, OptimiserSpec
+
+# A fused round shows no progress while it runs, so `auto` takes it where it is short: up to so many
+# token-times-parameter products in the pool, about a minute on two CPU cores.
+_SHORT_ROUND = 1e12
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command = flags.read_config(sys.argv if argv is None else argv, STRATEGIES)
+    config, folder = command.config, command.workdir
+    if command.compile_only:
+        from activedpo_jax import compile_only  # needs libtpu, an extra
+
+        compile_only.compile_for(config, command.compile_only)
+        return
+    assert folder is not None
+    try:
+        workdirs.open_workdir(folder, config)
+        mesh = meshes.make_mesh(config.mesh)
+        summaries = []
+        for seed in config.seeds:
+            task = tasks.load(config, seed, mesh, folder, jax.default_backend())
+            for note in (*task.pool.notes, *task.heldout.notes):
+                print(note)
+            params = task.load_params()
+            for strategy in config.strategies:
+                place = workdirs.run_folder(folder, config, strategy, seed)
+                summaries.append(run(config, strategy, seed, task, params, mesh, place))
+    except ValueError as error:
+        flags.fail(error)
+    finish(folder, summaries)
+
+
+def run(
+    config: ml_collections.ConfigDict,
+    strategy: str,
+    seed: int,
+    task: tasks.Task,
+    params: Any,
+    mesh: Mesh,
+    folder: pathlib.Path,
+) -> workdirs.RunSummary:
+    """One strategy on one seed: rounds of features, selection, labels, DPO and evaluation, from where it stopped."""
+    spec = round_spec(config, strategy, task, mesh)
+    oracle = config.oracle
+    preferences = answers(task.pool, oracle.noise, oracle.flip_probability, oracle.temperature, seed)
+    truth = answers(task.heldout, "none", 0.0, 1.0, seed)
+    lam, key, sketch_seed = jnp.float32(config.selection.lam), jax.random.key(seed), jnp.uint32(seed)
+
+    sft_lora = initial_lora(spec, seed)
+    lora, labelled = jax.tree.map(jnp.copy, sft_lora), jax.device_put(rounds.no_labels(spec), meshes.replicated(mesh))
+    store = checkpoint.Checkpoints(folder)
+    done = store.latest
+    if done is not None:
+        lora, labelled = store.restore(done, (lora, labelled))
+    summary = resumed_summary(folder, strategy, seed, done)
+
+    every = np.arange(task.heldout.num_pairs)
+    size = config.evaluation.pairs_per_chunk
+    heldout = evaluate.Batches(task.heldout, every, task.buckets, size, mesh)
+    smoothing = config.dpo.label_smoothing
+    judge = evaluate.Evaluator(task.decoder, params, task.heldout, truth, heldout, config.dpo.beta, smoothing)
+    fused = is_fused(config, task, spec)
+    pool = on_device(spec, task, preferences) if fused else None
+
+    with metrics.MetricsWriter(folder, 0 if done is None else done + 1) as writer:
+        if done is None:
+            summary["rounds"] = [round_zero(judge(lora))]
+            writer.write(0, 0, scalars(summary["rounds"][0]))
+            store.save(0, (lora, labelled))
+            workdirs.write_json(folder / "summary.json", summary)
+        for number in range((done or 0) + 1, config.rounds + 1):
+            start = time.perf_counter()
+            labels = number * config.labels_per_round
+            schedule = spec.schedule(labels, seed * 1_000_003 + number)
+            round_key = jax.random.fold_in(key, number)
+            inputs = (schedule, round_key, sketch_seed, lam)
+
+            def record(picks: Any, answered: np.ndarray, number: int = number) -> None:
+                rows = selected(spec, task.pool, picks, answered, f"dataset ({oracle.noise} noise)", number)
+                workdirs.write_selected(folder, number, rows)
+
+            if pool is not None:
+                lora, labelled, result = jax.block_until_ready(
+                    rounds.compiled_round(spec, params, lora, labelled, sft_lora, pool, *inputs)
+                )
+                record(result.picks, np.asarray(result.preferences))
+                seconds = {"round": time.perf_counter() - start}
+            else:
+                lora, labelled, result, seconds = stages.staged_round(
+                    spec,
+                    params,
+                    lora,
+                    labelled,
+                    sft_lora,
+                    task.pool,
+                    task.buckets,
+                    *inputs,
+                    ask=lambda rows: preferences[rows],
+                    answered=on_record(task.pool, folder, number),
+                    on_labels=record,
+                )
+            clock = time.perf_counter()
+            scores = judge(lora)
+            seconds["evaluation"] = time.perf_counter() - clock
+            entry = round_summary(spec, number, labels, result, scores, seconds)
+            summary["rounds"].append(entry)
+            writer.write(number, labels, scalars(entry))
+            workdirs.write_json(folder / "summary.json", summary)
+            store.save(number, (lora, labelled))
+            print(report.round_line(strategy, seed, config.rounds, entry), flush=True)
+    store.close()
+    peft.save_adapter(lora, task.decoder.lora, task.base_model, folder / "adapter")
+    return summary
+
+
+def finish(folder: pathlib.Path, summaries: Sequence[workdirs.RunSummary]) -> None:
+    """The table and the picture of all runs; of several runs their comparison in `summary.json`, too."""
+    if len(summaries) > 1:
+        workdirs.write_json(folder / "summary.json", {**compare.compare(summaries), "runs": list(summaries)})
+    report.plot_curves(summaries, folder / "curves.png", folder.resolve().name)
+    print(f"\n{report.final_table(summaries)}\n\n{folder / 'curves.png'}")
+
+
+def round_spec(config: ml_collections.ConfigDict, strategy: str, task: tasks.Task, mesh: Mesh) -> rounds.RoundSpec:
+    """The options of a round, as its programs take them.
+
+    Raises:
+      ValueError: the run would need more pairs than the pool has.
+    """
+    capacity = config.rounds * config.labels_per_round
+    if capacity > task.pool.num_pairs:
+        raise ValueError(
+            f"rounds × labels_per_round = {capacity} labels, but the pool has {task.pool.num_pairs} pairs: "
+            "lower config.rounds or config.labels_per_round, or give a larger pool"
+        )
+    dpo = config.dpo
+    optimiser = OptimiserSpec(
+        dpo.learning_rate, dpo.schedule, dpo.warmup_fraction, dpo.weight_decay, dpo.max_grad_norm
+    )
+    return rounds.RoundSpec(
+        decoder=task.decoder,
+        mesh=mesh,
+        features=FeatureSpec(config.features.dim, config.features.normalisation),
+        dpo=DpoSpec(dpo.beta, dpo.label_smoothing, optimiser),
+        strategy=strategy,
+        frozen_posterior=config.selection.posterior == "frozen",
+        labels_per_round=config.labels_per_round,
+        capacity=capacity,
+        block=config.selection.block,
+        chunk=meshes.round_up(config.features.groups_per_chunk, mesh),
+        epochs=dpo.epochs,
+        batch_size=dpo.batch_size,
+        train_on_newest=dpo.train_on == "newest",
+        start_from_sft=dpo.start_from == "sft",
+    )
+
+
+def initial_lora_values(spec: rounds.RoundSpec, seed: int) -> Lora:
+    decoder = spec.decoder
+    return init_lora(decoder.config, decoder.lora, jax.random.fold_in(jax.random.key(seed), 0))
+
+
+def initial_lora(spec: rounds.RoundSpec, seed: int) -> Lora:
+    """The adapter that the first round, and with `start_from=sft` every round, trains from."""
+    lora = initial_lora_values(spec, seed)
+    return jax.device_put(lora, meshes.weight_shardings(spec.mesh, lora))
+
+
+def is_fused(config: ml_collections.ConfigDict, task: tasks.Task, spec: rounds.RoundSpec) -> bool:
+    """Whether rounds run as one program.
+
+    Raises:
+      ValueError: `fused` is asked for, but the pool does not fit into one program.
+    """
+    if config.round.mode == "staged":
+        return False
+    m = task.pool.responses_per_group
+    used = np.unique(assign_buckets(task.pool, task.buckets))
+    one_shape = len(used) == 1 and all(len(r) == m for r in task.pool.response_tokens)
+    if config.round.mode == "fused":
+        if not one_shape:
+            raise ValueError(
+                "config.round.mode='fused' needs one bucket and as many responses for every prompt: give "
+                f"config.data.buckets a single entry (the pool uses {len(used)}), or take 'staged'"
+            )
+        return True
+    parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(task.params_shape))
+    tokens = task.pool.num_groups * (task.buckets[used[0]].prompt + m * task.buckets[used[0]].response)
+    return one_shape and tokens * parameters < _SHORT_ROUND
+
+
+def on_device(spec: rounds.RoundSpec, task: tasks.Task, preferences: np.ndarray) -> rounds.DevicePool:
+    """The pool of a fused round, padded to whole chunks."""
+    bucket = task.buckets[int(assign_buckets(task.pool, task.buckets)[0])]
+    count = task.pool.num_groups
+    groups = pad_groups(task.pool, np.arange(count), bucket, -(-count // spec.chunk) * spec.chunk)
+    return rounds.device_pool(spec, groups, task.pool.pairs, preferences)
+
+
+def selected(
+    spec: rounds.RoundSpec, pool: PairPool, picks: Any, preferences: np.ndarray, source: str, number: int
+) -> list[workdirs.Selected]:
+    """The picks of a round as a person reads them."""
+    out = []
+    for row, score, preference in zip(np.asarray(picks.rows), np.asarray(picks.scores), preferences, strict=True):
+        group, first, second = pool.pairs[row]
+        out.append(
+            workdirs.Selected(
+                pair_id=pool.pair_ids[row],
+                prompt=pool.prompt_texts[group],
+                first=pool.response_texts[group][first],
+                second=pool.response_texts[group][second],
+                score=float(score) if spec.needs_features else None,
+                preference="second" if preference else "first",
+                source=source,
+                round=number,
+            )
+        )
+    return out
+
+
+def on_record(pool: PairPool, folder: pathlib.Path, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Rows, scores and preferences of a round whose labels came in before the process was killed."""
+    if not workdirs.selected_path(folder, number).exists():
+        return None
+    lines = workdirs.read_selected(folder, number)
+    row_of = {name: row for row, name in enumerate(pool.pair_ids)}
+    unknown = [line.pair_id for line in lines if line.pair_id not in row_of]
+    if unknown:
+        raise ValueError(
+            f"{workdirs.selected_path(folder, number)}: pair {unknown[0]!r} is not in the pool; "
+            "the data has changed since: restore it, or start with another --workdir"
+        )
+    rows = np.array([row_of[line.pair_id] for line in lines], np.int32)
+    scores = np.array([line.score or 0.0 for line in lines], np.float32)
+    return rows, scores, np.array([line.preference == "second" for line in lines], np.int32)
+
+
+def resumed_summary(folder: pathlib.Path, strategy: str, seed: int, done: int | None) -> workdirs.RunSummary:
+    """The summary up to the last round that was saved."""
+    if done is None:
+        return {"strategy": strategy, "seed": seed, "rounds": []}
+    summary = workdirs.read_json(folder / "summary.json")
+    summary["rounds"] = summary["rounds"][: done + 1]
+    return summary
+
+
+def scalars(entry: workdirs.RoundSummary) -> dict[str, float]:
+    """A round's figures under TensorBoard's names, `seconds/features` say."""
+    return {name.replace(".", "/"): value for name, value in workdirs.flatten(entry).items() if name != "round"}
+
+
+def round_zero(scores: dict[str, float]) -> workdirs.RoundSummary:
+    return {
+        "round": 0,
+        "labels": 0,
+        "accuracy": scores["accuracy"],
+        "margin": scores["margin"],
+        "heldout_loss": scores["loss"],
+        "seconds": {},
+    }
+
+
+def round_summary(
+    spec: rounds.RoundSpec,
+    number: int,
+    labels: int,
+    result: rounds.RoundResult,
+    scores: dict[str, float],
+    seconds: dict[str, float],
+) -> workdirs.RoundSummary:
+    """What `summary.json` and `metrics.jsonl` say of one round."""
+    entry: workdirs.RoundSummary = {
+        "round": number,
+        "labels": labels,
+        "accuracy": scores["accuracy"],
+        "margin": scores["margin"],
+        "heldout_loss": scores["loss"],
+        "loss": float(result.training.loss),
+        "seconds": seconds,
+    }
+    if spec.needs_features:
+        picked = np.asarray(result.picks.scores)
+        entry["information_gain"] = float(information_gain(result.picks.scores))
+        entry["score_min"], entry["score_max"] = float(picked.min()), float(picked.max())
+    return entry
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The device mesh, and the one table that says how everything is laid out on it.
+
+Axes: `data` (examples), `fsdp` (examples, and weights cut along one dimension), `tensor` (weights cut along heads and
+hidden units).  Programs are plain `jax.jit`; the compiler derives every other layout from those given here.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Linear maps are cut as in Megatron: the first of each pair by its outputs, the second by its inputs, so that one
+# all-reduce serves both.  The leading axis is the layer.
+_COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+_ROW = ("o_proj", "down_proj")
+_RULES: dict[tuple[str, str], P] = (
+    {(m, "kernel"): P(None, "fsdp", "tensor") for m in _COLUMN}
+    | {(m, "a"): P(None, None, "fsdp") for m in _COLUMN}
+    | {(m, "b"): P(None, "tensor", None) for m in _COLUMN}
+    | {(m, "kernel"): P(None, "tensor", "fsdp") for m in _ROW}
+    | {(m, "a"): P(None, None, "tensor") for m in _ROW}
+    | {(m, "b"): P(None, "fsdp", None) for m in _ROW}
+    | {("embed", "embedding"): P("tensor", "fsdp"), ("lm_head", "embedding"): P("tensor", "fsdp")}
+)
+
+
+def make_mesh(sizes: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all devices; one axis of size −1 takes what the others leave.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [int(sizes[axis]) for axis in AXES]
+    known = math.prod(n for n in shape if n != -1)
+    if shape.count(-1) == 1 and known > 0 and len(devices) % known == 0:
+        shape[shape.index(-1)] = len(devices) // known
+    if any(n < 1 for n in shape) or math.prod(shape) != len(devices):
+        got = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
+        raise ValueError(
+            f"config.mesh ({got}) does not cover the {len(devices)} devices: the sizes must multiply to "
+            f"{len(devices)}, and one of them may be -1 for all that are left"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def fit(mesh: Mesh, spec: P, shape: Sequence[int]) -> NamedSharding:
+    """`spec` on this mesh, without the axes that do not divide their dimension (a tiny model on many devices)."""
+    entries = [
+        entry if entry is None or size % axis_size(mesh, entry) == 0 else None
+        for entry, size in zip(tuple(spec) + (None,) * (len(shape) - len(spec)), shape, strict=True)
+    ]
+    return NamedSharding(mesh, P(*entries))
+
+
+def axis_size(mesh: Mesh, axes: str | Sequence[str]) -> int:
+    """Number of devices along one axis, or along several together."""
+    return math.prod(mesh.shape[a] for a in ([axes] if isinstance(axes, str) else axes))
+
+
+def weight_shardings(mesh: Mesh, tree: Any) -> Any:
+    """Shardings for base weights or an adapter (arrays or shapes); what the table does not name is replicated."""
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = tuple(k.key for k in path)
+        return fit(mesh, _RULES.get(names[-2:], P()), leaf.shape)  # type: ignore[arg-type]
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def batch(mesh: Mesh) -> NamedSharding:
+    """Examples over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def chunks(mesh: Mesh) -> NamedSharding:
+    """[chunks, examples, ...]: every chunk is cut as a batch is."""
+    return NamedSharding(mesh, P(None, BATCH_AXES))
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """Pool rows, with their features and scores, over all devices."""
+    return NamedSharding(mesh, P(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def round_up(n: int, mesh: Mesh) -> int:
+    """The smallest batch of at least n examples that the mesh divides evenly."""
+    devices = axis_size(mesh, BATCH_AXES)
+    return -(-n // devices) * devices
+
+
+def to_host(x: Any) -> Any:
+    """A pytree of device arrays as NumPy arrays."""
+    return jax.tree.map(np.asarray, x)

@@ -1,0 +1,83 @@
+"""Log-probabilities of tokens from hidden states, without ever holding the logits of a whole batch.
+
+A 256k vocabulary costs as much as many layers, and its logits more memory than all of them; so they are made for a few
+tokens at a time.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def _chunks(x: jax.Array, size: int) -> jax.Array:
+    """[G, m, R, ...] → [R/size, G, m, size, ...]: cut along the tokens, so that a sharded batch stays as it is."""
+    groups, m, length = x.shape[:3]
+    return jnp.moveaxis(x.reshape(groups, m, length // size, size, *x.shape[3:]), 2, 0)
+
+
+def _unchunk(x: jax.Array) -> jax.Array:
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def _logits(states: jax.Array, table: jax.Array) -> jax.Array:
+    return jnp.einsum("gmcd,vd->gmcv", states, table, preferred_element_type=jnp.float32)
+
+
+def _pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def _chunk_logps(states: jax.Array, table: jax.Array, targets: jax.Array) -> jax.Array:
+    logits = _logits(states, table)
+    return _pick(logits, targets) - jax.nn.logsumexp(logits, axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _frozen_table_logps(states: jax.Array, table: jax.Array, targets: jax.Array, size: int) -> jax.Array:
+    return _unchunk(jax.lax.map(lambda c: _chunk_logps(c[0], table, c[1]), (_chunks(states, size), _chunks(targets, size))))
+
+
+def _frozen_table_fwd(states, table, targets, size):  # type: ignore[no-untyped-def]
+    # The cotangent of a log-prob is one number a token, so d log p/d state = E[target] − Σ_v p_v E[v] can be taken now,
+    # while the logits exist, and scaled later: the backward pass need not make them again.
+    def chunk(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        h, t = args
+        logits = _logits(h, table)
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        probs = jnp.exp(logits - lse[..., None]).astype(table.dtype)
+        mean = jnp.einsum("gmcv,vd->gmcd", probs, table, preferred_element_type=jnp.float32)
+        return _pick(logits, t) - lse, (jnp.take(table, t, axis=0) - mean).astype(h.dtype)
+
+    logps, slopes = jax.lax.map(chunk, (_chunks(states, size), _chunks(targets, size)))
+    return _unchunk(logps), _unchunk(slopes)
+
+
+def _frozen_table_bwd(size, slopes, d_logps):  # type: ignore[no-untyped-def]
+    return (d_logps[..., None] * slopes).astype(slopes.dtype), None, None
+
+
+_frozen_table_logps.defvjp(_frozen_table_fwd, _frozen_table_bwd)
+
+
+def token_logprobs(
+    states: jax.Array, table: jax.Array, targets: jax.Array, tokens_per_chunk: int, train_table: bool
+) -> jax.Array:
+    """log softmax(table · state)[target] of every token.
+
+    Args:
+      states: [G, m, R, d], the hidden state that predicts each target; table: [V, d]; targets: [G, m, R] int32.
+      tokens_per_chunk: about so many tokens' logits exist at a time (at least one position of each response).
+      train_table: whether the table gets a gradient (then logits are recomputed backwards).
+
+    Returns:
+      [G, m, R] float32.
+    """
+    groups, m, length = targets.shape
+    wanted = max(1, tokens_per_chunk // (groups * m))
+    size = max(s for s in range(1, min(length, wanted) + 1) if length % s == 0)
+    if not train_table:
+        return _frozen_table_logps(states, table, targets, size)
+    chunk = jax.checkpoint(lambda c: _chunk_logps(c[0], table, c[1]))
+    return _unchunk(jax.lax.map(chunk, (_chunks(states, size), _chunks(targets, size))))

@@ -1,0 +1,136 @@
+"""LoRA linear maps, and the probe that makes their backward pass return per-example gradient sketches.
+
+A linear map here takes *blocks* of tokens (the prompt's and the responses') rather than one array.  Keeping them apart
+lets `features` map the responses alone, so that what depends only on the prompt is computed once.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from activedpo_jax.models.config import LoraConfig, ModelConfig
+from activedpo_jax.sketch import tiled_count_sketch
+
+Lora = dict[str, Any]  # {"layers": {module: {"a": [L, r, d_in], "b": [L, d_out, r]}}}, float32
+
+
+class Probe(NamedTuple):
+    """What a decoder is given to make `jax.grad(total log-prob)(probe.zeros)` the matrix of gradient sketches."""
+
+    zeros: jax.Array  # [G, D] float32
+    seed: jax.Array  # scalar uint32, of the sketch
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(d_in, d_out) of every linear map of a layer: the modules that LoRA can target."""
+    d, f, head = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_heads * head, config.num_kv_heads * head
+    return {
+        "q_proj": (d, q),
+        "k_proj": (d, kv),
+        "v_proj": (d, kv),
+        "o_proj": (q, d),
+        "gate_proj": (d, f),
+        "up_proj": (d, f),
+        "down_proj": (f, d),
+    }
+
+
+def init_lora(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Lora:
+    """A fresh adapter as in Hu et al. (2021) and PEFT: A uniform in ±1/√d_in, B = 0, so that BA = 0.
+
+    With B = 0 the gradient with respect to A is exactly zero: half of the features is dead until the first training.
+
+    Raises:
+      ValueError: a target module that the decoder does not have.
+    """
+    shapes = linear_shapes(config)
+    unknown = sorted(set(lora.target_modules) - set(shapes))
+    if unknown or not lora.target_modules:
+        raise ValueError(f"lora.target_modules: got {unknown or 'none'}; this decoder has {', '.join(shapes)}")
+
+    def matrices(name: str, key: jax.Array) -> dict[str, jax.Array]:
+        d_in, d_out = shapes[name]
+        bound = d_in**-0.5
+        shape = (config.num_layers, lora.rank, d_in)
+        return {
+            "a": jax.random.uniform(key, shape, jnp.float32, -bound, bound),
+            "b": jnp.zeros((config.num_layers, d_out, lora.rank), jnp.float32),
+        }
+
+    names = sorted(lora.target_modules)
+    return {"layers": {n: matrices(n, k) for n, k in zip(names, jax.random.split(key, len(names)), strict=True)}}
+
+
+def _apply_lora(
+    blocks: Sequence[jax.Array], kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Outputs x W + s (x Aᵀ) Bᵀ of every block, and the low-rank x Aᵀ."""
+    dtype = kernel.dtype
+    low = [x @ a.T.astype(dtype) for x in blocks]
+    return [x @ kernel + scale * (u @ b.T.astype(dtype)) for x, u in zip(blocks, low, strict=True)], low
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _probed_linear(
+    scale: float,
+    name: str,
+    blocks: Sequence[jax.Array],
+    kernel: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    layer: jax.Array,
+    probe: Probe,
+) -> list[jax.Array]:
+    """The LoRA map; backwards, the cotangent of the probe is the sketch of each example's own gradients of A and B."""
+    return _apply_lora(blocks, kernel, a, b, scale)[0]
+
+
+def _probed_linear_fwd(scale, name, blocks, kernel, a, b, layer, probe):  # type: ignore[no-untyped-def]
+    out, low = _apply_lora(blocks, kernel, a, b, scale)
+    return out, (blocks, low, kernel, a, b, layer, probe)
+
+
+def _probed_linear_bwd(scale, name, residuals, d_out):  # type: ignore[no-untyped-def]
+    blocks, low, kernel, a, b, layer, probe = residuals
+    batch, dim = probe.zeros.shape
+    dtype = kernel.dtype
+    d_low = [dy @ b.astype(dtype) for dy in d_out]
+    d_in = [dy @ kernel.T + scale * (v @ a.astype(dtype)) for dy, v in zip(d_out, d_low, strict=True)]
+
+    # Outer products summed over the tokens of each example, never over examples: the price of a weight gradient.
+    def per_example(lefts: Sequence[jax.Array], rights: Sequence[jax.Array]) -> jax.Array:
+        tokens = [(x.reshape(batch, -1, x.shape[-1]), y.reshape(batch, -1, y.shape[-1])) for x, y in zip(lefts, rights)]
+        return scale * sum(jnp.einsum("gti,gtj->gij", x, y, preferred_element_type=jnp.float32) for x, y in tokens)
+
+    sketch = functools.partial(tiled_count_sketch, dim=dim, seed=probe.seed, layer=layer)
+    features = sketch(per_example(d_low, blocks), name=f"{name}/a") + sketch(per_example(d_out, low), name=f"{name}/b")
+    # None: no cotangent for the base weights, nor for A and B, whose gradient nobody asked for.
+    return d_in, None, None, None, None, Probe(features, None)  # type: ignore[arg-type]
+
+
+_probed_linear.defvjp(_probed_linear_fwd, _probed_linear_bwd)
+
+
+class LoraLinear(nn.Module):
+    """x W, plus s (x Aᵀ) Bᵀ where the `lora` collection has matrices for this module."""
+
+    features: int
+    scale: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, blocks: Sequence[jax.Array], layer: jax.Array, probe: Probe | None) -> list[jax.Array]:
+        d_in = blocks[0].shape[-1]
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (d_in, self.features)).astype(self.dtype)
+        if not self.has_variable("lora", "a"):
+            return [x @ kernel for x in blocks]
+        a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+        if probe is None:
+            return _apply_lora(blocks, kernel, a, b, self.scale)[0]
+        assert self.name is not None
+        return _probed_linear(self.scale, self.name, list(blocks), kernel, a, b, layer, probe)

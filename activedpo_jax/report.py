@@ -1,0 +1,173 @@
+"""What a person reads: a line a round, a table at the end, and the learning curves as a picture."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from activedpo_jax.compare import CONFIDENCE, Curves, compare, learning_curves, mean_interval, table
+from activedpo_jax.workdir import RoundSummary, RunSummary
+
+# Okabe and Ito's palette, which people of every kind of colour vision can tell apart, without its yellow,
+# which is too light for a line.
+_FIXED = {"activedpo": "#0072B2", "random": "#707070"}
+_COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_STYLES = ("-", "--", "-.", ":")  # another for each time that the colours run out
+
+
+def round_line(strategy: str, seed: int, rounds: int, record: RoundSummary) -> str:
+    """One round on one line; `rounds` is how many there will be."""
+    seconds = sum(record["seconds"].values())
+    place = f"{record['round']:>{len(str(rounds))}}/{rounds}"
+    head = f"{strategy}, seed {seed}  round {place}  labels {record['labels']:>4}"
+    tail = f"held-out accuracy {record['accuracy']:.3f}  margin {record['margin']:+.3f}  {seconds:.1f} s"
+    if record["round"] == 0:
+        return f"{head}  {tail}"
+    scores = f"{_number(record.get('score_min'), '.3g')} to {_number(record.get('score_max'), '.3g')}"
+    return (
+        f"{head}  scores {scores}  gain {_number(record.get('information_gain'), '.2f')} nats"
+        f"  loss {_number(record.get('loss'), '.4f')}  {tail}"
+    )
+
+
+def final_table(summaries: Sequence[RunSummary], baseline: str = "random") -> str:
+    """Of one run its rounds, of several their comparison."""
+    return _rounds_table(summaries[0]) if len(summaries) == 1 else table(compare(summaries, baseline))
+
+
+def _rounds_table(summary: RunSummary) -> str:
+    header = (
+        "round",
+        "labels",
+        "score min",
+        "score max",
+        "gain, nats",
+        "loss",
+        "accuracy",
+        "margin",
+        "seconds",
+    )
+    rows = [
+        (
+            str(record["round"]),
+            str(record["labels"]),
+            _number(record.get("score_min"), ".3g"),
+            _number(record.get("score_max"), ".3g"),
+            _number(record.get("information_gain"), ".2f"),
+            _number(record.get("loss"), ".4f"),
+            f"{record['accuracy']:.3f}",
+            f"{record['margin']:+.3f}",
+            f"{sum(record['seconds'].values()):.1f}",
+        )
+        for record in summary["rounds"]
+    ]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+        for row in [header, *rows]
+    ]
+    return "\n".join([f"{summary['strategy']}, seed {summary['seed']}", "", *lines])
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:{spec}}"
+
+
+def plot_curves(summaries: Sequence[RunSummary], path: pathlib.Path, title: str) -> None:
+    """Writes `curves_figure` to a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    curves_figure(summaries, title).savefig(path)
+
+
+def curves_figure(summaries: Sequence[RunSummary], title: str) -> Figure:
+    """Held-out accuracy against labels: each strategy's mean and, over several seeds, its confidence band.
+
+    Raises:
+      ValueError: see `compare.learning_curves`.
+    """
+    curves = learning_curves(summaries)
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display, and without pyplot, whose state everyone shares
+    axes = figure.add_subplot()
+    colours = _colours(list(curves))
+    last_label = max(float(of.labels[-1]) for of in curves.values())
+    for strategy, of in curves.items():
+        colour, style = colours[strategy]
+        mean = mean_interval(of.accuracy)
+        axes.fill_between(of.labels, mean.low, mean.high, color=colour, alpha=0.16, linewidth=0)
+        axes.plot(
+            of.labels, mean.mean, style, color=colour, lw=2.2, marker="o", markersize=3.5, clip_on=False
+        )
+
+    low, high = axes.get_ylim()
+    if low - 0.25 * (high - low) <= 0.5 <= high:
+        axes.axhline(0.5, color="#303030", linewidth=1.2, linestyle=(0, (1, 2)), zorder=1)
+        axes.text(last_label, 0.5, "chance", ha="right", va="bottom", color="#303030", fontsize=9.5)
+        low = min(low, 0.5 - 0.04 * (high - low))
+    axes.set_ylim(low, high)
+    ends = {strategy: float(of.accuracy.mean(0)[-1]) for strategy, of in curves.items()}
+    for strategy, height in _spread(ends, 0.055 * (high - low)).items():
+        colour, style = colours[strategy]
+        axes.annotate(
+            strategy,
+            (last_label, ends[strategy]),
+            (1.055, (height - low) / (high - low)),
+            textcoords="axes fraction",
+            va="center",
+            color=colour,
+            fontsize=11,
+            fontweight="bold" if strategy == "activedpo" else "normal",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linestyle": style,
+                "shrinkA": 1,
+                "relpos": (0, 0.5),
+            },
+        )
+    axes.set_xlim(0, last_label or 1)
+    axes.set_xlabel("labels")
+    axes.set_ylabel("held-out preference accuracy")
+    axes.set_title(title, loc="left", fontsize=13, pad=24)
+    axes.text(
+        0, 1.025, _subtitle(list(curves.values())), transform=axes.transAxes, fontsize=9.5, color="#505050"
+    )
+    axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _colours(strategies: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and line style of each; the two that are in every plot look the same in all of them."""
+    others = [strategy for strategy in strategies if strategy not in _FIXED]
+    looks = {strategy: (colour, "-") for strategy, colour in _FIXED.items()}
+    for i, strategy in enumerate(others):
+        looks[strategy] = (_COLOURS[i % len(_COLOURS)], _STYLES[i // len(_COLOURS) % len(_STYLES)])
+    return looks
+
+
+def _spread(heights: dict[str, float], gap: float) -> dict[str, float]:
+    """Heights of the names beside the curves: as near to the curves' ends as a distance of `gap` allows."""
+    names = sorted(heights, key=lambda name: heights[name])
+    # Least squares in a given order: isotonic regression, of the heights less the room for the names below.
+    blocks: list[tuple[float, int]] = []  # mean, size
+    for i, name in enumerate(names):
+        mean, size = heights[name] - i * gap, 1
+        while blocks and blocks[-1][0] > mean:
+            below, many = blocks.pop()
+            mean, size = (below * many + mean * size) / (many + size), many + size
+        blocks.append((mean, size))
+    places = np.concatenate([np.full(size, mean) for mean, size in blocks])
+    return {name: float(places[i] + i * gap) for i, name in enumerate(names)}
+
+
+def _subtitle(curves: Sequence[Curves]) -> str:
+    counts = sorted({len(of.seeds) for of in curves})
+    if counts == [1]:
+        return "one seed"
+    return f"mean and {CONFIDENCE:.0%} confidence band over {' or '.join(map(str, counts))} seeds"

@@ -1,0 +1,1 @@
+"""Selection: the posterior over the reward (V⁻¹), exact greedy selection, and the strategies."""

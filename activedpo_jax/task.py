@@ -1,0 +1,166 @@
+"""What a run works on: a model, a pool to label from, a held-out set, made from the options."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from activedpo_jax import checkpoint, mesh as meshes, train
+from activedpo_jax.data.groups import Bucket, Groups, PairPool, pad_groups
+from activedpo_jax.data.preferences import limit, read_records, split_by_prompt
+from activedpo_jax.data.synthetic import SyntheticTask
+from activedpo_jax.data.tokenize import tokenize
+from activedpo_jax.models import hf
+from activedpo_jax.models.config import LoraConfig, ModelConfig
+from activedpo_jax.models.decoder import Decoder, Params, init_params
+
+SYNTHETIC = "synthetic"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A decoder with its data.  `load_params` is called when weights are needed, which compiling alone does not."""
+
+    decoder: Decoder
+    base_model: str  # the name that an exported adapter refers to
+    params_shape: Params  # jax.ShapeDtypeStruct with sharding
+    load_params: Callable[[], Params]
+    pool: PairPool
+    heldout: PairPool
+    buckets: tuple[Bucket, ...]
+
+
+def load(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: pathlib.Path | None, platform: str) -> Task:
+    """The task of one seed.
+
+    Args:
+      cache: where a model trained from nothing is kept for the other runs of the seed and for going on.
+      platform: that the programs are for (`cpu`, `gpu`, `tpu`); decides what dtype `auto` is.
+    """
+    dtype = jnp.dtype(config.model.dtype if config.model.dtype != "auto" else _AUTO_DTYPE.get(platform, "bfloat16"))
+    if config.data.train == SYNTHETIC:
+        return _synthetic(config, seed, mesh, cache, dtype)
+    return _from_files(config, seed, mesh, dtype)
+
+
+_AUTO_DTYPE = {"cpu": "float32"}
+
+
+def lora_config(config: ml_collections.ConfigDict) -> LoraConfig:
+    lora = config.lora
+    return LoraConfig(lora.rank, float(lora.alpha), tuple(lora.target_modules), lora.rslora)
+
+
+def _decoder(config: ml_collections.ConfigDict, model: ModelConfig, dtype: Any) -> Decoder:
+    return Decoder(model, lora_config(config), dtype, config.model.remat, config.model.logits_chunk)
+
+
+def _params_shape(decoder: Decoder, mesh: Mesh, dtype: Any) -> Params:
+    shapes = jax.eval_shape(lambda: init_params(decoder, jax.random.key(0)))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding),
+        shapes,
+        meshes.weight_shardings(mesh, shapes),
+    )
+
+
+def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, dtype: Any) -> Task:
+    data, path, revision = config.data, config.model.path, config.model.revision
+    buckets = tuple(sorted(Bucket(*b) for b in data.buckets))
+    train_records = read_records(data.train, data.train_split)
+    if data.heldout:
+        heldout_records = read_records(data.heldout, data.heldout_split)
+    else:
+        train_records, heldout_records = split_by_prompt(train_records, data.heldout_fraction, seed)
+    if data.train_limit:
+        train_records = limit(train_records, data.train_limit, seed)
+    if data.heldout_limit:
+        # Every seed is judged by the same held-out pairs.
+        heldout_records = limit(heldout_records, data.heldout_limit, 0)
+
+    tokenizer = hf.load_tokenizer(path, revision)
+    longest = max(b.prompt for b in buckets), max(b.response for b in buckets)
+    pool = tokenize(train_records, tokenizer, data.template, *longest, seed)
+    heldout = tokenize(heldout_records, tokenizer, data.template, *longest, seed)
+    decoder = _decoder(config, hf.load_config(path, revision), dtype)
+
+    def load_params() -> Params:
+        return hf.load_model(path, revision, dtype, lambda shapes: meshes.weight_shardings(mesh, shapes))[1]
+
+    return Task(decoder, path, _params_shape(decoder, mesh, dtype), load_params, pool, heldout, buckets)
+
+
+def _synthetic(
+    config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: pathlib.Path | None, dtype: Any
+) -> Task:
+    options = config.synthetic.to_dict()
+    pool_pairs, heldout_pairs = options.pop("pool_pairs"), options.pop("heldout_pairs")
+    task, scratch = SyntheticTask(**options), config.scratch
+    decoder = _decoder(
+        config,
+        ModelConfig(
+            vocab_size=task.vocab_size,
+            hidden_size=scratch.hidden_size,
+            intermediate_size=scratch.intermediate_size,
+            num_layers=scratch.num_layers,
+            num_heads=scratch.num_heads,
+            num_kv_heads=scratch.num_kv_heads,
+            head_dim=scratch.hidden_size // scratch.num_heads,
+        ),
+        dtype,
+    )
+    shape = _params_shape(decoder, mesh, jnp.float32)
+
+    def load_params() -> Params:
+        path = None if cache is None else cache / "base" / f"seed{seed}"
+        if path is not None and path.exists():
+            return checkpoint.restore_tree(path, shape)
+        params = _train_from_scratch(config, task, decoder, mesh, seed)
+        if path is not None:
+            checkpoint.save_tree(path, params)
+        return params
+
+    return Task(
+        decoder,
+        SYNTHETIC,
+        shape,
+        load_params,
+        task.pool(seed, pool_pairs),
+        task.heldout(seed, heldout_pairs),
+        (task.bucket,),
+    )
+
+
+language_model_step = jax.jit(train.language_model_step, static_argnums=(0, 1), donate_argnums=(2, 3))
+
+
+def scratch_optimiser(config: ml_collections.ConfigDict) -> train.OptimiserSpec:
+    return train.OptimiserSpec(config.scratch.learning_rate, "cosine", 0.1)
+
+
+def _train_from_scratch(
+    config: ml_collections.ConfigDict, task: SyntheticTask, decoder: Decoder, mesh: Mesh, seed: int
+) -> Params:
+    """The synthetic task's base model: all weights, on responses of all families and styles alike, without labels."""
+    scratch, spec = config.scratch, scratch_optimiser(config)
+    texts = task.language(seed, scratch.examples)
+    groups = pad_groups(texts, np.arange(texts.num_groups), task.bucket)
+    init = init_params(decoder, jax.random.key(seed))
+    params = jax.device_put(init, meshes.weight_shardings(mesh, init))
+    opt_state = train.init_optimiser(spec, params)
+    rng = np.random.default_rng(seed)
+    size = meshes.round_up(scratch.batch_size, mesh)
+    for step in tqdm(range(scratch.steps), desc="training the base model", unit="step", leave=False):
+        rows = rng.choice(texts.num_groups, size, replace=False)
+        batch = jax.device_put(Groups(*(np.asarray(x)[rows] for x in groups)), meshes.batch(mesh))
+        rate = train.learning_rate(spec, jnp.float32(step), jnp.float32(scratch.steps))
+        params, opt_state, loss = language_model_step(decoder, spec, params, opt_state, batch, rate)
+    print(f"base model of seed {seed}: {float(loss):.3f} nats a token after {scratch.steps} steps")
+    return jax.device_put(params, meshes.weight_shardings(mesh, params))

@@ -1,0 +1,130 @@
+"""The optimiser step: AdamW with clipping and a schedule, on the DPO loss of an adapter, or on all weights of a model."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from activedpo_jax import dpo
+from activedpo_jax.data.groups import Groups
+from activedpo_jax.models.decoder import Decoder, Params
+from activedpo_jax.models.lora import Lora
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimiserSpec:
+    """AdamW (Loshchilov & Hutter 2019) with global-norm clipping; the learning rate warms up linearly, then follows
+    `schedule` down to zero (`linear`, `cosine`) or stays (`constant`)."""
+
+    learning_rate: float
+    schedule: str = "linear"
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DpoSpec:
+    """The DPO recipe of one round."""
+
+    beta: float
+    label_smoothing: float
+    optimiser: OptimiserSpec
+
+
+def learning_rate(spec: OptimiserSpec, step: jax.Array, total: jax.Array) -> jax.Array:
+    """The learning rate at `step` of `total`, which may both be traced: the number of labels grows, the program stays."""
+    warmup = jnp.ceil(spec.warmup_fraction * total)
+    left = (total - step) / jnp.maximum(total - warmup, 1)
+    down = {
+        "linear": left,
+        "cosine": 0.5 * (1 + jnp.cos(jnp.pi * (1 - left))),
+        "constant": jnp.ones_like(left),
+    }[spec.schedule]
+    return spec.learning_rate * jnp.where(step < warmup, (step + 1) / jnp.maximum(warmup, 1), jnp.minimum(down, 1.0))
+
+
+def _transform(spec: OptimiserSpec) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(spec.max_grad_norm),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(spec.weight_decay),
+    )
+
+
+def init_optimiser(spec: OptimiserSpec, weights: Any) -> optax.OptState:
+    return _transform(spec).init(weights)
+
+
+def _update(
+    spec: OptimiserSpec, grads: Any, opt_state: optax.OptState, weights: Any, rate: jax.Array
+) -> tuple[Any, optax.OptState]:
+    updates, opt_state = _transform(spec).update(grads, opt_state, weights)
+    return jax.tree.map(lambda w, u: w - rate * u, weights, updates), opt_state
+
+
+def dpo_step(
+    decoder: Decoder,
+    spec: DpoSpec,
+    params: Params,
+    lora: Lora,
+    opt_state: optax.OptState,
+    groups: Groups,
+    pairs: dpo.Preferences,
+    rate: jax.Array,
+) -> tuple[Lora, optax.OptState, dpo.DpoMetrics]:
+    """One step on a batch of labelled pairs (groups with m = 2) at learning rate `rate`."""
+
+    def objective(lora: Lora) -> tuple[jax.Array, dpo.DpoMetrics]:
+        return dpo.loss(decoder, params, lora, groups, pairs, spec.beta, spec.label_smoothing)
+
+    grads, metrics = jax.grad(objective, has_aux=True)(lora)
+    lora, opt_state = _update(spec.optimiser, grads, opt_state, lora, rate)
+    return lora, opt_state, metrics
+
+
+def language_model_step(
+    decoder: Decoder, spec: OptimiserSpec, params: Params, opt_state: optax.OptState, groups: Groups, rate: jax.Array
+) -> tuple[Params, optax.OptState, jax.Array]:
+    """One step of all weights on the mean negative log-likelihood of the response tokens; returns that loss too."""
+
+    def objective(params: Params) -> jax.Array:
+        logps = decoder.apply({"params": params}, groups, None, True)
+        return -jnp.sum(logps) / jnp.sum(jnp.asarray(groups.response_len))  # type: ignore[arg-type]
+
+    loss, grads = jax.value_and_grad(objective)(params)
+    params, opt_state = _update(spec, grads, opt_state, params, rate)
+    return params, opt_state, loss
+
+
+class BatchSchedule(NamedTuple):
+    """Which labels each step of a round trains on; host arrays of a fixed size, so that every round has one shape."""
+
+    slots: np.ndarray  # [max_steps, B] int32, places in the list of labels
+    weight: np.ndarray  # [max_steps, B] float32, 0 at padding
+    num_steps: int
+    steps_per_epoch: int
+
+
+def batch_schedule(
+    first: int, last: int, epochs: int, batch_size: int, width: int, max_steps: int, seed: int
+) -> BatchSchedule:
+    """Shuffled epochs over the labels [first, last), every label once an epoch, the last batch of an epoch smaller.
+
+    Args:
+      width: B, at least `batch_size`: the padded batch that the mesh divides.
+    """
+    rng = np.random.default_rng(seed)
+    per_epoch = -(-(last - first) // batch_size)
+    slots = np.zeros((max_steps, width), np.int32)
+    weight = np.zeros((max_steps, width), np.float32)
+    for epoch in range(epochs):
+        order = first + rng.permutation(last - first)
+        for i in range(per_epoch):
+            batch = order[i * batch_size : (i + 1) * batch_size]
+            slots[epoch * per_epoch + i, : len(batch)] = batch
+            weight[epoch * per_epoch + i, : len(batch)] = 1.0
+    return BatchSchedule(slots, weight, epochs * per_epoch, per_epoch)

@@ -1,0 +1,70 @@
+"""The sketch against its definition and its promises: linear, unbiased, error 1/√D."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from activedpo_jax.sketch import rademacher_projection, tiled_count_sketch
+from tests.tiny import relative_error
+
+
+def sketch(grads: np.ndarray, dim: int, seed: int = 0, layer: int = 0, name: str = "q_proj/a") -> np.ndarray:
+    return np.asarray(tiled_count_sketch(jnp.asarray(grads), dim, jnp.uint32(seed), jnp.int32(layer), name))
+
+
+# Fewer entries than D, exactly one tile, several with a rest (unrolled), many (looped).
+@pytest.mark.parametrize(("rows", "columns", "dim"), [(3, 5, 64), (8, 8, 64), (11, 13, 64), (37, 41, 64)])
+def test_each_entry_goes_to_one_place_with_a_sign(rows: int, columns: int, dim: int) -> None:
+    n = rows * columns
+    matrix = sketch(np.eye(n, dtype=np.float32).reshape(n, rows, columns), dim)  # [n, D]: the linear map itself
+    assert np.array_equal(np.sort(np.abs(matrix), axis=1)[:, -2:], np.tile([0.0, 1.0], (n, 1)))
+    place, sign = np.abs(matrix).argmax(axis=1), matrix.sum(axis=1)
+    # Within a tile the entries are a rotation, so none meet.
+    for start in range(0, n, dim):
+        tile = place[start : start + dim]
+        assert np.array_equal((tile - tile[0]) % dim, np.arange(len(tile)))
+    assert abs(sign.sum()) < 5 * np.sqrt(n)
+
+
+def test_is_linear() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 4, 9, 31)).astype(np.float32)
+    assert relative_error(sketch(2 * a - 3 * b, 50), 2 * sketch(a, 50) - 3 * sketch(b, 50)) < 1e-5
+
+
+def test_inner_products_are_unbiased_with_error_one_over_root_d() -> None:
+    rng = np.random.default_rng(1)
+    dim, seeds = 64, 2000
+    a = rng.normal(size=(20, 50)).astype(np.float32)
+    b = (0.5 * a + rng.normal(size=a.shape)).astype(np.float32)
+    both = jnp.asarray(np.stack([a, b]))
+    one = lambda s: tiled_count_sketch(both, dim, s, jnp.int32(0), "x")  # noqa: E731
+    out = np.asarray(jax.jit(jax.vmap(one))(jnp.arange(seeds, dtype=jnp.uint32)), np.float64)
+    estimates = np.einsum("sd,sd->s", out[:, 0], out[:, 1])
+    truth, scale = float(np.vdot(a, b)), float(np.linalg.norm(a) * np.linalg.norm(b))
+    assert abs(estimates.mean() - truth) < 4 * estimates.std() / np.sqrt(seeds)
+    assert estimates.std() < 1.6 * scale / np.sqrt(dim)  # √(1 + cos²) / √D at most, and some room
+
+
+def test_seed_layer_and_matrix_each_give_another_sketch() -> None:
+    grads = np.random.default_rng(2).normal(size=(1, 8, 40)).astype(np.float32)
+    base = sketch(grads, 64)
+    assert np.array_equal(base, sketch(grads, 64))
+    for other in (sketch(grads, 64, seed=1), sketch(grads, 64, layer=1), sketch(grads, 64, name="q_proj/b")):
+        cosine = np.vdot(base, other) / np.linalg.norm(base) / np.linalg.norm(other)
+        assert abs(cosine) < 0.6
+
+
+def test_examples_of_a_batch_do_not_touch() -> None:
+    grads = np.random.default_rng(3).normal(size=(5, 8, 40)).astype(np.float32)
+    for i in range(5):
+        assert np.array_equal(sketch(grads, 64)[i : i + 1], sketch(grads[i : i + 1], 64))
+
+
+def test_dense_reference_keeps_inner_products() -> None:
+    rng = np.random.default_rng(4)
+    grads = jnp.asarray(rng.normal(size=(2, 10, 30)).astype(np.float32))
+    projected = rademacher_projection([("x", grads)], 4096, jnp.uint32(0), jnp.int32(0))
+    exact, kept = np.asarray(grads.reshape(2, -1)), np.asarray(projected)
+    assert np.abs(kept @ kept.T - exact @ exact.T).max() < 5 / np.sqrt(4096) * np.square(exact).sum(1).max()
