@@ -54,6 +54,7 @@ def test_bradley_terry(temperature: float, margin: float) -> None:
     assert abs(np.mean(labels == 0) - first) < 4 * (first * (1 - first) / 4000) ** 0.5
 
 
+@pytest.mark.filterwarnings("error")  # of an overflow
 def test_bradley_terry_far_apart() -> None:
     labels = answers(make_pool([-1, -1], [[3e38, -3e38], [-3e38, 3e38]]), "bradley_terry", 0.0, 1e-3, 0)
     assert labels.tolist() == [0, 1]

@@ -184,11 +184,11 @@ def test_all_sources_give_the_same_records(tmp_path: pathlib.Path, monkeypatch: 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = [
         {"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN], "score_chosen": 1.5, "score_rejected": -1.0},
-        {"prompt": [SYSTEM, USER], "chosen": [GREEN], "rejected": [BLUE]},
+        {"prompt": [SYSTEM, {**USER, "name": "Ann"}], "chosen": [GREEN], "rejected": [BLUE]},
     ]
     (tmp_path / "folder").mkdir()
     expected = read_records(write(tmp_path / "folder", *rows))
-    data = datasets.Dataset.from_list(rows)  # has null scores in the second row
+    data = datasets.Dataset.from_list(rows)  # has null scores in the second row, null names in other messages
     data.to_parquet(str(tmp_path / "data.parquet"))
     data.save_to_disk(str(tmp_path / "saved"))
     datasets.DatasetDict({"train": data, "other": data.select([1])}).save_to_disk(str(tmp_path / "splits"))
@@ -206,10 +206,11 @@ def test_all_sources_give_the_same_records(tmp_path: pathlib.Path, monkeypatch: 
 
 def test_ids_are_of_the_content_without_the_label(tmp_path: pathlib.Path) -> None:
     swapped, other = {**GOOD, "chosen": "y", "rejected": "x"}, {**GOOD, "rejected": "z"}
-    records = read_records(write(tmp_path, GOOD, other, GOOD, swapped))
+    unlabelled = {"prompt": "p", "responses": ["y", "x"]}
+    records = read_records(write(tmp_path, GOOD, other, GOOD, swapped, unlabelled))
     a, b = records[0].id, records[1].id
     assert a != b and "#" not in a
-    assert [r.id for r in records] == [a, b, f"{a}#2", f"{a}#3"]
+    assert [r.id for r in records] == [a, b, f"{a}#2", f"{a}#3", f"{a}#4"]
     # Work directories know their pairs by these names: printf '["p", ["x", "y"]]' | b2sum -l 64
     assert a == "3db124d321fa7ca3"
 

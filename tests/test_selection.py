@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -47,9 +47,11 @@ def dense_greedy(
     for _ in range(min(num_picks, int(available.sum()))):
         tied = scores >= scores.max() - 1e-9 * max(scores.max(), 1e-9)
         row = int(np.flatnonzero(tied)[0])
-        rest = (scores[row] - scores) / np.maximum(unit, 1e-300)
+        rest = (scores[row] - scores) / np.maximum(np.maximum(unit, unit[row]), 1e-300)
         margin = min(margin, rest[~tied].min(initial=np.inf))
-        rows.append(row), picked.append(scores[row]), ties.append(tied.sum())  # type: ignore[func-returns-value]
+        rows.append(row)
+        picked.append(scores[row])
+        ties.append(tied.sum())
         u = inverse @ phi[row]
         inverse -= np.outer(u, u) / (1 + scores[row])
         scores = scores - (phi @ u) ** 2 / (1 + scores[row])
@@ -58,7 +60,7 @@ def dense_greedy(
 
 
 def pick(features: Any, available: Any, posterior: Any, lam: float, **static: Any) -> Picks:
-    return Picks(*map(np.asarray, greedy(features, available, posterior, lam, **static)))
+    return jax.tree.map(np.asarray, greedy(features, available, posterior, lam, **static))
 
 
 def nothing_known(dim: int) -> np.ndarray:
@@ -109,9 +111,7 @@ def test_the_large_pool_is_a_test() -> None:
     assert reference.margin > 4
 
 
-@pytest.mark.parametrize(
-    ("shape", "block"), [*((shape, 16) for shape in SHAPES), ((1, 1, 1), 1024), ((2, 2, 2), 1024)]
-)
+@pytest.mark.parametrize(("shape", "block"), [*((shape, 16) for shape in SHAPES), ((1, 1, 1), 1024), ((2, 2, 2), 1024)])
 def test_picks_are_those_of_the_dense_loop(shape: tuple[int, int, int], block: int) -> None:
     features, available, labelled, reference = large_pool()
     mesh = mesh_of(shape)
@@ -144,7 +144,7 @@ def test_ties_go_to_the_lowest_row(kind: str, shape: tuple[int, int, int]) -> No
     features = {
         "equal": np.tile(rows[0], (n, 1)),
         "zero": np.zeros((n, dim), np.float32),
-        "three": rows[np.arange(n) % 3] * np.float32([0.5, 2.0, 1.0])[np.arange(n) % 3][:, None],
+        "three": rows[np.arange(n) % 3] * np.array([0.5, 2.0, 1.0], np.float32)[np.arange(n) % 3, None],
         "orthogonal": np.eye(dim, dtype=np.float32)[rng.permutation(dim)[:n]],
     }[kind]
     available = np.arange(n) % 5 != 0
@@ -186,9 +186,7 @@ def test_too_few_rows(shape: tuple[int, int, int]) -> None:
 def test_numbers_that_are_not_finite_are_not_ranked(shape: tuple[int, int, int]) -> None:
     features = np.ones((20, 4), np.float32)
     features[13, 2] = np.inf
-    picks = pick(
-        features, np.ones(20, bool), nothing_known(4), 1.0, num_picks=3, block=16, mesh=mesh_of(shape)
-    )
+    picks = pick(features, np.ones(20, bool), nothing_known(4), 1.0, num_picks=3, block=16, mesh=mesh_of(shape))
     assert picks.rows.tolist() == [-1, -1, -1] and np.isnan(picks.scores).all()
 
 
@@ -207,7 +205,7 @@ def test_bad_arguments_are_named() -> None:
 
 # ---------------------------------------------------------------------------------------------------- properties
 
-# Small integers: ties are exact and common, and what is not tied is far apart.
+# Small integers: ties are exact and common, and what is not tied is nearly always too far apart for float32 to confuse.
 N, D, K = 24, 5, 6
 INTEGER_ROWS = st.lists(
     st.lists(st.integers(-2, 2), min_size=D, max_size=D), min_size=N, max_size=N
@@ -229,6 +227,7 @@ def test_small_pools_of_ties(
     posterior = jax.jit(condition)(features, known, lam)
     picks = pick(features, available, np.asarray(posterior), lam, num_picks=K, block=how[1], mesh=mesh_of(how[0]))
     expected = dense_greedy(features, available, features[known], lam, K)
+    assume(expected.margin > 4)
     filled = min(K, int(available.sum()))
     assert picks.rows.tolist() == expected.rows.tolist() + [-1] * (K - filled)
     np.testing.assert_allclose(picks.scores[:filled], expected.scores, rtol=1e-4, atol=1e-5)
@@ -349,7 +348,7 @@ def test_random_is_uniform_without_replacement() -> None:
     assert not np.asarray(picks.scores).any()
     included, ordered = uniformity(rows, choices)
     assert included > 1e-3 and ordered > 1e-3
-    # The same test finds a sampler out that is 3% unfair to one row, and one that hands over its picks in row order.
+    # The same test finds out a sampler that drops an eighth of one row's batches, and one that sorts its picks.
     unfair = rows[~((rows == choices[4]).any(axis=1) & (np.arange(len(rows)) % 8 == 0))]
     assert uniformity(unfair, choices)[0] < 1e-3
     assert uniformity(np.sort(rows, axis=1), choices)[1] < 1e-3

@@ -68,6 +68,14 @@ def test_plain_ids_are_those_of_the_joint_text(bos: bool) -> None:
     assert pool.notes == []
 
 
+def test_a_response_does_not_begin_a_text_of_its_own() -> None:
+    spaced = make_tokenizer(space=True)  # as SentencePiece does, it puts a space before the first word of a text
+    pool = tokenize([make("the sky\n", "is blue", "is green")], spaced, "plain", MANY, MANY, 0)
+    ids = pool.response_tokens[0][0][:-1]
+    assert spaced.decode(ids) == "is blue" and spaced.decode(spaced.encode("is blue")) == " is blue"
+    assert spaced.decode(pool.prompt_tokens[0]) == " the sky\n"
+
+
 @given(st.integers(5, 40), st.sampled_from([CHATML, BOS_CHATML]))
 @settings(deadline=None, max_examples=40)
 def test_a_long_prompt_loses_its_beginning_only(size: int, chat_template: str) -> None:

@@ -29,9 +29,12 @@ def _trained() -> str:
     return str(tokenizer.to_str())
 
 
-def make_tokenizer(chat_template: str | None = None, bos: bool = False, eos: str | None = "</s>") -> Any:
-    """The tokenizer, with a chat template or none, putting BOS before texts of its own accord or not."""
+def make_tokenizer(
+    chat_template: str | None = None, bos: bool = False, eos: str | None = "</s>", space: bool = False
+) -> Any:
+    """The tokenizer, with a chat template or none, putting BOS or a space before texts of its own accord or not."""
     tokenizer = Tokenizer.from_str(_trained())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))]

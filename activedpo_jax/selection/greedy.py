@@ -46,7 +46,7 @@ class Picks(NamedTuple):
 
 
 class _State(NamedTuple):
-    count: jax.Array  # picks made
+    made: jax.Array  # number of picks so far
     picks: Picks
     new: jax.Array  # [K rounded up, D]: the rows that the picks append to W; zero for those still to come
 
@@ -151,7 +151,7 @@ def _greedy(
         # The score once more, from φ and W, which are the same numbers on every device and every mesh.
         score = jnp.maximum(jnp.dot(phi, v, precision=HIGHEST), 0.0)
         w = v / jnp.sqrt(1.0 + score)
-        k = state.count
+        k = state.made
         picks = Picks(state.picks.rows.at[k].set(row), state.picks.scores.at[k].set(score))
         return _State(k + 1, picks, state.new.at[k].set(w)), w
 
@@ -160,7 +160,7 @@ def _greedy(
 
     def one_block(carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
         state, scores = carry
-        start = state.count
+        start = state.made
         # The first pick is made among all rows, whose scores are exact now: there is always progress, and ties that
         # spread beyond the blocks are seen.
         row = lowest_tied(best_of(scores), scores, tolerance, rows)
@@ -175,7 +175,7 @@ def _greedy(
 
         def more(carry: tuple[_State, jax.Array, jax.Array]) -> jax.Array:
             state, _, best = carry
-            return (state.count < limit) & (best > outside)
+            return (state.made < limit) & (best > outside)
 
         def one_pick(carry: tuple[_State, jax.Array, jax.Array]) -> tuple[_State, jax.Array, jax.Array]:
             state, held_scores, best = carry
@@ -194,18 +194,16 @@ def _greedy(
                 some = jax.lax.dynamic_slice_in_dim(fresh, k * _REFRESH_TILE, _REFRESH_TILE)
                 return by + explained(features, some)
 
-            first, end = start // _REFRESH_TILE, -(-state.count // _REFRESH_TILE)
+            first, end = start // _REFRESH_TILE, -(-state.made // _REFRESH_TILE)
             by = jax.lax.fori_loop(first, end, tile, jnp.zeros_like(scores))
             picked = state.picks.rows - first_row
             picked = jnp.where((picked >= 0) & (picked < num_local), picked, num_local)
             return lowered(scores, by).at[picked].set(-jnp.inf, mode="drop")
 
-        return state, jax.lax.cond(state.count < limit, refresh, lambda: scores)
+        return state, jax.lax.cond(state.made < limit, refresh, lambda: scores)
 
-    nothing = Picks(
-        jnp.full(num_picks, -1, jnp.int32), jnp.where(broken, jnp.nan, jnp.zeros(num_picks, jnp.float32))
-    )
+    nothing = Picks(jnp.full(num_picks, -1, jnp.int32), jnp.where(broken, jnp.nan, jnp.zeros(num_picks, jnp.float32)))
     capacity = -(-num_picks // _REFRESH_TILE) * _REFRESH_TILE
     state = _State(jnp.int32(0), nothing, jnp.zeros((capacity, features.shape[1]), jnp.float32))
-    state, _ = jax.lax.while_loop(lambda carry: carry[0].count < limit, one_block, (state, scores))
+    state, _ = jax.lax.while_loop(lambda carry: carry[0].made < limit, one_block, (state, scores))
     return state.picks

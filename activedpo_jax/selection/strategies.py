@@ -63,9 +63,7 @@ def _activedpo(
     return greedy(features, available, posterior, lam, num_picks=num_picks, block=block, mesh=mesh)
 
 
-def _random(
-    evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh
-) -> Picks:
+def _random(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh) -> Picks:
     """Uniform without replacement, with score 0: the baseline that all must beat.
 
     Every row draws a ticket from the key and its own number, and the lowest tickets win.  So the picks do not depend on

@@ -1,0 +1,232 @@
+"""Hugging Face in: a model directory or a Hub name becomes a config, sharded parameters and a tokenizer.
+
+A checkpoint is checked as a whole from the headers of its files, then read leaf by leaf: host memory holds one leaf of
+the parameter tree at a time.
+"""
+
+import pathlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  gives NumPy the bfloat16 that safetensors reads into
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from activedpo_jax.models.config import LoraConfig, ModelConfig
+from activedpo_jax.models.decoder import Decoder, Params, init_params
+from activedpo_jax.models.families import Family, Weight, family, model_config
+from activedpo_jax.workdir import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+_DTYPES = ("F64", "F32", "F16", "BF16")  # anything else is a quantised checkpoint
+
+
+class Tensor(NamedTuple):
+    """What the header of a safetensors file says of one tensor."""
+
+    file: pathlib.Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def load_config(path: str, revision: str = "") -> ModelConfig:
+    """The decoder that a model's `config.json` describes.
+
+    Args:
+      path: a directory, or a name on the Hub.
+      revision: branch, tag or commit on the Hub; empty: the default branch.
+
+    Raises:
+      ValueError: there is no such model, or it has a feature that is not supported.
+    """
+    return _read_config(_fetch(path, revision, [_CONFIG]))[1]
+
+
+def load_tokenizer(path: str, revision: str = "") -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model, with its chat template if it has one; arguments and errors as of `load_config`."""
+    from transformers import AutoTokenizer  # imports for seconds, which a run without a tokenizer need not wait for
+
+    _refuse_missing_directory(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision or None)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{_named(path, revision)}: no tokenizer that transformers can load: {error}") from error
+
+
+def load_model(
+    path: str,
+    revision: str = "",
+    dtype: Any = jnp.float32,
+    shardings: Callable[[Params], Any] | None = None,
+) -> tuple[ModelConfig, Params]:
+    """A model from safetensors, single or sharded.
+
+    Args:
+      path, revision: as of `load_config`.
+      dtype: that the parameters are converted to.
+      shardings: takes the parameter tree as `jax.ShapeDtypeStruct`s and returns a `jax.sharding.Sharding` for each;
+        None: all on the default device.
+
+    Returns:
+      The config, and the parameters of `Decoder` ([in, out] kernels, stacked over layers).
+
+    Raises:
+      ValueError: there is no such model; it has a feature that is not supported; tensors are missing, misshapen,
+        quantised, or not of this family.
+    """
+    folder = _fetch(path, revision, [_CONFIG, _INDEX])
+    this, config = _read_config(folder)
+    files = _weight_files(folder)
+    # Of a model on the Hub only the small files are here yet.
+    folder = _fetch(path, revision, [_CONFIG, _INDEX, *files])
+
+    decoder = Decoder(config, LoraConfig())
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype),
+        jax.eval_shape(lambda: init_params(decoder, jax.random.key(0))),
+    )
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    weights = [this.weights[tuple(k.key for k in keys)] for keys, _ in leaves]
+    tensors = _headers([folder / name for name in files])
+    _check(tensors, weights, [x.shape for _, x in leaves], config, folder)
+
+    places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings(shapes))
+    params = []
+    total = sum(len(_names(w, x.shape)) for w, (_, x) in zip(weights, leaves, strict=True))
+    with tqdm(total=total, desc=f"loading {path}", unit="tensor", leave=False) as bar:
+        for weight, (_, leaf), place in zip(weights, leaves, places, strict=True):
+            host = _read_leaf(tensors, weight, leaf, bar)
+            # Wait: a transfer that is still under way would keep this leaf in host memory beside the next one.
+            params.append(jax.block_until_ready(jax.device_put(host, place)))
+    return config, jax.tree.unflatten(structure, params)
+
+
+def _named(path: str, revision: str) -> str:
+    return f"{path} (revision {revision})" if revision else path
+
+
+def _refuse_missing_directory(path: str) -> None:
+    """A Hub name is `name` or `owner/name`; anything else that is not a directory is a directory misspelt."""
+    looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
+    if looks_local and not pathlib.Path(path).is_dir():
+        raise ValueError(f"{path}: no such directory; expected a Hugging Face model directory: set config.model.path")
+
+
+def _fetch(path: str, revision: str, patterns: Sequence[str]) -> pathlib.Path:
+    """The directory of a model: `path` itself, or the Hub's files that match, downloaded unless they are cached."""
+    _refuse_missing_directory(path)
+    if pathlib.Path(path).is_dir():
+        return pathlib.Path(path)
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(path, revision=revision or None, allow_patterns=list(patterns))
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{_named(path, revision)}: neither a directory here, nor to be had from the Hugging Face Hub: set config.model.path or "
+            f"config.model.revision ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _read_config(folder: pathlib.Path) -> tuple[Family, ModelConfig]:
+    file = folder / _CONFIG
+    if not file.exists():
+        raise ValueError(f"{folder}: no {_CONFIG}; expected a Hugging Face model directory: set config.model.path")
+    hf_config = read_json(file)
+    try:
+        return family(hf_config), model_config(hf_config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _weight_files(folder: pathlib.Path) -> list[str]:
+    """Names of the checkpoint's files: those of the index if there is one, else the single file."""
+    index = folder / _INDEX
+    if not index.exists():
+        return [_SINGLE]
+    return sorted(set(read_json(index)["weight_map"].values()))
+
+
+def _headers(files: Sequence[pathlib.Path]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if not file.exists():
+            others = [p.name for p in file.parent.glob("*.bin")]
+            raise ValueError(
+                f"{file}: no such file; expected the model's weights as safetensors"
+                + (f" (there is {others[0]}: convert it)" if others else ": download it again")
+            )
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                for name in opened.keys():  # noqa: SIM118  not a mapping
+                    part = opened.get_slice(name)
+                    tensors[name] = Tensor(file, tuple(part.get_shape()), part.get_dtype())
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a whole safetensors file ({error}): download it again") from error
+    return tensors
+
+
+def _names(weight: Weight, shape: Sequence[int]) -> list[str]:
+    """The tensors of one leaf of the parameter tree."""
+    return [weight.name.format(layer=i) for i in range(shape[0])] if "{layer}" in weight.name else [weight.name]
+
+
+def _check(
+    tensors: Mapping[str, Tensor],
+    weights: Sequence[Weight],
+    shapes: Sequence[tuple[int, ...]],
+    config: ModelConfig,
+    folder: pathlib.Path,
+) -> None:
+    """Holds the checkpoint to the config: every tensor, of the right shape, and no other."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for weight, shape in zip(weights, shapes, strict=True):
+        one = shape[1:] if "{layer}" in weight.name else shape
+        expected |= dict.fromkeys(_names(weight, shape), one[::-1] if weight.transposed else one)
+
+    faults = []
+    for name, shape in expected.items():
+        if name not in tensors:
+            faults.append(f"{folder}: missing tensor {name}, expected with shape {list(shape)}")
+            continue
+        file, found, dtype = tensors[name]
+        if found != shape:
+            faults.append(f"{file}: tensor {name} has shape {list(found)}; {_CONFIG} says {list(shape)}")
+        if dtype not in _DTYPES:
+            faults.append(f"{file}: tensor {name} is {dtype}; expected one of {', '.join(_DTYPES)}")
+    for name in sorted(tensors.keys() - expected.keys()):
+        # Tables that older versions of transformers saved, and the second name of a tied table, say nothing new.
+        if name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
+            continue
+        file, found, _ = tensors[name]
+        faults.append(f"{file}: unexpected tensor {name} of shape {list(found)}, which {_CONFIG} has no place for")
+    if faults:
+        more = [f"... and {len(faults) - 5} more such"] if len(faults) > 5 else []
+        raise ValueError("\n".join(["the checkpoint does not match its config:", *faults[:5], *more]))
+
+
+def _read_leaf(
+    tensors: Mapping[str, Tensor], weight: Weight, leaf: jax.ShapeDtypeStruct, bar: "tqdm[Any]"
+) -> np.ndarray:
+    names = _names(weight, leaf.shape)
+    stacked = np.empty(leaf.shape, leaf.dtype)
+    slots = stacked if "{layer}" in weight.name else stacked[None]
+    by_file: dict[pathlib.Path, list[tuple[int, str]]] = defaultdict(list)
+    for i, name in enumerate(names):
+        by_file[tensors[name].file].append((i, name))
+    # A file is opened anew for each leaf, which lets go of the pages that the leaf before has read.
+    for file, parts in by_file.items():
+        with safe_open(file, framework="numpy") as opened:
+            for i, name in parts:
+                tensor = opened.get_tensor(name)
+                slots[i] = tensor.T if weight.transposed else tensor
+                bar.update()
+    return stacked

@@ -1,0 +1,371 @@
+"""Models as `transformers` saves them are read right, or refused by name."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from activedpo_jax import mesh as meshes
+from activedpo_jax.data.groups import Groups
+from activedpo_jax.models import hf
+from activedpo_jax.models.config import LoraConfig, ModelConfig, RopeScaling
+from activedpo_jax.models.decoder import Decoder
+from activedpo_jax.models.families import model_config
+from tests import tiny
+from tests.tiny_tokenizer import CHATML, make_tokenizer
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    # Of the four wavelengths of a head of 8, the shortest is kept, the next interpolated, and two are stretched.
+    "original_max_position_embeddings": 64,
+}
+
+
+def tiny_llama(folder: pathlib.Path, max_shard_size: str = "1GB", **changes: Any) -> Any:
+    """A random model, far from the linear range of its attention and gates, saved to a folder."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": tiny.MODEL.vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**{**shape, **heads, "initializer_range": 0.2, **changes})).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
+
+
+def torch_logps(model: Any, batch: Groups) -> np.ndarray:
+    """[G, m, R]: each response after its prompt in a plain forward pass of its own, without any padding."""
+    groups = jax.tree.map(np.asarray, batch)
+    out = np.zeros(groups.response_ids.shape, np.float32)
+    for g, several in enumerate(groups.response_ids):
+        length = groups.prompt_len[g]
+        prompt = groups.prompt_ids[g, groups.prompt_ids.shape[1] - length :]
+        for j, response in enumerate(several):
+            response = response[: groups.response_len[g, j]]
+            ids = torch.tensor(np.concatenate([prompt, response])[None], dtype=torch.long)
+            with torch.no_grad():
+                logps = model(input_ids=ids).logits[0].float().log_softmax(-1)
+            targets = ids[0, length:, None]
+            out[g, j, : len(response)] = logps[length - 1 : -1].gather(1, targets)[:, 0].numpy()
+    return out
+
+
+def load_decoder(folder: pathlib.Path) -> tuple[Decoder, Any]:
+    config, params = hf.load_model(str(folder))
+    return Decoder(config, LoraConfig()), params
+
+
+# --- Log-probs
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompt"),
+    [
+        ({"tie_word_embeddings": True}, 9),
+        ({"tie_word_embeddings": False, "num_key_value_heads": 4, "rms_norm_eps": 1e-2}, 9),
+        ({"tie_word_embeddings": False, "num_key_value_heads": 1, "head_dim": 16}, 9),
+        ({"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 500.0}}, 100),
+        ({"tie_word_embeddings": True, "rope_parameters": LLAMA3}, 400),
+    ],
+    ids=["tied", "untied, no groups", "one key head, own head size", "rope_theta", "llama3 rope, long"],
+)
+def test_log_probs_equal_those_of_transformers(tmp_path: pathlib.Path, changes: Any, prompt: int) -> None:
+    model = tiny_llama(tmp_path, **changes)
+    decoder, params = load_decoder(tmp_path)
+    batch = tiny.groups(seed=1, count=4, m=3, prompt=prompt, response=8)
+    assert len(set(batch.prompt_len)) > 2 and len(set(batch.response_len.ravel())) > 2
+    logps = np.asarray(jax.jit(decoder.apply)({"params": params}, batch))
+    np.testing.assert_allclose(logps, torch_logps(model, batch), rtol=0, atol=1e-4)
+
+
+def test_smollm2_log_probs_equal_those_of_transformers() -> None:
+    folder = os.environ.get("ACTIVEDPO_SMOLLM2", "")
+    if not pathlib.Path(folder, "config.json").is_file():
+        pytest.skip("set ACTIVEDPO_SMOLLM2 to a directory that holds SmolLM2-135M-Instruct")
+    tokenizer: Any = hf.load_tokenizer(folder)
+    talks = [
+        ("What is the capital of France?", ["The capital of France is Paris.", "I do not know"]),
+        ("Name three animals, and say of each in one sentence where it lives.", ["A cat. " * 20, "Dog, cow"]),
+    ]
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False)
+        for q, _ in talks
+    ]
+    prompt_ids = [tokenizer(p)["input_ids"] for p in prompts]
+    response_ids = [[[*tokenizer(r)["input_ids"], tokenizer.eos_token_id] for r in rs] for _, rs in talks]
+    batch = pad(prompt_ids, response_ids)
+    decoder, params = load_decoder(pathlib.Path(folder))
+    logps = np.asarray(jax.jit(decoder.apply)({"params": params}, batch))
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    np.testing.assert_allclose(logps, torch_logps(model, batch), rtol=0, atol=1e-4)
+
+
+def pad(prompts: list[list[int]], responses: list[list[list[int]]]) -> Groups:
+    width, length = max(map(len, prompts)), max(len(r) for rs in responses for r in rs)
+    return Groups(
+        np.array([[0] * (width - len(p)) + p for p in prompts], np.int32),
+        np.array([len(p) for p in prompts], np.int32),
+        np.array([[r + [0] * (length - len(r)) for r in rs] for rs in responses], np.int32),
+        np.array([[len(r) for r in rs] for rs in responses], np.int32),
+    )
+
+
+# --- Tensors
+
+
+@pytest.mark.parametrize("shard", ["1GB", "10KB"], ids=["single", "sharded"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_every_tensor_comes_to_its_place(tmp_path: pathlib.Path, tied: bool, shard: str) -> None:
+    model = tiny_llama(tmp_path, shard, tie_word_embeddings=tied)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 3) == (shard == "10KB")
+    config, params = hf.load_model(str(tmp_path))
+    tensors = {name: t.numpy() for name, t in model.state_dict().items()}
+
+    def stacked(name: str) -> np.ndarray:
+        return np.stack([tensors[f"model.layers.{i}.{name}.weight"] for i in range(3)])
+
+    kernels = {f"{m}_proj": stacked(f"self_attn.{m}_proj") for m in "qkvo"}
+    kernels |= {f"{m}_proj": stacked(f"mlp.{m}_proj") for m in ("gate", "up", "down")}
+    expected: dict[str, Any] = {
+        "embed": {"embedding": tensors["model.embed_tokens.weight"]},
+        "layers": {
+            "input_norm": {"scale": stacked("input_layernorm")},
+            "post_attention_norm": {"scale": stacked("post_attention_layernorm")},
+            **{name: {"kernel": kernel.swapaxes(1, 2)} for name, kernel in kernels.items()},
+        },
+        "final_norm": {"scale": tensors["model.norm.weight"]},
+    }
+    if not tied:
+        expected["lm_head"] = {"embedding": tensors["lm_head.weight"]}
+    assert config.tie_embeddings == tied
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bfloat16_checkpoints(tmp_path: pathlib.Path, dtype: str) -> None:
+    model = tiny_llama(tmp_path)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    _, params = hf.load_model(str(tmp_path), dtype=jnp.dtype(dtype))
+    assert {x.dtype.name for x in jax.tree.leaves(params)} == {dtype}
+    kernel = np.asarray(params["layers"]["k_proj"]["kernel"][1], np.float32)
+    weight = model.model.layers[1].self_attn.k_proj.weight.detach().float().numpy()
+    np.testing.assert_array_equal(kernel, weight.T)
+
+
+def test_parameters_are_placed_as_asked(tmp_path: pathlib.Path) -> None:
+    tiny_llama(tmp_path)
+    mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 1, "fsdp": 4, "tensor": 2}))
+    _, params = hf.load_model(str(tmp_path), shardings=lambda shapes: meshes.weight_shardings(mesh, shapes))
+    wanted = meshes.weight_shardings(mesh, params)
+    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, params, wanted))
+    kernel = params["layers"]["up_proj"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (3, 8, 24)
+    np.testing.assert_array_equal(kernel, hf.load_model(str(tmp_path))[1]["layers"]["up_proj"]["kernel"])
+
+
+def edit(folder: pathlib.Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_tensors_that_say_nothing_new_are_left_out(tmp_path: pathlib.Path) -> None:
+    tiny_llama(tmp_path, tie_word_embeddings=True)
+    clean = hf.load_model(str(tmp_path))[1]
+    old = {"lm_head.weight": np.ones((97, 32)), "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)}
+    edit(tmp_path, lambda t: t.update(old))
+    jax.tree.map(np.testing.assert_array_equal, hf.load_model(str(tmp_path))[1], clean)
+
+
+NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(GATE), rf"missing tensor {GATE}, expected with shape \[48, 32\]"),
+        (lambda t: t.pop("lm_head.weight"), r"missing tensor lm_head.weight, expected with shape \[97, 32\]"),
+        (lambda t: t.update({GATE: t[GATE].T.copy()}), rf"{GATE} has shape \[32, 48\].*\[48, 32\]"),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.ones(32)}),
+            r"model.safetensors: unexpected tensor model.layers.0.self_attn.q_proj.bias of shape \[32\]",
+        ),
+        # One layer more than the config has.
+        (lambda t: t.update({GATE.replace("1", "3"): t[GATE]}), "unexpected tensor model.layers.3.mlp.gate_proj"),
+        (lambda t: t.update({NORM: np.ones(32, np.int8)}), f"model.safetensors: tensor {NORM} is I8; expected .*F32"),
+    ],
+    ids=["missing", "missing head", "misshapen", "extra", "extra layer", "quantised"],
+)
+def test_a_checkpoint_that_does_not_match_is_refused(tmp_path: pathlib.Path, change: Any, message: str) -> None:
+    tiny_llama(tmp_path, tie_word_embeddings=False)
+    edit(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        hf.load_model(str(tmp_path))
+
+
+def test_of_many_faults_the_first_are_named_and_the_others_counted(tmp_path: pathlib.Path) -> None:
+    tiny_llama(tmp_path)
+    edit(tmp_path, lambda t: [t.pop(name) for name in list(t) if "mlp" in name])
+    with pytest.raises(ValueError, match="and 4 more such"):
+        hf.load_model(str(tmp_path))
+
+
+def cut_short(folder: pathlib.Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def only_torch_weights(folder: pathlib.Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_short, "model.safetensors: not a whole safetensors file"),
+        (only_torch_weights, "model.safetensors: no such file.*pytorch_model.bin"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+    ],
+    ids=["cut short", "torch only", "no config"],
+)
+def test_an_incomplete_directory_is_refused(tmp_path: pathlib.Path, damage: Any, message: str) -> None:
+    tiny_llama(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        hf.load_model(str(tmp_path))
+
+
+def test_a_missing_shard_is_named(tmp_path: pathlib.Path) -> None:
+    tiny_llama(tmp_path, "10KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"{shard.name}: no such file"):
+        hf.load_model(str(tmp_path))
+
+
+# --- Configs
+
+MINIMAL = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+
+
+def test_what_a_config_leaves_out_is_what_transformers_takes() -> None:
+    full = LlamaConfig(**{k: v for k, v in MINIMAL.items() if k != "model_type"}).to_dict()
+    assert len(full) > 2 * len(MINIMAL)
+    assert model_config(MINIMAL) == model_config(full)
+    assert model_config(MINIMAL) == ModelConfig(97, 32, 48, 3, 4, 4, 8, 1e-6, 10_000.0, None, False)
+
+
+def test_rope_settings_of_old_and_new_transformers() -> None:
+    fields = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+    old = {**MINIMAL, "rope_theta": 5e5, "rope_scaling": fields}
+    older = {**MINIMAL, "rope_theta": 5e5, "rope_scaling": {"type": "llama3", **fields}}
+    new = {**MINIMAL, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}
+    for hf_config in (old, older, new):
+        config = model_config(hf_config)
+        assert config.rope_theta == 5e5
+        assert config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
+    assert model_config({**MINIMAL, "rope_theta": 5e5, "rope_scaling": None}).rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type is 'mamba'; .*llama"),
+        ({"model_type": None}, "model_type is None"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification.*LlamaForCausalLM"),
+        ({"num_hidden_layers": None}, "no num_hidden_layers"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'.*'silu'"),
+        ({"pretraining_tp": 2}, "pretraining_tp=2"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config \(gptq\)"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "full_attention"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "without low_freq_factor, high_freq_factor"),
+    ],
+    ids=str,
+)
+def test_what_the_decoder_does_not_have_is_refused_by_name(
+    tmp_path: pathlib.Path, change: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**MINIMAL, **change}))
+    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+        hf.load_config(str(tmp_path))
+
+
+# --- Places
+
+
+def test_a_misspelt_directory_is_not_taken_for_a_hub_name(tmp_path: pathlib.Path) -> None:
+    for load in (hf.load_config, hf.load_tokenizer, hf.load_model):
+        with pytest.raises(ValueError, match="no such directory"):
+            load(str(tmp_path / "nothing"))
+
+
+def test_hub_names_from_the_cache_without_a_network(tmp_path: pathlib.Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    snapshot = repository / "snapshots" / commit
+    tiny_llama(snapshot, "10KB")
+    make_tokenizer(CHATML).save_pretrained(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "refs" / "v1").write_text(commit)
+    program = (
+        "import sys; sys.modules['torch'] = None\n"  # an installation without torch must do
+        "from activedpo_jax.models import hf\n"
+        "for revision in ('', 'v1'):\n"
+        "    print(hf.load_config('someone/tiny', revision).num_layers,\n"
+        "          hf.load_model('someone/tiny', revision)[1]['embed']['embedding'].shape,\n"
+        "          hf.load_tokenizer('someone/tiny', revision).eos_token)\n"
+        "for load in (hf.load_config, hf.load_tokenizer, hf.load_model):\n"
+        "    try: load('someone/tiny', 'v2')\n"
+        "    except ValueError as error: print('refused', 'v2' in str(error) or error)\n"
+    )
+    here = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **here}, cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["3 (97, 32) </s>"] * 2 + ["refused True"] * 3
+
+
+def test_tokenizers(tmp_path: pathlib.Path) -> None:
+    saved = make_tokenizer(CHATML)
+    saved.save_pretrained(tmp_path / "chat")
+    loaded = hf.load_tokenizer(str(tmp_path / "chat"))
+    text = "What colour is the sky?"
+    assert loaded(text)["input_ids"] == saved(text)["input_ids"]
+    assert loaded.chat_template == CHATML
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: no tokenizer"):
+        hf.load_tokenizer(str(tmp_path / "empty"))
