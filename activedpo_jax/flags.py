@@ -5,6 +5,7 @@
 A config file has `get_config()`, which starts from `config.default()` and changes some of its options.
 """
 
+import contextlib
 import difflib
 import inspect
 import math
@@ -12,7 +13,7 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import ml_collections
@@ -108,6 +109,15 @@ def read_config(argv: Sequence[str], strategies: Collection[str]) -> Command:
     try:
         return parse(argv, strategies)
     except UsageError as error:
+        fail(error)
+
+
+@contextlib.contextmanager
+def clean_errors() -> Iterator[None]:
+    """Around what reads the user's files and options, whose ValueErrors say what to change: no traceback, exit code 2."""
+    try:
+        yield
+    except ValueError as error:
         fail(error)
 
 

@@ -44,20 +44,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         compile_only.compile_for(config, command.compile_only)
         return
     assert folder is not None
-    try:
+    with flags.clean_errors():
         workdirs.open_workdir(folder, config)
         mesh = meshes.make_mesh(config.mesh)
-        summaries = []
-        for seed in config.seeds:
+    summaries = []
+    for seed in config.seeds:
+        with flags.clean_errors():
             task = tasks.load(config, seed, mesh, folder, jax.default_backend())
             for note in (*task.pool.notes, *task.heldout.notes):
                 print(note)
             params = task.load_params()
-            for strategy in config.strategies:
-                place = workdirs.run_folder(folder, config, strategy, seed)
-                summaries.append(run(config, strategy, seed, task, params, mesh, place))
-    except ValueError as error:
-        flags.fail(error)
+        for strategy in config.strategies:
+            place = workdirs.run_folder(folder, config, strategy, seed)
+            summaries.append(run(config, strategy, seed, task, params, mesh, place))
     finish(folder, summaries)
 
 
@@ -71,10 +70,12 @@ def run(
     folder: pathlib.Path,
 ) -> workdirs.RunSummary:
     """One strategy on one seed: rounds of features, selection, labels, DPO and evaluation, from where it stopped."""
-    spec = round_spec(config, strategy, task, mesh)
     oracle = config.oracle
-    preferences = answers(task.pool, oracle.noise, oracle.flip_probability, oracle.temperature, seed)
-    truth = answers(task.heldout, "none", 0.0, 1.0, seed)
+    with flags.clean_errors():
+        spec = round_spec(config, strategy, task, mesh)
+        preferences = answers(task.pool, oracle.noise, oracle.flip_probability, oracle.temperature, seed)
+        truth = answers(task.heldout, "none", 0.0, 1.0, seed)
+        fused = is_fused(config, task, spec)
     lam, key, sketch_seed = jnp.float32(config.selection.lam), jax.random.key(seed), jnp.uint32(seed)
 
     sft_lora = initial_lora(spec, seed)
@@ -90,7 +91,6 @@ def run(
     heldout = evaluate.Batches(task.heldout, every, task.buckets, size, mesh)
     smoothing = config.dpo.label_smoothing
     judge = evaluate.Evaluator(task.decoder, params, task.heldout, truth, heldout, config.dpo.beta, smoothing)
-    fused = is_fused(config, task, spec)
     pool = on_device(spec, task, preferences) if fused else None
 
     with metrics.MetricsWriter(folder, 0 if done is None else done + 1) as writer:
@@ -130,6 +130,7 @@ def run(
                     answered=on_record(task.pool, folder, number),
                     on_labels=record,
                 )
+            check_finite(result, number)
             clock = time.perf_counter()
             scores = judge(lora)
             seconds["evaluation"] = time.perf_counter() - clock
@@ -248,6 +249,23 @@ def selected(
             )
         )
     return out
+
+
+def check_finite(result: rounds.RoundResult, number: int) -> None:
+    """Stops a run that has diverged, before its state is saved.
+
+    Raises:
+      FloatingPointError: a feature, the posterior or the training loss is not finite.
+    """
+    if np.any(np.asarray(result.picks.rows) < 0):
+        raise FloatingPointError(
+            f"round {number}: the features or the posterior are not finite, so no pair can be picked; lower "
+            "config.dpo.learning_rate, raise config.selection.lam, or use config.model.dtype=float32"
+        )
+    if not np.isfinite(float(result.training.loss)):
+        raise FloatingPointError(
+            f"round {number}: the DPO loss is {float(result.training.loss)}; lower config.dpo.learning_rate"
+        )
 
 
 def on_record(pool: PairPool, folder: pathlib.Path, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:

@@ -65,7 +65,7 @@ class Labelled(NamedTuple):
     rows: jax.Array  # [C] int32 rows of the pool, −1 where empty
     preferences: jax.Array  # [C] int32, 0 the first response is preferred, 1 the second
     ref_logps: jax.Array  # [C, 2] float32, computed once
-    features: jax.Array  # [C, D] float32 as they were when picked; [0, D] unless the posterior is `frozen`
+    features: jax.Array | None  # [C, D] float32 as they were when picked; None unless the posterior is `frozen`
 
 
 class RoundResult(NamedTuple):
@@ -86,13 +86,13 @@ class DevicePool(NamedTuple):
 
 def no_labels(spec: RoundSpec) -> Labelled:
     """The state before the first round."""
-    c, kept = spec.capacity, spec.capacity if spec.frozen_posterior and spec.needs_features else 0
+    c, kept = spec.capacity, spec.frozen_posterior and spec.needs_features
     return Labelled(
         count=jnp.int32(0),
         rows=jnp.full(c, -1, jnp.int32),
         preferences=jnp.zeros(c, jnp.int32),
         ref_logps=jnp.zeros((c, 2), jnp.float32),
-        features=jnp.zeros((kept, spec.features.dim), jnp.float32),
+        features=jnp.zeros((c, spec.features.dim), jnp.float32) if kept else None,
     )
 
 
@@ -113,7 +113,7 @@ def select(
     available = jnp.ones(num_rows, bool).at[taken].set(False, mode="drop")
     precision = None
     if features is not None:
-        known = labelled.features if spec.frozen_posterior else features[labelled.rows]
+        known = features[labelled.rows] if labelled.features is None else labelled.features
         precision = condition(known, labelled.rows >= 0, lam)
     evidence = strategies.Evidence(features=features, posterior=precision, lam=lam)
     strategy = strategies.get(spec.strategy)
@@ -134,7 +134,7 @@ def add_labels(
         return jax.lax.dynamic_update_slice_in_dim(store, new.astype(store.dtype), labelled.count, axis=0)
 
     kept = labelled.features
-    if features is not None and spec.frozen_posterior:
+    if features is not None and kept is not None:
         kept = append(kept, features[picks.rows])
     return Labelled(
         count=labelled.count + spec.labels_per_round,

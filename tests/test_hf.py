@@ -51,9 +51,12 @@ def tiny_llama(folder: pathlib.Path, max_shard_size: str = "1GB", **changes: Any
 
 
 def torch_logps(model: Any, batch: Groups) -> np.ndarray:
-    """[G, m, R]: each response after its prompt in a plain forward pass of its own, without any padding."""
+    """[G, m, R]: each response after its prompt in a plain forward pass of its own, without any padding.
+
+    The softmax is in float64: in float32, torch's of a large vocabulary errs to the same side everywhere.
+    """
     groups = jax.tree.map(np.asarray, batch)
-    out = np.zeros(groups.response_ids.shape, np.float32)
+    out = np.zeros(groups.response_ids.shape)
     for g, several in enumerate(groups.response_ids):
         length = groups.prompt_len[g]
         prompt = groups.prompt_ids[g, groups.prompt_ids.shape[1] - length :]
@@ -61,7 +64,7 @@ def torch_logps(model: Any, batch: Groups) -> np.ndarray:
             response = response[: groups.response_len[g, j]]
             ids = torch.tensor(np.concatenate([prompt, response])[None], dtype=torch.long)
             with torch.no_grad():
-                logps = model(input_ids=ids).logits[0].float().log_softmax(-1)
+                logps = model(input_ids=ids).logits[0].double().log_softmax(-1)
             targets = ids[0, length:, None]
             out[g, j, : len(response)] = logps[length - 1 : -1].gather(1, targets)[:, 0].numpy()
     return out

@@ -1,5 +1,7 @@
 """Tiny random models and batches that the tests share."""
 
+import functools
+
 import jax
 import numpy as np
 
@@ -20,6 +22,7 @@ MODEL = ModelConfig(
 LORA = LoraConfig(rank=4, alpha=8.0)
 
 
+@functools.cache
 def model(seed: int = 0, **changes: object) -> tuple[Decoder, Params, Lora]:
     """A decoder with random weights, and an adapter whose A and B are both random, as after some training."""
     decoder = Decoder(MODEL, LORA).clone(**changes)

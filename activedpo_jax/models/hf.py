@@ -131,8 +131,8 @@ def _fetch(path: str, revision: str, patterns: Sequence[str]) -> pathlib.Path:
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{_named(path, revision)}: neither a directory here, nor to be had from the Hugging Face Hub: set config.model.path or "
-            f"config.model.revision ({type(error).__name__}: {error})"
+            f"{_named(path, revision)}: neither a directory here, nor to be had from the Hugging Face Hub: "
+            f"set config.model.path or config.model.revision ({type(error).__name__}: {error})"
         ) from error
 
 

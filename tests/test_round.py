@@ -1,0 +1,124 @@
+"""A run gives the same picks and the same adapter however it is executed: fused or staged, on one device or eight."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from activedpo_jax import main, mesh as meshes, task as tasks
+from activedpo_jax.config import default
+from activedpo_jax.data.groups import Bucket
+from activedpo_jax.models.decoder import init_params
+
+BOUND = 1e-5
+MESHES = [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 4, 1), (2, 2, 2), (2, 1, 4), (1, 8, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8)]
+
+
+def options() -> ml_collections.ConfigDict:
+    """Two rounds of 6 from 40 pairs; the second has a posterior, and a last batch that is not full."""
+    config = default()
+    config.data.train = "synthetic"
+    config.rounds, config.labels_per_round = 2, 6
+    config.synthetic.pool_pairs, config.synthetic.heldout_pairs = 40, 24
+    config.synthetic.families, config.synthetic.topics = 8, 6
+    config.scratch.hidden_size, config.scratch.intermediate_size = 32, 48
+    config.scratch.num_heads, config.scratch.num_kv_heads = 8, 4
+    config.lora.rank, config.lora.alpha = 4, 8.0
+    config.features.dim, config.features.groups_per_chunk = 128, 16
+    config.dpo.epochs, config.dpo.batch_size, config.dpo.learning_rate = 2, 4, 1e-3
+    config.selection.block = 4
+    config.evaluation.pairs_per_chunk = 24
+    return config
+
+
+def execute(
+    folder: pathlib.Path, shape: tuple[int, int, int] = (1, 1, 1), buckets: Any = None, **changes: Any
+) -> tuple[list[str], dict[str, np.ndarray], dict[str, Any]]:
+    """Picks in order, the adapter, and the summary of a run on a mesh of that shape."""
+    config = options()
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = shape
+    config.update_from_flattened_dict(changes)
+    mesh = meshes.make_mesh(config.mesh, jax.devices()[: int(np.prod(shape))])
+    task = tasks.load(config, 0, mesh, None, "cpu")
+    if buckets is not None:
+        task = dataclasses.replace(task, buckets=buckets)
+    params = init_params(task.decoder, jax.random.key(0))
+    params = jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, params)  # out of the linear range
+    params = jax.device_put(params, meshes.weight_shardings(mesh, params))
+    summary = main.run(config, config.strategies[0], 0, task, params, mesh, folder)
+    picks = []
+    for number in range(1, config.rounds + 1):
+        lines = (folder / "rounds" / f"{number:03d}" / "selected.jsonl").read_text().splitlines()
+        picks += [json.loads(line)["pair_id"] for line in lines]
+    return picks, load_file(folder / "adapter" / "adapter_model.safetensors"), dict(summary)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, np.ndarray], dict[str, Any]]:
+    return execute(tmp_path_factory.mktemp("one"), **{"round.mode": "fused"})
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    assert got[0] == expected[0]
+    largest = max(np.abs(x).max() for x in expected[1].values())
+    difference = max(np.abs(got[1][name] - expected[1][name]).max() for name in expected[1])
+    assert difference / largest < BOUND
+    assert got[2]["rounds"][-1]["accuracy"] == expected[2]["rounds"][-1]["accuracy"]
+
+
+def test_learns_and_reports(expected: Any) -> None:
+    picks, adapter, summary = expected
+    assert len(set(picks)) == 12
+    assert any(np.any(x) for name, x in adapter.items() if "lora_B" in name)
+    rounds = summary["rounds"]
+    assert [r["labels"] for r in rounds] == [0, 6, 12]
+    assert rounds[0]["accuracy"] == 0.5  # the adapter is off: no pair has a margin
+    assert rounds[1]["loss"] < np.log(2)
+    assert rounds[1]["score_max"] >= rounds[1]["score_min"] > 0
+    assert rounds[1]["information_gain"] > rounds[2]["information_gain"]
+
+
+def test_staged_equals_fused(tmp_path: pathlib.Path, expected: Any) -> None:
+    assert_same(execute(tmp_path, **{"round.mode": "staged"}), expected)
+
+
+def test_buckets_and_chunks_do_not_matter(tmp_path: pathlib.Path, expected: Any) -> None:
+    changes = {"round.mode": "staged", "features.groups_per_chunk": 7, "evaluation.pairs_per_chunk": 5}
+    assert_same(execute(tmp_path, buckets=(Bucket(4, 7), Bucket(6, 12)), **changes), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_every_mesh_equals_one_device(shape: tuple[int, int, int], tmp_path: pathlib.Path, expected: Any) -> None:
+    assert_same(execute(tmp_path, shape, **{"round.mode": "fused"}), expected)
+
+
+@pytest.mark.slow
+def test_staged_on_a_mesh_equals_one_device(tmp_path: pathlib.Path, expected: Any) -> None:
+    assert_same(execute(tmp_path, (2, 2, 2), **{"round.mode": "staged"}), expected)
+
+
+@pytest.mark.parametrize("strategy", ["activedpo", "random"])
+def test_options_agree_between_fused_and_staged(strategy: str, tmp_path: pathlib.Path) -> None:
+    changes = {
+        "strategies": (strategy,),
+        "selection.posterior": "frozen",
+        "features.normalisation": "none",
+        "dpo.train_on": "newest",
+        "dpo.start_from": "current",
+        "dpo.label_smoothing": 0.1,
+    }
+    fused = execute(tmp_path / "fused", **changes, **{"round.mode": "fused"})
+    assert_same(execute(tmp_path / "staged", **changes, **{"round.mode": "staged"}), fused)
+
+
+def test_too_small_a_pool_is_an_error(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        execute(tmp_path, rounds=7)
+    assert "42 labels, but the pool has 40 pairs" in capsys.readouterr().err
