@@ -18,15 +18,24 @@ def get_config() -> ml_collections.ConfigDict:
     config.seeds = (0, 1, 2, 3, 4)
     config.rounds = 8
     config.labels_per_round = 16
+
     config.data.train = "synthetic"
+    config.synthetic.families = 32
+    config.synthetic.styles = 2
+    config.synthetic.topics = 24
+    config.synthetic.topics_per_family = 3
+    config.synthetic.purity = 0.8
+    config.synthetic.pool_pairs = 1024
+    config.synthetic.heldout_pairs = 512
+    config.scratch.steps = 200
+
     config.lora.rank = 8
     config.lora.alpha = 16.0
     config.features.dim = 1024
     config.features.groups_per_chunk = 128
-    config.dpo.beta = 0.5
-    config.dpo.learning_rate = 1e-3
+    config.selection.lam = 0.3
+    config.dpo.learning_rate = 5e-3  # large, for a model this small
     config.dpo.epochs = 10
     config.dpo.batch_size = 16
-    config.evaluation.pairs_per_chunk = 1024
-    config.model.logits_chunk = 1 << 20
+    config.evaluation.pairs_per_chunk = 512
     return config

@@ -193,9 +193,17 @@ def edit(folder: pathlib.Path, change: Callable[[dict[str, np.ndarray]], Any]) -
 def test_tensors_that_say_nothing_new_are_left_out(tmp_path: pathlib.Path) -> None:
     tiny_llama(tmp_path, tie_word_embeddings=True)
     clean = hf.load_model(str(tmp_path))[1]
-    old = {"lm_head.weight": np.ones((97, 32)), "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)}
-    edit(tmp_path, lambda t: t.update(old))
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    edit(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)}))
     jax.tree.map(np.testing.assert_array_equal, hf.load_model(str(tmp_path))[1], clean)
+
+
+def test_a_head_unlike_the_embeddings_that_it_is_tied_to_is_refused(tmp_path: pathlib.Path) -> None:
+    """transformers 5 unties them with a warning, versions before it drop the head."""
+    tiny_llama(tmp_path, tie_word_embeddings=True)
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": 2 * t["model.embed_tokens.weight"]}))
+    with pytest.raises(ValueError, match="lm_head.weight differs from .*tie_word_embeddings=true"):
+        hf.load_model(str(tmp_path))
 
 
 NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DTYPES = ("F64", "F32", "F16", "BF16")  # anything else is a quantised checkpoint
 
 
@@ -96,7 +97,7 @@ def load_model(
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
     weights = [this.weights[tuple(k.key for k in keys)] for keys, _ in leaves]
     tensors = _headers([folder / name for name in files])
-    _check(tensors, weights, [x.shape for _, x in leaves], config, folder)
+    _check(tensors, weights, [x.shape for _, x in leaves], folder)
 
     places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings(shapes))
     params = []
@@ -183,7 +184,6 @@ def _check(
     tensors: Mapping[str, Tensor],
     weights: Sequence[Weight],
     shapes: Sequence[tuple[int, ...]],
-    config: ModelConfig,
     folder: pathlib.Path,
 ) -> None:
     """Holds the checkpoint to the config: every tensor, of the right shape, and no other."""
@@ -203,14 +203,26 @@ def _check(
         if dtype not in _DTYPES:
             faults.append(f"{file}: tensor {name} is {dtype}; expected one of {', '.join(_DTYPES)}")
     for name in sorted(tensors.keys() - expected.keys()):
-        # Tables that older versions of transformers saved, and the second name of a tied table, say nothing new.
-        if name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
+        if name.endswith(".rotary_emb.inv_freq"):
+            continue  # a table that older versions of transformers saved
+        if name == _HEAD:  # of tied embeddings: saved under both names, or a contradiction
+            if _EMBEDDINGS in tensors and not np.array_equal(_read(tensors, _HEAD), _read(tensors, _EMBEDDINGS)):
+                faults.append(
+                    f"{tensors[name].file}: tensor {name} differs from {_EMBEDDINGS}, but {_CONFIG} has "
+                    "tie_word_embeddings=true: set it to false to use both, or remove the tensor"
+                )
             continue
         file, found, _ = tensors[name]
         faults.append(f"{file}: unexpected tensor {name} of shape {list(found)}, which {_CONFIG} has no place for")
     if faults:
         more = [f"... and {len(faults) - 5} more such"] if len(faults) > 5 else []
         raise ValueError("\n".join(["the checkpoint does not match its config:", *faults[:5], *more]))
+
+
+def _read(tensors: Mapping[str, Tensor], name: str) -> np.ndarray:
+    with safe_open(tensors[name].file, framework="numpy") as opened:
+        tensor: np.ndarray = opened.get_tensor(name)
+    return tensor
 
 
 def _read_leaf(
