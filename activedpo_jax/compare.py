@@ -45,9 +45,7 @@ def learning_curves(summaries: Sequence[RunSummary]) -> dict[str, Curves]:
     for summary in summaries:
         of_strategy = runs.setdefault(summary["strategy"], {})
         if summary["seed"] in of_strategy:
-            raise ValueError(
-                f"compare: two runs of {summary['strategy']}, seed {summary['seed']}; expected one"
-            )
+            raise ValueError(f"compare: two runs of {summary['strategy']}, seed {summary['seed']}; expected one")
         of_strategy[summary["seed"]] = summary
     grid = [record["labels"] for record in summaries[0]["rounds"]] if summaries else []
     for summary in summaries:
@@ -62,9 +60,7 @@ def learning_curves(summaries: Sequence[RunSummary]) -> dict[str, Curves]:
         strategy: Curves(
             seeds=tuple(sorted(of_seed)),
             labels=np.array(grid, float),
-            accuracy=np.array(
-                [[r["accuracy"] for r in of_seed[s]["rounds"]] for s in sorted(of_seed)], float
-            ),
+            accuracy=np.array([[r["accuracy"] for r in of_seed[s]["rounds"]] for s in sorted(of_seed)], float),
         )
         for strategy, of_seed in runs.items()
     }
@@ -213,9 +209,7 @@ def table(comparison: Mapping[str, Any]) -> str:
         f"{'labels':>8}" + "".join(f"{name:>{width}}" for name in strategies),
     ]
     for i, labels in enumerate(next(iter(strategies.values()))["labels"]):
-        cells = [
-            Interval(*(of["accuracy"][part][i] for part in Interval._fields)) for of in strategies.values()
-        ]
+        cells = [Interval(*(of["accuracy"][part][i] for part in Interval._fields)) for of in strategies.values()]
         lines.append(f"{labels:>8.0f}" + "".join(f"{_plus_minus(cell):>{width}}" for cell in cells))
     areas = [Interval(**of["area"]) for of in strategies.values()]
     lines.append(f"{'area':>8}" + "".join(f"{_plus_minus(cell):>{width}}" for cell in areas))
@@ -226,9 +220,7 @@ def table(comparison: Mapping[str, Any]) -> str:
         labels = strategies[baseline]["labels"][-1]
         lines.append("")
         for strategy, needed in comparison["labels_needed"].items():
-            if (
-                strategy != baseline or (needed["share"] or 0) < 0.995
-            ):  # that it needs all of its own is no news
+            if strategy != baseline or (needed["share"] or 0) < 0.995:  # that it needs all of its own is no news
                 lines.append(_needed_in_words(strategy, baseline, labels, needed))
     return "\n".join(lines)
 
@@ -256,9 +248,7 @@ def _needed_in_words(strategy: str, baseline: str, budget: float, needed: Mappin
     if needed["status"] == "not reached":
         text = f"{strategy}: does not reach {target}"
     else:
-        text = (
-            f"{strategy}: reaches {target} with {needed['labels']:.0f} labels, {needed['share']:.0%} of them"
-        )
+        text = f"{strategy}: reaches {target} with {needed['labels']:.0f} labels, {needed['share']:.0%} of them"
     per_seed = needed["per_seed"].values()
     if len(per_seed) > 1:
         shares = [f"{of['share']:.0%}" if of["share"] is not None else of["status"] for of in per_seed]

@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,11 +14,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from activedpo_jax import evaluate, main, mesh as meshes, stages, task as tasks, train
+from activedpo_jax import evaluate, main, stages, train
+from activedpo_jax import mesh as meshes
 from activedpo_jax import round as rounds
+from activedpo_jax import task as tasks
 from activedpo_jax.data.groups import Bucket, Groups
 
-Program = tuple[str, Callable[..., Any], tuple[Any, ...]]  # name, jitted function, arguments
+Program = tuple[str, Any, tuple[Any, ...]]  # name, jitted function, arguments
 
 
 def compile_for(config: ml_collections.ConfigDict, topology: str) -> None:
@@ -34,7 +36,7 @@ def compile_for(config: ml_collections.ConfigDict, topology: str) -> None:
     for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
         os.environ.setdefault(name, value)
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        devices: list[Any] = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:
         raise SystemExit(
             f"error: --compile_only={topology}: {error}; expected a topology such as v5e:4x4, and libtpu "
@@ -65,12 +67,16 @@ def programs(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) ->
         optimiser = tasks.scratch_optimiser(config)
         opt_state = jax.eval_shape(lambda p: train.init_optimiser(optimiser, p), params)
         batch = _groups(mesh, task.buckets[0], meshes.round_up(config.scratch.batch_size, mesh), 2)
-        arguments = (task.decoder, optimiser, params, like(opt_state), batch, lam)
+        arguments: tuple[Any, ...] = (task.decoder, optimiser, params, like(opt_state), batch, lam)
         yield "base model step", tasks.language_model_step, arguments
 
     for bucket in task.buckets:
-        size = meshes.round_up(config.evaluation.pairs_per_chunk, mesh)
-        yield f"evaluation {tuple(bucket)}", evaluate.score, (task.decoder, params, lora, _groups(mesh, bucket, size, 2))
+        pairs = _groups(mesh, bucket, meshes.round_up(config.evaluation.pairs_per_chunk, mesh), 2)
+        yield (
+            f"evaluation {tuple(bucket)}",
+            evaluate.score,
+            (task.decoder, params, lora, pairs),
+        )
 
     m = task.pool.responses_per_group
     for strategy in config.strategies:
@@ -119,8 +125,11 @@ def _weights(mesh: Mesh, tree: Any) -> Any:
 
 
 def _groups(mesh: Mesh, bucket: Bucket, size: int, m: int) -> Groups:
-    shapes = Groups((size, bucket.prompt), (size,), (size, m, bucket.response), (size, m))
-    return Groups(*(jax.ShapeDtypeStruct(s, jnp.int32, sharding=meshes.batch(mesh)) for s in shapes))  # type: ignore[arg-type]
+    def abstract(shape: tuple[int, ...]) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=meshes.batch(mesh))
+
+    shapes: tuple[tuple[int, ...], ...] = ((size, bucket.prompt), (size,), (size, m, bucket.response), (size, m))
+    return Groups(*(abstract(s) for s in shapes))
 
 
 def _bytes(n: float) -> str:

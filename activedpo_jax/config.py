@@ -1,4 +1,4 @@
-"""The one list of options, with their defaults.  A file in `configs/` changes some of them and is the record of a run."""
+"""The one list of options, with their defaults.  A file in `configs/` changes some, and is a run's record."""
 
 import ml_collections
 

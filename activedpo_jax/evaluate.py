@@ -4,10 +4,12 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from activedpo_jax import dpo, mesh as meshes
+from activedpo_jax import dpo
+from activedpo_jax import mesh as meshes
 from activedpo_jax.data.groups import Bucket, Groups, PairPool, assign_buckets, pad_pairs
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
@@ -46,16 +48,17 @@ class Batches:
 
 
 def log_probs(
-    decoder: Decoder, params: Params, lora: Lora | None, batches: Batches, num_rows: int, label: str, quiet: bool = False
+    decoder: Decoder,
+    params: Params,
+    lora: Lora | None,
+    batches: Batches,
+    num_rows: int,
+    label: str,
 ) -> np.ndarray:
     """log π(y|x) of both responses of every row in `batches`: [num_rows, 2] float32, indexed by row."""
     out = np.zeros((num_rows, 2), np.float32)
-    pending = [
-        (rows, score(decoder, params, lora, groups))
-        for rows, groups in tqdm(batches, desc=label, unit="batch", leave=False, disable=quiet)
-    ]
-    for rows, logps in pending:
-        out[rows] = np.asarray(logps)[: len(rows)]
+    for rows, groups in tqdm(batches, desc=label, unit="batch", leave=False):
+        out[rows] = np.asarray(score(decoder, params, lora, groups))[: len(rows)]
     return out
 
 
@@ -71,17 +74,15 @@ class Evaluator:
         batches: Batches,
         beta: float,
         label_smoothing: float,
-        quiet: bool = False,
     ):
-        self._decoder, self._params, self._batches, self._quiet = decoder, params, batches, quiet
+        self._decoder, self._params, self._batches = decoder, params, batches
         self._num_rows, self._beta, self._smoothing = pool.num_pairs, beta, label_smoothing
-        ref = log_probs(decoder, params, None, batches, pool.num_pairs, "held-out reference", quiet)
-        self._pairs = dpo.Preferences(
-            np.asarray(preferences, np.int32), ref, np.ones(pool.num_pairs, np.float32)  # type: ignore[arg-type]
-        )
+        ref = log_probs(decoder, params, None, batches, pool.num_pairs, "held-out reference")
+        weight = jnp.ones(pool.num_pairs, jnp.float32)
+        self._pairs = dpo.Preferences(jnp.asarray(preferences, jnp.int32), jnp.asarray(ref), weight)
 
     def __call__(self, lora: Lora) -> dict[str, float]:
         """Accuracy (ties count half), mean reward margin (nats) and DPO loss (nats) over the held-out pairs."""
-        logps = log_probs(self._decoder, self._params, lora, self._batches, self._num_rows, "evaluation", self._quiet)
-        out = dpo.metrics(logps, self._pairs, self._beta, self._smoothing)  # type: ignore[arg-type]
+        logps = log_probs(self._decoder, self._params, lora, self._batches, self._num_rows, "evaluation")
+        out = dpo.metrics(jnp.asarray(logps), self._pairs, self._beta, self._smoothing)
         return {name: float(value) for name, value in out._asdict().items()}

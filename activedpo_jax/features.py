@@ -99,7 +99,7 @@ def pair_features(
 
 
 def reference_gradients(decoder: Decoder, params: Params, lora: Lora, groups: Groups) -> dict[str, Any]:
-    """g(x,y) of every response by `vmap(grad)` over the LoRA tree: leaves [G, m, L, ...].  Slow, large, and readable."""
+    """g(x,y) of every response by `vmap(grad)` over the LoRA tree: leaves [G, m, L, ...].  Slow and readable."""
 
     def log_prob(lora: Lora, prompt_ids: Any, prompt_len: Any, response_ids: Any, response_len: Any) -> jax.Array:
         one = Groups(prompt_ids[None], prompt_len[None], response_ids[None, None], response_len[None, None])

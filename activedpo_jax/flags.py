@@ -114,7 +114,7 @@ def read_config(argv: Sequence[str], strategies: Collection[str]) -> Command:
 
 @contextlib.contextmanager
 def clean_errors() -> Iterator[None]:
-    """Around what reads the user's files and options, whose ValueErrors say what to change: no traceback, exit code 2."""
+    """Around what reads the user's files and options, whose ValueErrors say what to change: exits with code 2."""
     try:
         yield
     except ValueError as error:
@@ -147,17 +147,13 @@ def parse(argv: Sequence[str], strategies: Collection[str]) -> Command:
     except absl_flags.Error as error:
         raise UsageError(" ".join(str(error).split())) from error
     if unused:
-        raise UsageError(
-            f"got {unused[0]!r}, expected flags alone; a value belongs to its flag, as --flag=value"
-        )
+        raise UsageError(f"got {unused[0]!r}, expected flags alone; a value belongs to its flag, as --flag=value")
 
     config = values.config
     _tidy_tuples(config)
     validate(config, strategies)
     if values.compile_only and not re.fullmatch(r"\w+:\d+(x\d+)*", values.compile_only):
-        raise UsageError(
-            f"--compile_only: got {values.compile_only!r}, expected PLATFORM:TOPOLOGY such as v5e:4x4"
-        )
+        raise UsageError(f"--compile_only: got {values.compile_only!r}, expected PLATFORM:TOPOLOGY such as v5e:4x4")
     if not values.workdir and not values.compile_only:
         raise UsageError("--workdir is missing: the directory that the run is written to, and goes on from")
     return Command(config, pathlib.Path(values.workdir) if values.workdir else None, values.compile_only)
@@ -173,9 +169,7 @@ def load(file: str) -> ml_collections.ConfigDict:
     try:
         code = compile(pathlib.Path(path).read_bytes(), path, "exec")
     except OSError as error:
-        raise UsageError(
-            f"--config: {path}: {error.strerror}; expected a Python file with get_config()"
-        ) from error
+        raise UsageError(f"--config: {path}: {error.strerror}; expected a Python file with get_config()") from error
     except (SyntaxError, ValueError) as error:
         raise UsageError(f"{path}:{getattr(error, 'lineno', 1)}: not Python: {error}") from error
     namespace: dict[str, Any] = {"__name__": "config", "__file__": path}
@@ -187,15 +181,11 @@ def load(file: str) -> ml_collections.ConfigDict:
     except UsageError:
         raise
     except Exception as error:
-        lines = [
-            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path
-        ]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         message = " ".join(str(error).split())
         raise UsageError(f"{path}:{lines[-1] if lines else 1}: {type(error).__name__}: {message}") from error
     if not isinstance(config, ml_collections.ConfigDict):
-        raise UsageError(
-            f"{path}: get_config() returned {type(config).__name__}, expected config.default(), changed"
-        )
+        raise UsageError(f"{path}: get_config() returned {type(config).__name__}, expected config.default(), changed")
     return config
 
 

@@ -18,8 +18,10 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from activedpo_jax import checkpoint, compare, evaluate, flags, mesh as meshes, metrics, report, stages, task as tasks
+from activedpo_jax import checkpoint, compare, evaluate, flags, metrics, report, stages
+from activedpo_jax import mesh as meshes
 from activedpo_jax import round as rounds
+from activedpo_jax import task as tasks
 from activedpo_jax import workdir as workdirs
 from activedpo_jax.data.groups import PairPool, assign_buckets, pad_groups
 from activedpo_jax.features import FeatureSpec
@@ -51,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in config.seeds:
         with flags.clean_errors():
             task = tasks.load(config, seed, mesh, folder, jax.default_backend())
-            for note in (*task.pool.notes, *task.heldout.notes):
-                print(note)
+            for name, pool in (("pool", task.pool), ("held-out set", task.heldout)):
+                for note in pool.notes:
+                    print(f"{name}: {note}")
             params = task.load_params()
         for strategy in config.strategies:
             place = workdirs.run_folder(folder, config, strategy, seed)
@@ -166,9 +169,7 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: tasks.Tas
             "lower config.rounds or config.labels_per_round, or give a larger pool"
         )
     dpo = config.dpo
-    optimiser = OptimiserSpec(
-        dpo.learning_rate, dpo.schedule, dpo.warmup_fraction, dpo.weight_decay, dpo.max_grad_norm
-    )
+    optimiser = OptimiserSpec(dpo.learning_rate, dpo.schedule, dpo.warmup_fraction, dpo.weight_decay, dpo.max_grad_norm)
     return rounds.RoundSpec(
         decoder=task.decoder,
         mesh=mesh,

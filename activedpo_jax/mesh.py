@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -71,7 +70,7 @@ def weight_shardings(mesh: Mesh, tree: Any) -> Any:
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = tuple(k.key for k in path)
-        return fit(mesh, _RULES.get(names[-2:], P()), leaf.shape)  # type: ignore[arg-type]
+        return fit(mesh, _RULES.get(names[-2:], P()), leaf.shape)
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -99,8 +98,3 @@ def round_up(n: int, mesh: Mesh) -> int:
     """The smallest batch of at least n examples that the mesh divides evenly."""
     devices = axis_size(mesh, BATCH_AXES)
     return -(-n // devices) * devices
-
-
-def to_host(x: Any) -> Any:
-    """A pytree of device arrays as NumPy arrays."""
-    return jax.tree.map(np.asarray, x)

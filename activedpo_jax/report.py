@@ -26,11 +26,11 @@ def round_line(strategy: str, seed: int, rounds: int, record: RoundSummary) -> s
     tail = f"held-out accuracy {record['accuracy']:.3f}  margin {record['margin']:+.3f}  {seconds:.1f} s"
     if record["round"] == 0:
         return f"{head}  {tail}"
+    middle = f"loss {_number(record.get('loss'), '.4f')}  {tail}"
+    if "score_min" not in record:  # the strategy ranks by nothing
+        return f"{head}  {middle}"
     scores = f"{_number(record.get('score_min'), '.3g')} to {_number(record.get('score_max'), '.3g')}"
-    return (
-        f"{head}  scores {scores}  gain {_number(record.get('information_gain'), '.2f')} nats"
-        f"  loss {_number(record.get('loss'), '.4f')}  {tail}"
-    )
+    return f"{head}  scores {scores}  gain {_number(record.get('information_gain'), '.2f')} nats  {middle}"
 
 
 def final_table(summaries: Sequence[RunSummary], baseline: str = "random") -> str:
@@ -65,10 +65,7 @@ def _rounds_table(summary: RunSummary) -> str:
         for record in summary["rounds"]
     ]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
-        for row in [header, *rows]
-    ]
+    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     return "\n".join([f"{summary['strategy']}, seed {summary['seed']}", "", *lines])
 
 
@@ -98,9 +95,7 @@ def curves_figure(summaries: Sequence[RunSummary], title: str) -> Figure:
         colour, style = colours[strategy]
         mean = mean_interval(of.accuracy)
         axes.fill_between(of.labels, mean.low, mean.high, color=colour, alpha=0.16, linewidth=0)
-        axes.plot(
-            of.labels, mean.mean, style, color=colour, lw=2.2, marker="o", markersize=3.5, clip_on=False
-        )
+        axes.plot(of.labels, mean.mean, style, color=colour, lw=2.2, marker="o", markersize=3.5, clip_on=False)
 
     low, high = axes.get_ylim()
     if low - 0.25 * (high - low) <= 0.5 <= high:
@@ -133,9 +128,7 @@ def curves_figure(summaries: Sequence[RunSummary], title: str) -> Figure:
     axes.set_xlabel("labels")
     axes.set_ylabel("held-out preference accuracy")
     axes.set_title(title, loc="left", fontsize=13, pad=24)
-    axes.text(
-        0, 1.025, _subtitle(list(curves.values())), transform=axes.transAxes, fontsize=9.5, color="#505050"
-    )
+    axes.text(0, 1.025, _subtitle(list(curves.values())), transform=axes.transAxes, fontsize=9.5, color="#505050")
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

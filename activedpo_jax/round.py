@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from activedpo_jax import dpo, mesh as meshes, train
+from activedpo_jax import dpo, train
+from activedpo_jax import mesh as meshes
 from activedpo_jax.data.groups import Groups
 from activedpo_jax.features import FeatureSpec, pair_features
 from activedpo_jax.models.decoder import Decoder, Params
@@ -59,9 +60,9 @@ class RoundSpec:
 
 
 class Labelled(NamedTuple):
-    """The pairs labelled so far, in the order of the picks; C = capacity, the first `count` places are filled."""
+    """The pairs labelled so far, in the order of the picks; C = capacity, the first n places are filled."""
 
-    count: jax.Array  # scalar int32
+    size: jax.Array  # scalar int32, n
     rows: jax.Array  # [C] int32 rows of the pool, −1 where empty
     preferences: jax.Array  # [C] int32, 0 the first response is preferred, 1 the second
     ref_logps: jax.Array  # [C, 2] float32, computed once
@@ -88,7 +89,7 @@ def no_labels(spec: RoundSpec) -> Labelled:
     """The state before the first round."""
     c, kept = spec.capacity, spec.frozen_posterior and spec.needs_features
     return Labelled(
-        count=jnp.int32(0),
+        size=jnp.int32(0),
         rows=jnp.full(c, -1, jnp.int32),
         preferences=jnp.zeros(c, jnp.int32),
         ref_logps=jnp.zeros((c, 2), jnp.float32),
@@ -131,13 +132,13 @@ def add_labels(
     """Appends the K new labels; their features are kept only where the posterior is `frozen`."""
 
     def append(store: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(store, new.astype(store.dtype), labelled.count, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(store, new.astype(store.dtype), labelled.size, axis=0)
 
     kept = labelled.features
     if features is not None and kept is not None:
         kept = append(kept, features[picks.rows])
     return Labelled(
-        count=labelled.count + spec.labels_per_round,
+        size=labelled.size + spec.labels_per_round,
         rows=append(labelled.rows, picks.rows),
         preferences=append(labelled.preferences, preferences),
         ref_logps=append(labelled.ref_logps, ref_logps),

@@ -15,7 +15,8 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from activedpo_jax import dpo, mesh as meshes, train
+from activedpo_jax import dpo, train
+from activedpo_jax import mesh as meshes
 from activedpo_jax.data.groups import Bucket, Groups, PairPool, assign_buckets, pad_groups, pad_pairs
 from activedpo_jax.evaluate import Batches, log_probs
 from activedpo_jax.models.decoder import Params
@@ -63,7 +64,7 @@ def _assemble(chunks: list[jax.Array], order: jax.Array) -> jax.Array:
 
 
 def pool_features(
-    spec: RoundSpec, params: Params, lora: Lora, pool: PairPool, buckets: Sequence[Bucket], seed: jax.Array, quiet: bool
+    spec: RoundSpec, params: Params, lora: Lora, pool: PairPool, buckets: Sequence[Bucket], seed: jax.Array
 ) -> jax.Array:
     """φ of the whole pool, [N, D] float32 in pool order, bucket by bucket and chunk by chunk."""
     of_group = assign_buckets(pool, buckets)
@@ -73,7 +74,7 @@ def pool_features(
     chunks: list[jax.Array] = []
     done = 0
     sharding = meshes.batch(spec.mesh)
-    with tqdm(total=pool.num_groups, desc="features", unit="prompt", leave=False, disable=quiet) as bar:
+    with tqdm(total=pool.num_groups, desc="features", unit="prompt", leave=False) as bar:
         for b, bucket in enumerate(buckets):
             members = np.flatnonzero(of_group == b)
             for i in range(0, len(members), spec.chunk):
@@ -106,7 +107,6 @@ def staged_round(
     ask: Ask,
     answered: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
     on_labels: Callable[[Picks, np.ndarray], None],
-    quiet: bool = False,
 ) -> tuple[Lora, Labelled, RoundResult, dict[str, float]]:
     """One round, as `round.fused_round`, in stages.
 
@@ -129,7 +129,7 @@ def staged_round(
 
     features = None
     if spec.needs_features and (answered is None or spec.frozen_posterior):
-        features = pool_features(spec, params, lora, pool, buckets, sketch_seed, quiet)
+        features = pool_features(spec, params, lora, pool, buckets, sketch_seed)
         stage("features")
     if answered is None:
         picks = jax.block_until_ready(select_program(spec, features, labelled, pool.num_pairs, key, lam))
@@ -143,10 +143,10 @@ def staged_round(
 
     rows = np.asarray(picks.rows)
     batches = Batches(pool, rows, buckets, spec.chunk, spec.mesh)
-    ref_logps = log_probs(spec.decoder, params, None, batches, pool.num_pairs, "reference", quiet)[rows]
+    ref_logps = log_probs(spec.decoder, params, None, batches, pool.num_pairs, "reference")[rows]
     labelled = _add_labels(spec, labelled, picks, jnp.asarray(preferences, jnp.int32), ref_logps, features)
     stage("reference")
-    lora, training = _train(spec, params, lora, labelled, sft_lora, pool, buckets, schedule, quiet)
+    lora, training = _train(spec, params, lora, labelled, sft_lora, pool, buckets, schedule)
     stage("training")
     return lora, labelled, RoundResult(picks, jnp.asarray(preferences), training), seconds
 
@@ -160,7 +160,6 @@ def _train(
     pool: PairPool,
     buckets: Sequence[Bucket],
     schedule: train.BatchSchedule,
-    quiet: bool,
 ) -> tuple[Lora, dpo.DpoMetrics]:
     of_group = assign_buckets(pool, buckets)
     rows_of_slot = np.maximum(np.asarray(labelled.rows), 0)
@@ -168,7 +167,7 @@ def _train(
     lora = jax.tree.map(jnp.copy, sft_lora if spec.start_from_sft else lora)
     opt_state = jax.jit(lambda w: train.init_optimiser(spec.dpo.optimiser, w))(lora)
     last_epoch: list[Any] = []
-    with tqdm(total=schedule.num_steps, desc="training", unit="step", leave=False, disable=quiet) as bar:
+    with tqdm(total=schedule.num_steps, desc="training", unit="step", leave=False) as bar:
         for step in range(schedule.num_steps):
             slots, weight = schedule.slots[step], schedule.weight[step]
             rows = rows_of_slot[slots]

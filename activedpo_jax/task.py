@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from activedpo_jax import checkpoint, mesh as meshes, train
+from activedpo_jax import checkpoint, train
+from activedpo_jax import mesh as meshes
 from activedpo_jax.data.groups import Bucket, Groups, PairPool, pad_groups
 from activedpo_jax.data.preferences import limit, read_records, split_by_prompt
 from activedpo_jax.data.synthetic import SyntheticTask

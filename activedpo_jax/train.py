@@ -1,4 +1,4 @@
-"""The optimiser step: AdamW with clipping and a schedule, on the DPO loss of an adapter, or on all weights of a model."""
+"""The optimiser step: AdamW with clipping and a schedule, on an adapter's DPO loss, or on all weights of a model."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ class DpoSpec:
 
 
 def learning_rate(spec: OptimiserSpec, step: jax.Array, total: jax.Array) -> jax.Array:
-    """The learning rate at `step` of `total`, which may both be traced: the number of labels grows, the program stays."""
+    """The learning rate at `step` of `total`, which may both be traced: labels grow in number, the program stays."""
     warmup = jnp.ceil(spec.warmup_fraction * total)
     left = (total - step) / jnp.maximum(total - warmup, 1)
     down = {

@@ -112,9 +112,7 @@ def read_json(path: pathlib.Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}:{error.lineno}: not JSON ({error.msg}); restore the file or remove it"
-        ) from error
+        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); restore the file or remove it") from error
 
 
 def flatten(options: Mapping[str, Any] | ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -157,9 +155,7 @@ def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> No
         )
 
 
-def run_folder(
-    workdir: pathlib.Path, config: ml_collections.ConfigDict, strategy: str, seed: int
-) -> pathlib.Path:
+def run_folder(workdir: pathlib.Path, config: ml_collections.ConfigDict, strategy: str, seed: int) -> pathlib.Path:
     """Where one of the command's runs lies: the work directory itself if it is the only one."""
     if len(config.strategies) * len(config.seeds) == 1:
         return workdir
@@ -190,9 +186,7 @@ def read_selected(folder: pathlib.Path, round_number: int) -> list[Selected]:
             try:
                 rows.append(_selected(json.loads(line), round_number))
             except ValueError as error:
-                raise ValueError(
-                    f"{path}:{number}: {error}; restore the file, or remove its round"
-                ) from error
+                raise ValueError(f"{path}:{number}: {error}; restore the file, or remove its round") from error
     return rows
 
 

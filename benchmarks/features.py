@@ -17,6 +17,7 @@ Runs are interleaved after a warm-up; the table gives medians and ratios of medi
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import platform
@@ -77,12 +78,14 @@ def as_rows(groups: Groups) -> Groups:
     )
 
 
+def _wait(function: Callable[..., Any], *args: Any) -> Any:
+    return jax.block_until_ready(function(*args))
+
+
 def jax_contenders(args: argparse.Namespace, groups: Groups) -> dict[str, Callable[[], Any]]:
     lora_config = LoraConfig(rank=args.rank, alpha=2.0 * args.rank)
     decoder = Decoder(SMOLLM2_135M, lora_config, jnp.dtype(args.dtype))
-    params = jax.tree.map(
-        lambda x: x.astype(args.dtype), init_params(decoder, jax.random.key(0))
-    )
+    params = jax.tree.map(lambda x: x.astype(args.dtype), init_params(decoder, jax.random.key(0)))
     lora = init_lora(SMOLLM2_135M, lora_config, jax.random.key(1))
     lora = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(2), x.shape), lora)
     seed = jnp.uint32(0)
@@ -115,12 +118,12 @@ def jax_contenders(args: argparse.Namespace, groups: Groups) -> dict[str, Callab
         "none, rows": (from_rows("none"), rows),
         "vmap(grad)": (reference, groups),
     }
-    contenders = {}
+    contenders: dict[str, Callable[[], Any]] = {}
     for name, (function, batch) in programs.items():
         start = time.perf_counter()
         compiled = jax.jit(function).lower(params, lora, batch).compile()
         print(f"compiled {name} in {time.perf_counter() - start:.1f} s", flush=True)
-        contenders[name] = lambda c=compiled, b=batch: jax.block_until_ready(c(params, lora, b))
+        contenders[name] = functools.partial(_wait, compiled, params, lora, batch)
     return contenders
 
 

@@ -31,9 +31,7 @@ def noisy_runs(gain: float, seeds: int = 5) -> list[RunSummary]:
     for seed in range(seeds):
         base = np.array([0.5, 0.55, 0.6, 0.7]) + rng.normal(0, 0.1)
         runs.append(run("random", seed, list(base + rng.normal(0, 0.005, 4))))
-        runs.append(
-            run("activedpo", seed, list(base + gain * np.array([0, 1, 1, 1]) + rng.normal(0, 0.005, 4)))
-        )
+        runs.append(run("activedpo", seed, list(base + gain * np.array([0, 1, 1, 1]) + rng.normal(0, 0.005, 4))))
     return runs
 
 
@@ -45,9 +43,7 @@ def test_intervals_and_p_values_are_scipys(values: list[float]) -> None:
     found = compare.mean_interval(array)
     truth = stats.ttest_1samp(array, 0)
     low, high = truth.confidence_interval(0.95)
-    np.testing.assert_allclose(
-        [found.mean, found.low, found.high], [array.mean(), low, high], rtol=1e-9, atol=1e-9
-    )
+    np.testing.assert_allclose([found.mean, found.low, found.high], [array.mean(), low, high], rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(compare.p_value(array), truth.pvalue, rtol=1e-9)
 
 
@@ -60,9 +56,7 @@ def test_differences_that_do_not_vary() -> None:
 def test_area_of_hand_made_curves() -> None:
     labels = np.array([0.0, 10, 30])
     # (0.5 + 0.7)/2 over 10 labels, then (0.7 + 0.9)/2 over 20: (6 + 16)/30.
-    np.testing.assert_allclose(
-        compare.area(labels, np.array([[0.5, 0.7, 0.9], [0.6, 0.6, 0.6]])), [22 / 30, 0.6]
-    )
+    np.testing.assert_allclose(compare.area(labels, np.array([[0.5, 0.7, 0.9], [0.6, 0.6, 0.6]])), [22 / 30, 0.6])
 
 
 @pytest.mark.parametrize(
@@ -92,10 +86,7 @@ def test_labels_needed_of_means_and_of_seeds() -> None:
     )["labels_needed"]["activedpo"]
     # The means are 0.5, 0.6, 0.6, 0.7, and random's last is 0.7.
     assert (found["target"], found["labels"], found["share"]) == pytest.approx((0.7, 40, 1))
-    assert (
-        found["per_seed"]["0"]["labels"] == pytest.approx(30)
-        and found["per_seed"]["0"]["status"] == "reached"
-    )
+    assert found["per_seed"]["0"]["labels"] == pytest.approx(30) and found["per_seed"]["0"]["status"] == "reached"
     assert found["per_seed"]["1"] == {"target": 0.6, "labels": None, "share": None, "status": "not reached"}
 
 
@@ -103,16 +94,13 @@ def test_random_that_passes_its_own_end_early_is_told() -> None:
     summaries = [run("activedpo", 0, [0.5, 0.6, 0.7, 0.8]), run("random", 0, [0.5, 0.8, 0.7, 0.65])]
     found = compare.compare(summaries)
     assert found["labels_needed"]["random"]["labels"] == pytest.approx(5)
-    assert (
-        "random: reaches random's final accuracy of 0.650 (after 40 labels) with 5 labels, 12%"
-        in compare.table(found)
+    assert "random: reaches random's final accuracy of 0.650 (after 40 labels) with 5 labels, 12%" in compare.table(
+        found
     )
 
 
 def test_random_that_learns_nothing_is_no_target() -> None:
-    found = compare.compare(
-        [run("activedpo", 0, [0.5, 0.6, 0.7, 0.8]), run("random", 0, [0.5, 0.6, 0.6, 0.5])]
-    )
+    found = compare.compare([run("activedpo", 0, [0.5, 0.6, 0.7, 0.8]), run("random", 0, [0.5, 0.6, 0.6, 0.5])])
     assert found["labels_needed"]["activedpo"]["status"] == "no gain"
     assert found["labels_needed"]["activedpo"]["share"] is None
     assert "is no better than without labels" in compare.table(found)
@@ -145,27 +133,20 @@ def test_verdict_comes_from_paired_seeds(gain: float, verdict: str) -> None:
 def test_only_shared_seeds_are_paired() -> None:
     alone = run("activedpo", 9, [0.9, 0.9, 0.9, 0.9])
     found, without = compare.compare([*noisy_runs(0.02), alone]), compare.compare(noisy_runs(0.02))
-    assert (
-        found["differences"] == without["differences"] and found["labels_needed"] == without["labels_needed"]
-    )
+    assert found["differences"] == without["differences"] and found["labels_needed"] == without["labels_needed"]
     assert found["strategies"]["activedpo"]["seeds"] == [0, 1, 2, 3, 4, 9]
     assert "mean of 5 or 6 seeds" in compare.table(found)
 
 
 def test_single_seed_makes_no_claim() -> None:
     found = compare.compare(noisy_runs(0.05, seeds=1))
-    assert (
-        found["differences"]["activedpo"]["low"] is None
-        and found["differences"]["activedpo"]["p_value"] is None
-    )
+    assert found["differences"]["activedpo"]["low"] is None and found["differences"]["activedpo"]["p_value"] is None
     text = compare.table(found)
     assert "no conclusion" in text and "±" not in text and "better" not in text
 
 
 def test_without_random_there_is_a_table_and_no_difference() -> None:
-    found = compare.compare(
-        [run("activedpo", 0, [0.5, 0.6, 0.7, 0.8]), run("margin", 0, [0.5, 0.5, 0.5, 0.5])]
-    )
+    found = compare.compare([run("activedpo", 0, [0.5, 0.6, 0.7, 0.8]), run("margin", 0, [0.5, 0.5, 0.5, 0.5])])
     assert found["baseline"] is None and found["differences"] == {} and found["labels_needed"] == {}
     assert "activedpo" in compare.table(found) and "less" not in compare.table(found)
 
@@ -187,7 +168,5 @@ def test_runs_that_cannot_be_compared_are_refused() -> None:
     good = run("activedpo", 0, [0.5, 0.6, 0.7, 0.8])
     with pytest.raises(ValueError, match="two runs of activedpo, seed 0"):
         compare.compare([good, good])
-    with pytest.raises(
-        ValueError, match=r"random, seed 3, evaluated after \[0, 10\] labels, activedpo, seed 0"
-    ):
+    with pytest.raises(ValueError, match=r"random, seed 3, evaluated after \[0, 10\] labels, activedpo, seed 0"):
         compare.compare([good, run("random", 3, [0.5, 0.6], labels=(0, 10))])

@@ -101,7 +101,7 @@ def test_missing_responses_are_zero() -> None:
     decoder, params, lora = tiny.model()
     batch = tiny.groups(0, 3, 2)
     batch.response_len[1, 1] = 0
-    features = np.asarray(normalise(responses_of(decoder, params, lora, batch)))
+    features = np.asarray(normalise(jnp.asarray(responses_of(decoder, params, lora, batch))))
     norms = np.linalg.norm(features, axis=-1)
     expected = np.ones((3, 2))
     expected[1, 1] = 0

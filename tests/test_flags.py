@@ -30,9 +30,7 @@ def parse(tmp_path: pathlib.Path) -> Callable[..., flags.Command]:
     (tmp_path / "x.py").write_text(CONFIG)
 
     def parse(*arguments: str) -> flags.Command:
-        return flags.parse(
-            ["main", "--config", str(tmp_path / "x.py"), "--workdir=w", *arguments], STRATEGIES
-        )
+        return flags.parse(["main", "--config", str(tmp_path / "x.py"), "--workdir=w", *arguments], STRATEGIES)
 
     return parse
 
@@ -170,9 +168,7 @@ def test_mistakes_get_one_line(parse: Parse, arguments: list[str], message: str)
 
 def test_compiling_needs_no_workdir(tmp_path: pathlib.Path) -> None:
     (tmp_path / "x.py").write_text(CONFIG)
-    command = flags.parse(
-        ["main", f"--config={tmp_path / 'x.py'}:large", "--compile_only=v5e:4x4"], STRATEGIES
-    )
+    command = flags.parse(["main", f"--config={tmp_path / 'x.py'}:large", "--compile_only=v5e:4x4"], STRATEGIES)
     assert (command.workdir, command.compile_only, command.config.rounds) == (None, "v5e:4x4", 9)
     with pytest.raises(flags.UsageError, match="--workdir is missing"):
         flags.parse(["main", f"--config={tmp_path / 'x.py'}"], STRATEGIES)
@@ -208,14 +204,10 @@ def test_compiling_needs_no_workdir(tmp_path: pathlib.Path) -> None:
         ),
     ],
 )
-def test_mistakes_in_the_config_file_are_named(
-    tmp_path: pathlib.Path, old: str, new: str, message: str
-) -> None:
+def test_mistakes_in_the_config_file_are_named(tmp_path: pathlib.Path, old: str, new: str, message: str) -> None:
     assert CONFIG.count(old) == 1
     if "True" in new:  # the file's own later line would put it right
-        (tmp_path / "x.py").write_text(
-            CONFIG.replace(old, new).replace('    config.rounds = {"small"', "    {'small'")
-        )
+        (tmp_path / "x.py").write_text(CONFIG.replace(old, new).replace('    config.rounds = {"small"', "    {'small'"))
     else:
         (tmp_path / "x.py").write_text(CONFIG.replace(old, new))
     with pytest.raises(flags.UsageError) as raised:

@@ -34,10 +34,7 @@ def summaries(names: list[str], seeds: int, start: float = 0.5) -> list[RunSumma
         RunSummary(
             strategy=name,
             seed=seed,
-            rounds=[
-                round_summary(t, start + 0.3 * (1 - 0.5 ** (t / (i + 1))) + rng.normal(0, 0.01))
-                for t in range(9)
-            ],
+            rounds=[round_summary(t, start + 0.3 * (1 - 0.5 ** (t / (i + 1))) + rng.normal(0, 0.01)) for t in range(9)],
         )
         for i, name in enumerate(names)
         for seed in range(seeds)
@@ -83,15 +80,11 @@ def test_figure_shows_means_bands_and_names() -> None:
     colours = {"activedpo": "#0072B2", "random": "#707070"}
     assert names_of(figure).keys() == colours.keys()
     for strategy, colour in colours.items():
-        curves = np.array(
-            [[r["accuracy"] for r in run["rounds"]] for run in runs if run["strategy"] == strategy]
-        )
+        curves = np.array([[r["accuracy"] for r in run["rounds"]] for run in runs if run["strategy"] == strategy])
         (line,) = [line for line in axes.lines if line.get_color() == colour]
         np.testing.assert_allclose(np.asarray(line.get_ydata()), curves.mean(0))
         np.testing.assert_allclose(np.asarray(line.get_xdata()), 16 * np.arange(9))
-        (band,) = [
-            c for c in axes.collections if matplotlib.colors.same_color(c.get_facecolor()[0][:3], colour)
-        ]
+        (band,) = [c for c in axes.collections if matplotlib.colors.same_color(c.get_facecolor()[0][:3], colour)]
         heights = band.get_paths()[0].vertices[:, 1]
         # Student's t with 2 degrees of freedom: 4.3027 (from a printed table).
         widths = 4.3027 * curves.std(0, ddof=1) / np.sqrt(3)

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from activedpo_jax import main, mesh as meshes, task as tasks
+from activedpo_jax import main
+from activedpo_jax import mesh as meshes
+from activedpo_jax import task as tasks
 from activedpo_jax.config import default
 from activedpo_jax.data.groups import Bucket
 from activedpo_jax.models.decoder import init_params
@@ -31,8 +33,8 @@ def options() -> ml_collections.ConfigDict:
     config.scratch.num_heads, config.scratch.num_kv_heads = 8, 4
     config.lora.rank, config.lora.alpha = 4, 8.0
     config.features.dim, config.features.groups_per_chunk = 128, 16
-    # The paper's learning rate.  Adam divides by the gradient's own size, so where a gradient is nearly zero its rounding
-    # error, which no two meshes share, becomes some thousandths of a learning rate in the adapter.
+    # The paper's learning rate.  Adam divides by the gradient's own size, so where a gradient is nearly zero its
+    # rounding error, which no two meshes share, becomes some thousandths of a learning rate in the adapter.
     config.dpo.epochs, config.dpo.batch_size, config.dpo.learning_rate = 2, 4, 1e-4
     config.selection.block = 4
     config.evaluation.pairs_per_chunk = 24
@@ -40,7 +42,7 @@ def options() -> ml_collections.ConfigDict:
 
 
 def execute(
-    folder: pathlib.Path, shape: tuple[int, int, int] = (1, 1, 1), buckets: Any = None, **changes: Any
+    folder: pathlib.Path, changes: dict[str, Any], shape: tuple[int, int, int] = (1, 1, 1), buckets: Any = None
 ) -> tuple[list[str], dict[str, np.ndarray], dict[str, Any]]:
     """Picks in order, the adapter, and the summary of a run on a mesh of that shape."""
     config = options()
@@ -63,7 +65,7 @@ def execute(
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, np.ndarray], dict[str, Any]]:
-    return execute(tmp_path_factory.mktemp("one"), **{"round.mode": "fused"})
+    return execute(tmp_path_factory.mktemp("one"), {"round.mode": "fused"})
 
 
 def assert_same(got: Any, expected: Any) -> None:
@@ -87,23 +89,23 @@ def test_learns_and_reports(expected: Any) -> None:
 
 
 def test_staged_equals_fused(tmp_path: pathlib.Path, expected: Any) -> None:
-    assert_same(execute(tmp_path, **{"round.mode": "staged"}), expected)
+    assert_same(execute(tmp_path, {"round.mode": "staged"}), expected)
 
 
 def test_buckets_and_chunks_do_not_matter(tmp_path: pathlib.Path, expected: Any) -> None:
     changes = {"round.mode": "staged", "features.groups_per_chunk": 7, "evaluation.pairs_per_chunk": 5}
-    assert_same(execute(tmp_path, buckets=(Bucket(4, 7), Bucket(6, 12)), **changes), expected)
+    assert_same(execute(tmp_path, changes, buckets=(Bucket(4, 7), Bucket(6, 12))), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_every_mesh_equals_one_device(shape: tuple[int, int, int], tmp_path: pathlib.Path, expected: Any) -> None:
-    assert_same(execute(tmp_path, shape, **{"round.mode": "fused"}), expected)
+    assert_same(execute(tmp_path, {"round.mode": "fused"}, shape), expected)
 
 
 @pytest.mark.slow
 def test_staged_on_a_mesh_equals_one_device(tmp_path: pathlib.Path, expected: Any) -> None:
-    assert_same(execute(tmp_path, (2, 2, 2), **{"round.mode": "staged"}), expected)
+    assert_same(execute(tmp_path, {"round.mode": "staged"}, (2, 2, 2)), expected)
 
 
 @pytest.mark.parametrize("strategy", ["activedpo", "random"])
@@ -116,11 +118,11 @@ def test_options_agree_between_fused_and_staged(strategy: str, tmp_path: pathlib
         "dpo.start_from": "current",
         "dpo.label_smoothing": 0.1,
     }
-    fused = execute(tmp_path / "fused", **changes, **{"round.mode": "fused"})
-    assert_same(execute(tmp_path / "staged", **changes, **{"round.mode": "staged"}), fused)
+    fused = execute(tmp_path / "fused", {**changes, "round.mode": "fused"})
+    assert_same(execute(tmp_path / "staged", {**changes, "round.mode": "staged"}), fused)
 
 
 def test_too_small_a_pool_is_an_error(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        execute(tmp_path, rounds=7)
+        execute(tmp_path, {"rounds": 7})
     assert "42 labels, but the pool has 40 pairs" in capsys.readouterr().err

@@ -110,9 +110,7 @@ def test_same_options_go_on_and_others_are_named(tmp_path: pathlib.Path) -> None
     old["dpo"].pop("epochs")
     old["dpo"]["gone"] = "x"
     workdir.write_json(folder / "config.json", old)
-    with pytest.raises(
-        ValueError, match=r"dpo.epochs \(was absent, now 4\).*dpo.gone \(was \"x\", now absent\)"
-    ):
+    with pytest.raises(ValueError, match=r"dpo.epochs \(was absent, now 4\).*dpo.gone \(was \"x\", now absent\)"):
         workdir.open_workdir(folder, options.default())
 
 

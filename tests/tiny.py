@@ -1,6 +1,7 @@
 """Tiny random models and batches that the tests share."""
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,23 +24,19 @@ LORA = LoraConfig(rank=4, alpha=8.0)
 
 
 @functools.cache
-def model(seed: int = 0, **changes: object) -> tuple[Decoder, Params, Lora]:
+def model(seed: int = 0, **changes: Any) -> tuple[Decoder, Params, Lora]:
     """A decoder with random weights, and an adapter whose A and B are both random, as after some training."""
     decoder = Decoder(MODEL, LORA).clone(**changes)
     keys = jax.random.split(jax.random.key(seed), 3)
     # Larger than the usual 0.02, so that attention and gates are far from their linear range.
-    params = jax.tree.map(
-        lambda x: 6 * x if x.ndim > 1 and x.shape[-1] > 1 else x, init_params(decoder, keys[0])
-    )
+    params = jax.tree.map(lambda x: 6 * x if x.ndim > 1 and x.shape[-1] > 1 else x, init_params(decoder, keys[0]))
     lora = init_lora(decoder.config, decoder.lora, keys[1])
-    noise = jax.tree.unflatten(
-        jax.tree.structure(lora), list(jax.random.split(keys[2], len(jax.tree.leaves(lora))))
-    )
+    noise = jax.tree.unflatten(jax.tree.structure(lora), list(jax.random.split(keys[2], len(jax.tree.leaves(lora)))))
     return decoder, params, jax.tree.map(lambda x, k: x + 0.1 * jax.random.normal(k, x.shape), lora, noise)
 
 
 def groups(seed: int, count: int, m: int, prompt: int = 7, response: int = 6) -> Groups:
-    """Random groups of all lengths that the shape has room for; garbage stands in the padding, which must not matter."""
+    """Random groups of all lengths that the shape has room for; garbage stands in the padding."""
     rng = np.random.default_rng(seed)
     vocab = MODEL.vocab_size
     return Groups(

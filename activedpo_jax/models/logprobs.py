@@ -36,7 +36,9 @@ def _chunk_logps(states: jax.Array, table: jax.Array, targets: jax.Array) -> jax
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _frozen_table_logps(states: jax.Array, table: jax.Array, targets: jax.Array, size: int) -> jax.Array:
-    return _unchunk(jax.lax.map(lambda c: _chunk_logps(c[0], table, c[1]), (_chunks(states, size), _chunks(targets, size))))
+    return _unchunk(
+        jax.lax.map(lambda c: _chunk_logps(c[0], table, c[1]), (_chunks(states, size), _chunks(targets, size)))
+    )
 
 
 def _frozen_table_fwd(states, table, targets, size):  # type: ignore[no-untyped-def]

@@ -104,13 +104,16 @@ def _probed_linear_bwd(scale, name, residuals, d_out):  # type: ignore[no-untype
 
     # Outer products summed over the tokens of each example, never over examples: the price of a weight gradient.
     def per_example(lefts: Sequence[jax.Array], rights: Sequence[jax.Array]) -> jax.Array:
-        tokens = [(x.reshape(batch, -1, x.shape[-1]), y.reshape(batch, -1, y.shape[-1])) for x, y in zip(lefts, rights)]
-        return scale * sum(jnp.einsum("gti,gtj->gij", x, y, preferred_element_type=jnp.float32) for x, y in tokens)
+        total: Any = 0.0
+        for x, y in zip(lefts, rights, strict=True):
+            x, y = x.reshape(batch, -1, x.shape[-1]), y.reshape(batch, -1, y.shape[-1])
+            total += jnp.einsum("gti,gtj->gij", x, y, preferred_element_type=jnp.float32)
+        return scale * total
 
     sketch = functools.partial(tiled_count_sketch, dim=dim, seed=probe.seed, layer=layer)
     features = sketch(per_example(d_low, blocks), name=f"{name}/a") + sketch(per_example(d_out, low), name=f"{name}/b")
     # None: no cotangent for the base weights, nor for A and B, whose gradient nobody asked for.
-    return d_in, None, None, None, None, Probe(features, None)  # type: ignore[arg-type]
+    return d_in, None, None, None, None, Probe(features, None)
 
 
 _probed_linear.defvjp(_probed_linear_fwd, _probed_linear_bwd)
@@ -129,7 +132,8 @@ class LoraLinear(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(0.02), (d_in, self.features)).astype(self.dtype)
         if not self.has_variable("lora", "a"):
             return [x @ kernel for x in blocks]
-        a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+        a: jax.Array = self.get_variable("lora", "a")
+        b: jax.Array = self.get_variable("lora", "b")
         if probe is None:
             return _apply_lora(blocks, kernel, a, b, self.scale)[0]
         assert self.name is not None
