@@ -1,0 +1,121 @@
+"""Runs whose process is really killed go on as if nothing had happened."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+OPTIONS = {
+    "strategies": "activedpo",
+    "seeds": "0",
+    "rounds": "3",
+    "labels_per_round": "6",
+    "synthetic.pool_pairs": "48",
+    "synthetic.heldout_pairs": "24",
+    "scratch.steps": "5",
+    "features.dim": "64",
+    "features.groups_per_chunk": "16",
+    "dpo.epochs": "20",
+    "dpo.batch_size": "4",
+    "evaluation.pairs_per_chunk": "24",
+}
+
+
+def start(folder: pathlib.Path, cache: pathlib.Path, mode: str) -> subprocess.Popen[str]:
+    """The command line, as a user types it; programs that one process compiled the next ones find in `cache`."""
+    flags = [f"--config.{name}={value}" for name, value in (OPTIONS | {"round.mode": mode}).items()]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "activedpo_jax.main",
+        "--config",
+        "configs/quickstart.py",
+        "--workdir",
+        str(folder),
+    ]
+    root = pathlib.Path(__file__).parents[1]
+    return subprocess.Popen(
+        [*command, *flags], cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not ready():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def record(folder: pathlib.Path) -> dict[str, Any]:
+    """Everything that a run leaves behind, but for times."""
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "summary.json").read_text())
+    for entry in summary["rounds"]:
+        del entry["seconds"]
+    return {
+        "adapter": (folder / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "selected": {p.parent.name: p.read_text() for p in sorted(folder.glob("rounds/*/selected.jsonl"))},
+        "metrics": [{k: v for k, v in m.items() if k != "time" and not k.startswith("seconds")} for m in metrics],
+        "summary": summary,
+    }
+
+
+@pytest.mark.slow
+def test_killed_runs_equal_the_uninterrupted_one_bit_for_bit(tmp_path: pathlib.Path) -> None:
+    whole, killed, cache = tmp_path / "whole", tmp_path / "killed", tmp_path / "cache"
+    finish(start(whole, cache, "staged"))
+
+    # While the first round is on its way: only the state before it is there.
+    kill_when(start(killed, cache, "staged"), (killed / "checkpoints" / "0").exists)
+    # After the labels of round 2 have come in, before anything was learnt from them.
+    labels = killed / "rounds" / "002" / "selected.jsonl"
+    kill_when(start(killed, cache, "staged"), labels.exists)
+    assert (killed / "checkpoints" / "1").exists() and not (killed / "checkpoints" / "2").exists()
+    written = labels.stat().st_mtime_ns
+    finish(start(killed, cache, "staged"))
+    assert labels.stat().st_mtime_ns == written  # nobody was asked again
+    assert record(killed) == record(whole)
+
+    # And once all is done, the same command does nothing more.
+    before = record(killed)
+    finish(start(killed, cache, "staged"))
+    assert record(killed) == before
+
+
+@pytest.mark.slow
+def test_fused_run_killed_between_rounds(tmp_path: pathlib.Path) -> None:
+    whole, killed, cache = tmp_path / "whole", tmp_path / "killed", tmp_path / "cache"
+    finish(start(whole, cache, "fused"))
+    kill_when(start(killed, cache, "fused"), (killed / "checkpoints" / "1").exists)
+    finish(start(killed, cache, "fused"))
+    assert record(killed) == record(whole)
+
+
+def test_other_options_on_the_same_directory_are_an_error(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text('{"rounds": 3}')
+    process = start(tmp_path, tmp_path / "cache", "fused")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "belongs to other options" in output and "Traceback" not in output
