@@ -18,7 +18,7 @@ def default() -> ml_collections.ConfigDict:
     config.model.path = ""  # a Hugging Face directory or Hub name; empty: the synthetic task's own tiny decoder
     config.model.revision = ""  # Hub branch, tag or commit; empty: the default branch
     config.model.dtype = "auto"  # base weights and compute: auto (float32 on CPU, else bfloat16), float32, bfloat16
-    config.model.remat = "none"  # what the backward pass recomputes: none, dots, full
+    config.model.remat = "dots"  # the backward pass recomputes: none, dots (all but the linear maps), full
     config.model.logits_chunk = 512  # tokens whose logits exist at a time
 
     config.lora = ml_collections.ConfigDict()

@@ -37,11 +37,12 @@ def get_config(setting: str = "gpu") -> ml_collections.ConfigDict:
     config.dpo.learning_rate = 2e-4
     config.dpo.epochs = 4
     if setting == "cpu":
-        config.rounds = 3
+        config.rounds = 2
         config.labels_per_round = 16
-        config.data.train_limit = 160
-        config.data.heldout_limit = 64
-        config.features.groups_per_chunk = 8
+        config.data.train_limit = 80
+        config.data.heldout_limit = 40
+        config.features.groups_per_chunk = 4
+        config.evaluation.pairs_per_chunk = 4
         config.dpo.epochs = 2
     else:
         config.seeds = (0, 1, 2)

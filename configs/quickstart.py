@@ -29,6 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.synthetic.heldout_pairs = 512
     config.scratch.steps = 200
 
+    config.model.remat = "none"  # there is memory enough
     config.lora.rank = 8
     config.lora.alpha = 16.0
     config.features.dim = 1024

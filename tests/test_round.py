@@ -36,6 +36,7 @@ def options() -> ml_collections.ConfigDict:
     # The paper's learning rate.  Adam divides by the gradient's own size, so where a gradient is nearly zero its
     # rounding error, which no two meshes share, becomes some thousandths of a learning rate in the adapter.
     config.dpo.epochs, config.dpo.batch_size, config.dpo.learning_rate = 2, 4, 1e-4
+    config.model.remat = "none"
     config.selection.block = 4
     config.evaluation.pairs_per_chunk = 24
     return config
