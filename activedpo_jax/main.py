@@ -100,8 +100,8 @@ def run(
         if done is None:
             summary["rounds"] = [round_zero(judge(lora))]
             writer.write(0, 0, scalars(summary["rounds"][0]))
-            store.save(0, (lora, labelled))
             workdirs.write_json(folder / "summary.json", summary)
+            store.save(0, (lora, labelled))  # last: whatever is in a checkpoint is on record
         for number in range((done or 0) + 1, config.rounds + 1):
             start = time.perf_counter()
             labels = number * config.labels_per_round

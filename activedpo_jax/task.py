@@ -87,9 +87,13 @@ def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, dtype:
         heldout_records = limit(heldout_records, data.heldout_limit, 0)
 
     tokenizer = hf.load_tokenizer(path, revision)
+    known = {str(record.prompt) for record in train_records}
+    shared = sum(str(record.prompt) in known for record in heldout_records)
+    notes = (f"{shared} of {len(heldout_records)} records have a prompt of the pool",) if shared else ()
     longest = max(b.prompt for b in buckets), max(b.response for b in buckets)
     pool = tokenize(train_records, tokenizer, data.template, *longest, seed)
     heldout = tokenize(heldout_records, tokenizer, data.template, *longest, seed)
+    heldout = dataclasses.replace(heldout, notes=(*heldout.notes, *notes))
     decoder = _decoder(config, hf.load_config(path, revision), dtype)
 
     def load_params() -> Params:

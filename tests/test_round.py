@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from activedpo_jax import main
 from activedpo_jax import mesh as meshes
+from activedpo_jax import round as rounds
 from activedpo_jax import task as tasks
 from activedpo_jax.config import default
 from activedpo_jax.data.groups import Bucket
@@ -66,7 +67,10 @@ def execute(
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, np.ndarray], dict[str, Any]]:
-    return execute(tmp_path_factory.mktemp("one"), {"round.mode": "fused"})
+    before = rounds.compiled_round._cache_size()
+    out = execute(tmp_path_factory.mktemp("one"), {"round.mode": "fused"})
+    assert rounds.compiled_round._cache_size() == before + 1  # one program for both rounds
+    return out
 
 
 def assert_same(got: Any, expected: Any) -> None:

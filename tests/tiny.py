@@ -28,8 +28,9 @@ def model(seed: int = 0, **changes: Any) -> tuple[Decoder, Params, Lora]:
     """A decoder with random weights, and an adapter whose A and B are both random, as after some training."""
     decoder = Decoder(MODEL, LORA).clone(**changes)
     keys = jax.random.split(jax.random.key(seed), 3)
-    # Larger than the usual 0.02, so that attention and gates are far from their linear range.
-    params = jax.tree.map(lambda x: 6 * x if x.ndim > 1 and x.shape[-1] > 1 else x, init_params(decoder, keys[0]))
+    # Larger than the usual 0.02, so that attention and gates leave their linear range, but not so far that a softmax
+    # saturates: then gradients are differences of nearly equal things, and float32 has little left of them.
+    params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 and x.shape[-1] > 1 else x, init_params(decoder, keys[0]))
     lora = init_lora(decoder.config, decoder.lora, keys[1])
     noise = jax.tree.unflatten(jax.tree.structure(lora), list(jax.random.split(keys[2], len(jax.tree.leaves(lora)))))
     return decoder, params, jax.tree.map(lambda x, k: x + 0.1 * jax.random.normal(k, x.shape), lora, noise)

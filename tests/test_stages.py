@@ -1,0 +1,94 @@
+"""The staged round's bookkeeping (rows, buckets and chunks of pools with several responses), and held-out figures."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from activedpo_jax import evaluate, main, stages
+from activedpo_jax import mesh as meshes
+from activedpo_jax.data.groups import Bucket, Groups, PairPool
+from activedpo_jax.features import FeatureSpec, pair_features
+from activedpo_jax.task import Task
+from tests import tiny
+from tests.test_round import options
+
+BUCKETS = (Bucket(4, 5), Bucket(7, 9))
+
+
+def pool(seed: int = 0) -> PairPool:
+    """Groups of two or three responses, of lengths on both sides of the smaller bucket; sides in random order."""
+    rng = np.random.default_rng(seed)
+    prompts, responses, pairs = [], [], []
+    for group in range(9):
+        m = int(rng.integers(2, 4))
+        prompts.append(rng.integers(0, 97, rng.integers(1, 8)).astype(np.int32))
+        responses.append([rng.integers(0, 97, rng.integers(1, 10)).astype(np.int32) for _ in range(m)])
+        for i in range(m):
+            for j in range(i + 1, m):
+                pairs.append([group, i, j] if rng.random() < 0.5 else [group, j, i])
+    n = len(pairs)
+    return PairPool(
+        prompt_tokens=prompts,
+        response_tokens=responses,
+        pairs=np.array(pairs, np.int32),
+        pair_ids=[str(i) for i in range(n)],
+        preferences=rng.integers(0, 2, n).astype(np.int8),
+        rewards=None,
+        prompt_texts=[""] * len(prompts),
+        response_texts=[[""] * len(r) for r in responses],
+    )
+
+
+def test_pool_features_are_in_pool_order() -> None:
+    decoder, params, lora = tiny.model()
+    data = pool()
+    config = options()
+    config.features.dim, config.features.groups_per_chunk = 64, 2
+    mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
+    task = Task(decoder, "tiny", params, lambda: params, data, data, BUCKETS)
+    spec = main.round_spec(config, "activedpo", task, mesh)
+    got = stages.pool_features(spec, params, lora, data, BUCKETS, jnp.uint32(0))
+
+    # Row by row: the pair's own two responses, unpadded prompt, padded to one length to compile once.
+    compute = jax.jit(lambda g: pair_features(decoder, params, lora, g, FeatureSpec(64), jnp.uint32(0))[:, 0])
+    rows = []
+    for group, first, second in data.pairs:
+        prompt, shown = data.prompt_tokens[group], [data.response_tokens[group][i] for i in sorted((first, second))]
+        batch = Groups(
+            np.concatenate([np.zeros(7 - len(prompt), np.int32), prompt])[None],
+            np.array([len(prompt)]),
+            np.stack([np.concatenate([y, np.zeros(9 - len(y), np.int32)]) for y in shown])[None],
+            np.array([[len(y) for y in shown]]),
+        )
+        rows.append(np.asarray(compute(batch))[0])
+    assert got.shape == (data.num_pairs, 64)
+    assert tiny.relative_error(got, np.stack(rows)) < 1e-5
+
+
+def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown() -> None:
+    decoder, params, lora = tiny.model()
+    data = pool(1)
+    mesh = meshes.make_mesh(options().mesh, jax.devices()[:1])
+    beta, smoothing = 0.3, 0.1
+    every = np.arange(data.num_pairs)
+    batches = evaluate.Batches(data, every, BUCKETS, 4, mesh)
+    judge = evaluate.Evaluator(decoder, params, data, data.preferences, batches, beta, smoothing)
+    got = judge(lora)
+
+    gains = evaluate.log_probs(decoder, params, lora, batches, data.num_pairs, "").astype(np.float64)
+    gains -= evaluate.log_probs(decoder, params, None, batches, data.num_pairs, "")
+    preferred = data.preferences.astype(int)
+    margins = beta * (gains[every, preferred] - gains[every, 1 - preferred])
+    assert np.isclose(got["accuracy"], np.mean(margins > 0))
+    assert np.isclose(got["margin"], margins.mean(), atol=1e-5)
+    loss = (1 - smoothing) * np.logaddexp(0, -margins) + smoothing * np.logaddexp(0, margins)
+    assert np.isclose(got["loss"], loss.mean(), atol=1e-5)
+
+    other_way = dataclasses.replace(
+        data, pairs=data.pairs[:, [0, 2, 1]], preferences=(1 - data.preferences).astype(np.int8)
+    )
+    batches = evaluate.Batches(other_way, every, BUCKETS, 4, mesh)
+    again = evaluate.Evaluator(decoder, params, other_way, other_way.preferences, batches, beta, smoothing)(lora)
+    assert np.isclose(again["margin"], got["margin"], atol=1e-6) and again["accuracy"] == got["accuracy"]
