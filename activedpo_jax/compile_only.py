@@ -98,14 +98,17 @@ def programs(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) ->
             yield f"round, {strategy}", rounds.compiled_round, arguments
             continue
         opt_state = jax.eval_shape(lambda w, spec=spec: train.init_optimiser(spec.dpo.optimiser, w), lora)
+        gradient = (lora, like(jax.eval_shape(train.no_gradient, lora)[1]))
         schedule = spec.schedule(config.labels_per_round, 0)
         for bucket in task.buckets:
-            groups, pairs = _groups(mesh, bucket, spec.chunk, m), _groups(mesh, bucket, spec.batch_width, 2)
+            groups, pairs = _groups(mesh, bucket, spec.chunk, m), _groups(mesh, bucket, spec.microbatch, 2)
             if spec.needs_features:
                 yield f"features {tuple(bucket)}", stages.features_program, (spec, params, lora, groups, seed)
-            one_step = (like(schedule.slots[0]), like(schedule.weight[0]), number, number)
-            arguments = (spec, params, lora, like(opt_state), pairs, labelled, *one_step)
-            yield f"training step {tuple(bucket)}, {strategy}", stages.train_program, arguments
+            part = like((schedule.slots[0][: spec.microbatch], schedule.weight[0][: spec.microbatch]))
+            arguments = (spec, params, lora, gradient, pairs, labelled, *part)
+            yield f"training gradient {tuple(bucket)}, {strategy}", stages.gradient_program, arguments
+        arguments = (spec, lora, like(opt_state), lora, number, number)
+        yield f"training update, {strategy}", stages.update_program, arguments
         features = None
         if spec.needs_features:
             shape = (-(-task.pool.num_pairs // mesh.size) * mesh.size, spec.features.dim)

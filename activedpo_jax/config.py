@@ -83,6 +83,7 @@ def default() -> ml_collections.ConfigDict:
     config.dpo.learning_rate = 1e-4
     config.dpo.epochs = 4
     config.dpo.batch_size = 8  # pairs an optimiser step
+    config.dpo.pairs_per_chunk = 8  # pairs whose activations exist at a time; gradients of a batch's chunks add up
     config.dpo.schedule = "linear"  # after the warm-up: linear, cosine, constant
     config.dpo.warmup_fraction = 0.1  # of the round's steps
     config.dpo.weight_decay = 0.0

@@ -15,11 +15,11 @@ class Preferences(NamedTuple):
 
     preference: jax.Array  # [B] int: 0 the first response is preferred, 1 the second
     ref_logps: jax.Array  # [B, 2] float32, log π_ref of the two
-    weight: jax.Array  # [B] float32; 0 marks padding of the batch
+    weight: jax.Array  # [B] float32, each pair's share of the mean: 1/n, so that parts of a batch add up; 0 at padding
 
 
 class DpoMetrics(NamedTuple):
-    """Weighted means over a batch, float32 scalars."""
+    """Means over a batch, float32 scalars: sums by `Preferences.weight`."""
 
     loss: jax.Array
     accuracy: jax.Array  # share of pairs whose preferred response has the larger implicit reward; ties count half
@@ -43,19 +43,14 @@ def sigmoid_loss(margins: jax.Array, label_smoothing: float) -> jax.Array:
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(margins) - label_smoothing * jax.nn.log_sigmoid(-margins)
 
 
-def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
-    """Mean over the entries of positive weight; 0 where there are none."""
-    return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1e-9)
-
-
 def metrics(logps: jax.Array, pairs: Preferences, beta: float, label_smoothing: float) -> DpoMetrics:
     """Loss, accuracy and margin of a batch from log π_θ [B, 2]."""
     margins = reward_margins(logps, pairs, beta)
     correct = (margins > 0) + 0.5 * (margins == 0)
     return DpoMetrics(
-        loss=weighted_mean(sigmoid_loss(margins, label_smoothing), pairs.weight),
-        accuracy=weighted_mean(correct, pairs.weight),
-        margin=weighted_mean(margins, pairs.weight),
+        loss=jnp.sum(sigmoid_loss(margins, label_smoothing) * pairs.weight),
+        accuracy=jnp.sum(correct * pairs.weight),
+        margin=jnp.sum(margins * pairs.weight),
     )
 
 

@@ -77,12 +77,18 @@ class Evaluator:
     ):
         self._decoder, self._params, self._batches = decoder, params, batches
         self._num_rows, self._beta, self._smoothing = pool.num_pairs, beta, label_smoothing
-        ref = log_probs(decoder, params, None, batches, pool.num_pairs, "held-out reference")
-        weight = jnp.ones(pool.num_pairs, jnp.float32)
-        self._pairs = dpo.Preferences(jnp.asarray(preferences, jnp.int32), jnp.asarray(ref), weight)
+        self._ref = log_probs(decoder, params, None, batches, pool.num_pairs, "held-out reference")
+        weight = jnp.full(pool.num_pairs, 1 / pool.num_pairs, jnp.float32)
+        self._pairs = dpo.Preferences(jnp.asarray(preferences, jnp.int32), jnp.asarray(self._ref), weight)
 
     def __call__(self, lora: Lora) -> dict[str, float]:
         """Accuracy (ties count half), mean reward margin (nats) and DPO loss (nats) over the held-out pairs."""
-        logps = log_probs(self._decoder, self._params, lora, self._batches, self._num_rows, "evaluation")
+        return self._metrics(log_probs(self._decoder, self._params, lora, self._batches, self._num_rows, "evaluation"))
+
+    def untrained(self) -> dict[str, float]:
+        """The same of the reference model, which every run starts as."""
+        return self._metrics(self._ref)
+
+    def _metrics(self, logps: np.ndarray) -> dict[str, float]:
         out = dpo.metrics(jnp.asarray(logps), self._pairs, self._beta, self._smoothing)
         return {name: float(value) for name, value in out._asdict().items()}

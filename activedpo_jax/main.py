@@ -57,9 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for note in pool.notes:
                     print(f"{name}: {note}")
             params = task.load_params()
+        judge = evaluator(config, task, params, mesh, seed)
         for strategy in config.strategies:
             place = workdirs.run_folder(folder, config, strategy, seed)
-            summaries.append(run(config, strategy, seed, task, params, mesh, place))
+            summaries.append(run(config, strategy, seed, task, params, judge, mesh, place))
     finish(folder, summaries)
 
 
@@ -69,6 +70,7 @@ def run(
     seed: int,
     task: tasks.Task,
     params: Any,
+    judge: evaluate.Evaluator,
     mesh: Mesh,
     folder: pathlib.Path,
 ) -> workdirs.RunSummary:
@@ -77,7 +79,6 @@ def run(
     with flags.clean_errors():
         spec = round_spec(config, strategy, task, mesh)
         preferences = answers(task.pool, oracle.noise, oracle.flip_probability, oracle.temperature, seed)
-        truth = answers(task.heldout, "none", 0.0, 1.0, seed)
         fused = is_fused(config, task, spec)
     lam, key, sketch_seed = jnp.float32(config.selection.lam), jax.random.key(seed), jnp.uint32(seed)
 
@@ -89,16 +90,11 @@ def run(
         lora, labelled = store.restore(done, (lora, labelled))
     summary = resumed_summary(folder, strategy, seed, done)
 
-    every = np.arange(task.heldout.num_pairs)
-    size = config.evaluation.pairs_per_chunk
-    heldout = evaluate.Batches(task.heldout, every, task.buckets, size, mesh)
-    smoothing = config.dpo.label_smoothing
-    judge = evaluate.Evaluator(task.decoder, params, task.heldout, truth, heldout, config.dpo.beta, smoothing)
     pool = on_device(spec, task, preferences) if fused else None
 
     with metrics.MetricsWriter(folder, 0 if done is None else done + 1) as writer:
         if done is None:
-            summary["rounds"] = [round_zero(judge(lora))]
+            summary["rounds"] = [round_zero(judge.untrained())]
             writer.write(0, 0, scalars(summary["rounds"][0]))
             workdirs.write_json(folder / "summary.json", summary)
             store.save(0, (lora, labelled))  # last: whatever is in a checkpoint is on record
@@ -148,6 +144,18 @@ def run(
     return summary
 
 
+def evaluator(
+    config: ml_collections.ConfigDict, task: tasks.Task, params: Any, mesh: Mesh, seed: int
+) -> evaluate.Evaluator:
+    """The judge of a seed's runs: the held-out pairs, with the labels that the data has, without noise."""
+    with flags.clean_errors():
+        truth = answers(task.heldout, "none", 0.0, 1.0, seed)
+    every = np.arange(task.heldout.num_pairs)
+    batches = evaluate.Batches(task.heldout, every, task.buckets, config.evaluation.pairs_per_chunk, mesh)
+    dpo = config.dpo
+    return evaluate.Evaluator(task.decoder, params, task.heldout, truth, batches, dpo.beta, dpo.label_smoothing)
+
+
 def finish(folder: pathlib.Path, summaries: Sequence[workdirs.RunSummary]) -> None:
     """The table and the picture of all runs; of several runs their comparison in `summary.json`, too."""
     if len(summaries) > 1:
@@ -183,6 +191,7 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: tasks.Tas
         chunk=meshes.round_up(config.features.groups_per_chunk, mesh),
         epochs=dpo.epochs,
         batch_size=dpo.batch_size,
+        microbatch=meshes.round_up(min(dpo.pairs_per_chunk, dpo.batch_size), mesh),
         train_on_newest=dpo.train_on == "newest",
         start_from_sft=dpo.start_from == "sft",
     )

@@ -22,6 +22,7 @@ _COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _ROW = ("o_proj", "down_proj")
 _RULES: dict[tuple[str, str], P] = (
     {(m, "kernel"): P(None, "fsdp", "tensor") for m in _COLUMN}
+    | {(m, "bias"): P(None, "tensor") for m in _COLUMN}
     | {(m, "a"): P(None, None, "fsdp") for m in _COLUMN}
     | {(m, "b"): P(None, "tensor", None) for m in _COLUMN}
     | {(m, "kernel"): P(None, "tensor", "fsdp") for m in _ROW}

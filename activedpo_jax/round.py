@@ -39,6 +39,7 @@ class RoundSpec:
     chunk: int  # examples per chunk, divided evenly by the mesh
     epochs: int
     batch_size: int  # pairs an optimiser step
+    microbatch: int  # pairs whose activations exist at a time while training, divided evenly by the mesh
     train_on_newest: bool
     start_from_sft: bool
 
@@ -48,8 +49,8 @@ class RoundSpec:
 
     @property
     def batch_width(self) -> int:
-        """The padded batch of an optimiser step, which the mesh divides evenly."""
-        return meshes.round_up(self.batch_size, self.mesh)
+        """The padded batch of an optimiser step: whole microbatches."""
+        return -(-self.batch_size // self.microbatch) * self.microbatch
 
     def schedule(self, labels: int, seed: int) -> train.BatchSchedule:
         """The minibatches of the round that ends with so many labels."""
@@ -207,17 +208,26 @@ def fused_round(
 
     def step(i: jax.Array, carry):  # type: ignore[no-untyped-def]
         lora, opt_state, sums = carry
-        slots = schedule.slots[i]
-        pairs = batch_preferences(labelled, slots, schedule.weight[i])
-        groups = _gather(spec, pool, jnp.maximum(labelled.rows[slots], 0))
+
+        def add(total, part):  # type: ignore[no-untyped-def]
+            slots, weight = part
+            groups = _gather(spec, pool, jnp.maximum(labelled.rows[slots], 0))
+            pairs = batch_preferences(labelled, slots, weight)
+            new = train.dpo_gradient(spec.decoder, spec.dpo, params, lora, groups, pairs)
+            return jax.tree.map(jnp.add, total, new), None
+
+        parts = jax.tree.map(lambda x: x[i].reshape(-1, spec.microbatch), (schedule.slots, schedule.weight))
+        (gradient, metrics), _ = jax.lax.scan(add, train.no_gradient(lora), parts)
         rate = train.learning_rate(spec.dpo.optimiser, i, total)
-        lora, opt_state, metrics = train.dpo_step(spec.decoder, spec.dpo, params, lora, opt_state, groups, pairs, rate)
+        lora, opt_state = train.dpo_update(spec.dpo, lora, opt_state, gradient, rate)
         last_epoch = i >= total - schedule.steps_per_epoch
         return lora, opt_state, jax.tree.map(lambda s, x: s + jnp.where(last_epoch, x, 0.0), sums, metrics)
 
     zeros = dpo.DpoMetrics(*(jnp.float32(0),) * 3)
     lora, _, sums = jax.lax.fori_loop(0, total, step, (start, opt_state, zeros))
+    # Laid out as they came in, or the next round would be compiled anew.
     lora = jax.lax.with_sharding_constraint(lora, meshes.weight_shardings(spec.mesh, lora))
+    labelled = jax.lax.with_sharding_constraint(labelled, meshes.replicated(spec.mesh))
     training = jax.tree.map(lambda s: s / schedule.steps_per_epoch, sums)
     return lora, labelled, RoundResult(picks, preferences, training)
 

@@ -39,23 +39,33 @@ select_program = jax.jit(select, static_argnums=(0, 3))
 _add_labels = jax.jit(add_labels, static_argnums=0)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
-def train_program(
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def gradient_program(
     spec: RoundSpec,
     params: Params,
     lora: Lora,
-    opt_state: optax.OptState,
+    total: tuple[Lora, dpo.DpoMetrics],
     groups: Groups,
     labelled: Labelled,
     slots: jax.Array,
     weight: jax.Array,
-    step: jax.Array,
-    total: jax.Array,
-) -> tuple[Lora, optax.OptState, dpo.DpoMetrics]:
+) -> tuple[Lora, dpo.DpoMetrics]:
+    """Adds the part of a batch's gradient and metrics that comes from one microbatch."""
     pairs = batch_preferences(labelled, slots, weight)
+    new = train.dpo_gradient(spec.decoder, spec.dpo, params, lora, groups, pairs)
+    return jax.tree.map(jnp.add, total, new)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2, 3))
+def update_program(
+    spec: RoundSpec, lora: Lora, opt_state: optax.OptState, gradient: Lora, step: jax.Array, total: jax.Array
+) -> tuple[Lora, optax.OptState]:
     rate = train.learning_rate(spec.dpo.optimiser, step, total)
-    lora, opt_state, metrics = train.dpo_step(spec.decoder, spec.dpo, params, lora, opt_state, groups, pairs, rate)
-    return jax.lax.with_sharding_constraint(lora, meshes.weight_shardings(spec.mesh, lora)), opt_state, metrics
+    lora, opt_state = train.dpo_update(spec.dpo, lora, opt_state, gradient, rate)
+    return jax.lax.with_sharding_constraint(lora, meshes.weight_shardings(spec.mesh, lora)), opt_state
+
+
+_no_gradient = jax.jit(train.no_gradient)
 
 
 @jax.jit
@@ -169,13 +179,24 @@ def _train(
     last_epoch: list[Any] = []
     with tqdm(total=schedule.num_steps, desc="training", unit="step", leave=False) as bar:
         for step in range(schedule.num_steps):
-            slots, weight = schedule.slots[step], schedule.weight[step]
+            present = schedule.weight[step] > 0
+            slots, weight = schedule.slots[step][present], schedule.weight[step][present]
             rows = rows_of_slot[slots]
-            bucket = buckets[int(of_group[pool.pairs[rows[weight > 0], 0]].max())]  # sorted by size: fits them all
-            rows = np.where(weight > 0, rows, rows[0])
-            groups = jax.device_put(pad_pairs(pool, rows, bucket), meshes.batch(spec.mesh))
-            lora, opt_state, metrics = train_program(
-                spec, params, lora, opt_state, groups, labelled, slots, weight, jnp.int32(step), schedule.num_steps
+            bucket_of = of_group[pool.pairs[rows, 0]]
+            total = _no_gradient(lora)
+            # Bucket by bucket, so that a long pair does not pad the short ones of its batch.
+            for b in np.unique(bucket_of):
+                members = np.flatnonzero(bucket_of == b)
+                for i in range(0, len(members), spec.microbatch):
+                    part = members[i : i + spec.microbatch]
+                    pad = (0, spec.microbatch - len(part))
+                    groups = pad_pairs(pool, rows[part], buckets[b], spec.microbatch)
+                    groups = jax.device_put(groups, meshes.batch(spec.mesh))
+                    padded = np.pad(slots[part], pad), np.pad(weight[part], pad)
+                    total = gradient_program(spec, params, lora, total, groups, labelled, *padded)
+            gradient, metrics = total
+            lora, opt_state = update_program(
+                spec, lora, opt_state, gradient, jnp.int32(step), jnp.int32(schedule.num_steps)
             )
             if step >= schedule.num_steps - schedule.steps_per_epoch:
                 last_epoch.append(metrics)

@@ -66,24 +66,27 @@ def _update(
     return jax.tree.map(lambda w, u: w - rate * u, weights, updates), opt_state
 
 
-def dpo_step(
-    decoder: Decoder,
-    spec: DpoSpec,
-    params: Params,
-    lora: Lora,
-    opt_state: optax.OptState,
-    groups: Groups,
-    pairs: dpo.Preferences,
-    rate: jax.Array,
-) -> tuple[Lora, optax.OptState, dpo.DpoMetrics]:
-    """One step on a batch of labelled pairs (groups with m = 2) at learning rate `rate`."""
+def dpo_gradient(
+    decoder: Decoder, spec: DpoSpec, params: Params, lora: Lora, groups: Groups, pairs: dpo.Preferences
+) -> tuple[Lora, dpo.DpoMetrics]:
+    """Gradient of the DPO loss of a batch of labelled pairs (groups with m = 2), or what a part of one adds to it."""
 
     def objective(lora: Lora) -> tuple[jax.Array, dpo.DpoMetrics]:
         return dpo.loss(decoder, params, lora, groups, pairs, spec.beta, spec.label_smoothing)
 
-    grads, metrics = jax.grad(objective, has_aux=True)(lora)
-    lora, opt_state = _update(spec.optimiser, grads, opt_state, lora, rate)
-    return lora, opt_state, metrics
+    return jax.grad(objective, has_aux=True)(lora)
+
+
+def no_gradient(lora: Lora) -> tuple[Lora, dpo.DpoMetrics]:
+    """What the parts of a batch are added to."""
+    return jax.tree.map(jnp.zeros_like, lora), dpo.DpoMetrics(*(jnp.float32(0),) * 3)
+
+
+def dpo_update(
+    spec: DpoSpec, lora: Lora, opt_state: optax.OptState, gradient: Lora, rate: jax.Array
+) -> tuple[Lora, optax.OptState]:
+    """One step along a batch's gradient at learning rate `rate`."""
+    return _update(spec.optimiser, gradient, opt_state, lora, rate)
 
 
 def language_model_step(
@@ -104,7 +107,7 @@ class BatchSchedule(NamedTuple):
     """Which labels each step of a round trains on; host arrays of a fixed size, so that every round has one shape."""
 
     slots: np.ndarray  # [max_steps, B] int32, places in the list of labels
-    weight: np.ndarray  # [max_steps, B] float32, 0 at padding
+    weight: np.ndarray  # [max_steps, B] float32, 1/n for the n labels of a batch, 0 at padding
     num_steps: int
     steps_per_epoch: int
 
@@ -126,5 +129,5 @@ def batch_schedule(
         for i in range(per_epoch):
             batch = order[i * batch_size : (i + 1) * batch_size]
             slots[epoch * per_epoch + i, : len(batch)] = batch
-            weight[epoch * per_epoch + i, : len(batch)] = 1.0
+            weight[epoch * per_epoch + i, : len(batch)] = 1 / len(batch)
     return BatchSchedule(slots, weight, epochs * per_epoch, per_epoch)

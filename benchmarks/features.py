@@ -40,7 +40,7 @@ from activedpo_jax.features import (
     response_features,
     sketch_gradients,
 )
-from activedpo_jax.models.config import LoraConfig, ModelConfig
+from activedpo_jax.models.config import LoraConfig, ModelConfig, Rope
 from activedpo_jax.models.decoder import Decoder, init_params
 from activedpo_jax.models.lora import init_lora
 
@@ -52,7 +52,7 @@ SMOLLM2_135M = ModelConfig(
     num_heads=9,
     num_kv_heads=3,
     head_dim=64,
-    rope_theta=100_000.0,
+    rope=Rope(theta=100_000.0),
 )
 
 
@@ -143,7 +143,7 @@ def torch_contender(args: argparse.Namespace, groups: Groups, project: bool) -> 
         num_hidden_layers=c.num_layers,
         num_attention_heads=c.num_heads,
         num_key_value_heads=c.num_kv_heads,
-        rope_theta=c.rope_theta,
+        rope_theta=c.rope.theta,
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)

@@ -149,8 +149,8 @@ def test_every_tensor_comes_to_its_place(tmp_path: pathlib.Path, tied: bool, sha
     expected: dict[str, Any] = {
         "embed": {"embedding": tensors["model.embed_tokens.weight"]},
         "layers": {
-            "input_norm": {"scale": stacked("input_layernorm")},
-            "post_attention_norm": {"scale": stacked("post_attention_layernorm")},
+            "attention_norm": {"scale": stacked("input_layernorm")},
+            "mlp_norm": {"scale": stacked("post_attention_layernorm")},
             **{name: {"kernel": kernel.swapaxes(1, 2)} for name, kernel in kernels.items()},
         },
         "final_norm": {"scale": tensors["model.norm.weight"]},
@@ -288,7 +288,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes() -> None:
     full = LlamaConfig(**{k: v for k, v in MINIMAL.items() if k != "model_type"}).to_dict()
     assert len(full) > 2 * len(MINIMAL)
     assert model_config(MINIMAL) == model_config(full)
-    assert model_config(MINIMAL) == ModelConfig(97, 32, 48, 3, 4, 4, 8, 1e-6, 10_000.0, None, False)
+    assert model_config(MINIMAL) == ModelConfig(97, 32, 48, 3, 4, 4, 8, rms_norm_eps=1e-6, tie_embeddings=False)
 
 
 def test_rope_settings_of_old_and_new_transformers() -> None:
@@ -298,9 +298,9 @@ def test_rope_settings_of_old_and_new_transformers() -> None:
     new = {**MINIMAL, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}
     for hf_config in (old, older, new):
         config = model_config(hf_config)
-        assert config.rope_theta == 5e5
-        assert config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
-    assert model_config({**MINIMAL, "rope_theta": 5e5, "rope_scaling": None}).rope_scaling is None
+        assert config.rope.theta == 5e5
+        assert config.rope.scaling == RopeScaling(8.0, 1.0, 4.0, 64)
+    assert model_config({**MINIMAL, "rope_theta": 5e5, "rope_scaling": None}).rope.scaling is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 from typing import Any
 
@@ -13,7 +14,6 @@ from safetensors.numpy import load_file
 
 from activedpo_jax import main
 from activedpo_jax import mesh as meshes
-from activedpo_jax import round as rounds
 from activedpo_jax import task as tasks
 from activedpo_jax.config import default
 from activedpo_jax.data.groups import Bucket
@@ -57,7 +57,8 @@ def execute(
     params = init_params(task.decoder, jax.random.key(0))
     params = jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, params)  # out of the linear range
     params = jax.device_put(params, meshes.weight_shardings(mesh, params))
-    summary = main.run(config, config.strategies[0], 0, task, params, mesh, folder)
+    judge = main.evaluator(config, task, params, mesh, 0)
+    summary = main.run(config, config.strategies[0], 0, task, params, judge, mesh, folder)
     picks = []
     for number in range(1, config.rounds + 1):
         lines = (folder / "rounds" / f"{number:03d}" / "selected.jsonl").read_text().splitlines()
@@ -67,9 +68,17 @@ def execute(
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, np.ndarray], dict[str, Any]]:
-    before = rounds.compiled_round._cache_size()
-    out = execute(tmp_path_factory.mktemp("one"), {"round.mode": "fused"})
-    assert rounds.compiled_round._cache_size() == before + 1  # one program for both rounds
+    compiled: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: compiled.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("jax")
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            out = execute(tmp_path_factory.mktemp("one"), {"round.mode": "fused"})
+    finally:
+        logger.removeHandler(handler)
+    assert sum("Compiling jit(fused_round)" in message for message in compiled) == 1  # one program for both rounds
     return out
 
 
@@ -98,7 +107,8 @@ def test_staged_equals_fused(tmp_path: pathlib.Path, expected: Any) -> None:
 
 
 def test_buckets_and_chunks_do_not_matter(tmp_path: pathlib.Path, expected: Any) -> None:
-    changes = {"round.mode": "staged", "features.groups_per_chunk": 7, "evaluation.pairs_per_chunk": 5}
+    chunks = {"features.groups_per_chunk": 7, "evaluation.pairs_per_chunk": 5, "dpo.pairs_per_chunk": 3}
+    changes = {"round.mode": "staged", **chunks}
     assert_same(execute(tmp_path, changes, buckets=(Bucket(4, 7), Bucket(6, 12))), expected)
 
 
@@ -111,6 +121,10 @@ def test_every_mesh_equals_one_device(shape: tuple[int, int, int], tmp_path: pat
 @pytest.mark.slow
 def test_staged_on_a_mesh_equals_one_device(tmp_path: pathlib.Path, expected: Any) -> None:
     assert_same(execute(tmp_path, {"round.mode": "staged"}, (2, 2, 2)), expected)
+
+
+def test_microbatches_do_not_matter(tmp_path: pathlib.Path, expected: Any) -> None:
+    assert_same(execute(tmp_path, {"round.mode": "fused", "dpo.pairs_per_chunk": 1}), expected)
 
 
 @pytest.mark.parametrize("strategy", ["activedpo", "random"])

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from activedpo_jax import evaluate, main, stages
 from activedpo_jax import mesh as meshes
@@ -85,6 +86,8 @@ def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown() -> None:
     assert np.isclose(got["margin"], margins.mean(), atol=1e-5)
     loss = (1 - smoothing) * np.logaddexp(0, -margins) + smoothing * np.logaddexp(0, margins)
     assert np.isclose(got["loss"], loss.mean(), atol=1e-5)
+    start = judge.untrained()
+    assert start == pytest.approx({"accuracy": 0.5, "margin": 0.0, "loss": np.log(2)})
 
     other_way = dataclasses.replace(
         data, pairs=data.pairs[:, [0, 2, 1]], preferences=(1 - data.preferences).astype(np.int8)

@@ -14,8 +14,22 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embeddings (Su et al. 2021)."""
+
+    theta: float = 10_000.0
+    factor: float = 1.0  # positions are divided by it (``rope_type: linear``)
+    scaling: RopeScaling | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a decoder.  Field names are the ones of the papers; `models.families` maps Hugging Face's onto them."""
+    """What a decoder is made of.  Field names are the ones of the papers; `models.families` maps Hugging Face's onto
+    them.
+
+    Raises:
+      ValueError: sizes that do not go together.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -24,10 +38,25 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
+    activation: str = "silu"  # of the gated feed-forward map: silu, gelu_tanh
     tie_embeddings: bool = True
+    scale_embeddings: bool = False  # inputs are multiplied by √hidden_size
+    qkv_bias: bool = False
+
+    norms: str = "pre"  # around attention and feed-forward map: pre, post (of their outputs), both
+    qk_norm: str = "none"  # of queries and keys before they are rotated: none, head (each head), width (all heads)
+    rms_norm_eps: float = 1e-5
+    norm_offset: float = 0.0  # norms multiply by offset + scale
+
+    query_scale: float | None = None  # of queries before the scores; None: 1/√head_dim
+    attention_softcap: float | None = None  # c: scores become c·tanh(scores/c)
+    logit_softcap: float | None = None
+
+    rope: Rope = Rope()
+    unrotated: tuple[bool, ...] = ()  # which layers have no rotary embedding; empty: none
+    window: int | None = None  # in local layers a token sees so many, itself included
+    local: tuple[bool, ...] = ()  # which layers are local; empty: with a window all, else none
+    local_rope: Rope | None = None  # of local layers; None: as elsewhere
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -37,6 +66,16 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs of channels")
+        for name in ("unrotated", "local"):
+            if (given := len(getattr(self, name))) not in (0, self.num_layers):
+                raise ValueError(f"{name} says something of {given} layers; expected all {self.num_layers}, or none")
+
+    @property
+    def is_local(self) -> tuple[bool, ...]:
+        """Of every layer: whether attention is limited to `window`."""
+        if self.window is None:
+            return (False,) * self.num_layers
+        return self.local or (True,) * self.num_layers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""The decoder: groups in, log-probabilities of their response tokens out.
+"""The decoder: groups in, log-probabilities of their response tokens out; or token by token, for sampling.
 
-Used functionally: `decoder.apply({"params": params, "lora": lora}, groups)`; without `lora` it is the reference model.
+Used functionally: `decoder.apply({"params": params, "lora": lora}, groups)`; without `lora` it is the base model.
 The layers' weights are stacked and scanned over.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from activedpo_jax.data.groups import Groups
-from activedpo_jax.models.attention import prompt_attention, response_attention, rope_frequencies, rotate
+from activedpo_jax.models import attention
 from activedpo_jax.models.config import LoraConfig, ModelConfig
-from activedpo_jax.models.logprobs import token_logprobs
+from activedpo_jax.models.logprobs import make_logits, token_logprobs
 from activedpo_jax.models.lora import LoraLinear, Probe
 
 Params = dict[str, Any]
-Hidden = tuple[jax.Array, jax.Array]  # prompt [G, P, d], responses [G, m, R, d]
+# Tokens come in blocks: of prompts [G, P, d], of responses [G, m, R, d].  Scoring takes both, sampling one at a time.
+Blocks = list[jax.Array]
+KeysValues = tuple[jax.Array, jax.Array]
 
 REMAT_POLICIES = {
     "none": None,  # keep every activation
@@ -26,22 +29,42 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the layers' inputs alone
 }
 
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm (Zhang & Sennrich 2019), computed in float32."""
 
     epsilon: float
+    offset: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        initial = nn.initializers.constant(1 - self.offset)
+        scale = self.param("scale", initial, (x.shape[-1],)).astype(jnp.float32)
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return wide.astype(x.dtype) * scale.astype(x.dtype)
+        return (wide * (self.offset + scale)).astype(x.dtype)
+
+
+class Places(NamedTuple):
+    """Where the tokens of a batch stand."""
+
+    prompt_len: jax.Array  # [G]
+    start: jax.Array | int  # place in its response of the response block's first token
+
+
+class PerLayer(NamedTuple):
+    """What differs between layers, all with a leading [L] that the scan takes away."""
+
+    layer: jax.Array  # its index
+    window: jax.Array
+    frequencies: jax.Array  # [L, Dh/2]
+    prompt: KeysValues | None  # [L, G, P, K, Dh] of prompts that are not in the blocks
 
 
 class Layer(nn.Module):
-    """One pre-norm transformer layer of the Llama family, on the two token blocks of a group."""
+    """One transformer layer."""
 
     config: ModelConfig
     lora_scale: float
@@ -49,44 +72,66 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Hidden, layer: jax.Array, prompt_len: jax.Array, probe: Probe | None
-    ) -> tuple[Hidden, None]:
-        config = self.config
+        self, carry: tuple[Blocks, KeysValues | None], here: PerLayer, places: Places, probe: Probe | None
+    ) -> tuple[tuple[Blocks, KeysValues | None], KeysValues | None]:
+        """Returns the blocks, the cache of the responses [L, G, m, R, K, Dh] with what is new in it, and the prompt's
+        keys and values if the prompt comes alone."""
+        config, (blocks, cache) = self.config, carry
+        pre, post = config.norms in ("pre", "both"), config.norms in ("post", "both")
 
-        def linear(name: str, features: int, blocks: Any) -> list[jax.Array]:
-            return LoraLinear(features, self.lora_scale, self.dtype, name=name)(blocks, layer, probe)
+        def linear(name: str, features: int, blocks: Sequence[jax.Array], bias: bool = False) -> list[jax.Array]:
+            return LoraLinear(features, self.lora_scale, self.dtype, bias, name=name)(blocks, here.layer, probe)
 
-        def heads(x: jax.Array) -> jax.Array:
-            return x.reshape(*x.shape[:-1], -1, config.head_dim)
+        def norm(name: str, blocks: Sequence[jax.Array]) -> list[jax.Array]:
+            module = RMSNorm(config.rms_norm_eps, config.norm_offset, name=name)
+            return [module(x) for x in blocks]
 
-        prompt, response = hidden
-        norm = RMSNorm(config.rms_norm_eps, name="input_norm")
-        normed = (norm(prompt), norm(response))
+        def heads(blocks: Sequence[jax.Array], norm_name: str = "") -> list[jax.Array]:
+            if norm_name and config.qk_norm == "width":
+                blocks = norm(norm_name, blocks)
+            blocks = [x.reshape(*x.shape[:-1], -1, config.head_dim) for x in blocks]
+            return norm(norm_name, blocks) if norm_name and config.qk_norm == "head" else blocks
+
+        inputs = norm("attention_norm", blocks) if pre else blocks
         kv_width = config.num_kv_heads * config.head_dim
-        q = [heads(x) for x in linear("q_proj", config.num_heads * config.head_dim, normed)]
-        k = [heads(x) for x in linear("k_proj", kv_width, normed)]
-        v = [heads(x) for x in linear("v_proj", kv_width, normed)]
+        q = heads(linear("q_proj", config.num_heads * config.head_dim, inputs, config.qkv_bias), "q_norm")
+        k = heads(linear("k_proj", kv_width, inputs, config.qkv_bias), "k_norm")
+        v = heads(linear("v_proj", kv_width, inputs, config.qkv_bias))
 
-        # A prompt's positions start at 0 whatever its padding; each response goes on where its prompt ends.
-        width = prompt.shape[1]
-        prompt_positions = jnp.maximum(jnp.arange(width) - (width - prompt_len[:, None]), 0)
-        response_positions = prompt_len[:, None, None] + jnp.arange(response.shape[2])
-        frequencies = rope_frequencies(config)
-        q = [rotate(q[0], prompt_positions, frequencies), rotate(q[1], response_positions, frequencies)]
-        k = [rotate(k[0], prompt_positions, frequencies), rotate(k[1], response_positions, frequencies)]
-        attended = (
-            prompt_attention(q[0], k[0], v[0], prompt_len),
-            response_attention(q[1], k[1], v[1], k[0], v[0], prompt_len),
-        )
+        how, prompt_kv, attended = attention.rule(config, here.window), here.prompt, []
+        for i, x in enumerate(blocks):
+            # A prompt's positions start at 0 whatever its padding; each response goes on where its prompt ends.
+            if x.ndim == 3:
+                width = x.shape[1]
+                positions = jnp.maximum(jnp.arange(width) - (width - places.prompt_len[:, None]), 0)
+            else:
+                positions = places.prompt_len[:, None, None] + places.start + jnp.arange(x.shape[2])
+            q_i, k_i = (attention.rotate(y[i], positions, here.frequencies) for y in (q, k))
+            if x.ndim == 3:
+                prompt_kv = (k_i, v[i])
+                attended.append(attention.prompt_attention(q_i, *prompt_kv, places.prompt_len, how))
+                continue
+            kv = (k_i, v[i])
+            if cache is not None:
+                place = (here.layer, 0, 0, places.start, 0, 0)
+                cache = tuple(  # type: ignore[assignment]
+                    jax.lax.dynamic_update_slice(old, new[None], place) for old, new in zip(cache, kv, strict=True)
+                )
+                kv = tuple(jax.lax.dynamic_index_in_dim(c, here.layer, keepdims=False) for c in cache)
+            assert prompt_kv is not None
+            attended.append(attention.response_attention(q_i, *kv, *prompt_kv, places.prompt_len, how, places.start))
         out = linear("o_proj", config.hidden_size, attended)
-        prompt, response = prompt + out[0], response + out[1]
+        out = norm("attention_post_norm", out) if post else out
+        blocks = [x + y for x, y in zip(blocks, out, strict=True)]
 
-        norm = RMSNorm(config.rms_norm_eps, name="post_attention_norm")
-        normed = (norm(prompt), norm(response))
-        gate = linear("gate_proj", config.intermediate_size, normed)
-        up = linear("up_proj", config.intermediate_size, normed)
-        out = linear("down_proj", config.hidden_size, [jax.nn.silu(g) * u for g, u in zip(gate, up, strict=True)])
-        return (prompt + out[0], response + out[1]), None
+        inputs = norm("mlp_norm", blocks) if pre else blocks
+        gate = linear("gate_proj", config.intermediate_size, inputs)
+        up = linear("up_proj", config.intermediate_size, inputs)
+        act = ACTIVATIONS[config.activation]
+        out = linear("down_proj", config.hidden_size, [act(g) * u for g, u in zip(gate, up, strict=True)])
+        out = norm("mlp_post_norm", out) if post else out
+        blocks = [x + y for x, y in zip(blocks, out, strict=True)]
+        return (blocks, cache), prompt_kv if [x.ndim for x in blocks] == [3] else None
 
 
 class Embedding(nn.Module):
@@ -103,7 +148,7 @@ class Embedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model that scores groups.
+    """A causal language model that scores groups, and gives the logits that continue them.
 
     `dtype` is the compute dtype; float32 master copies, reductions and results do not depend on it.
     """
@@ -114,7 +159,23 @@ class Decoder(nn.Module):
     remat: str = "none"
     logits_chunk: int = 512
 
-    @nn.compact
+    def setup(self) -> None:
+        config = self.config
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        layer = Layer
+        if self.remat != "none":
+            layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        self.layers = nn.scan(
+            layer,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=config.num_layers,
+        )(config, self.lora.scale, self.dtype)
+        self.final_norm = RMSNorm(config.rms_norm_eps, config.norm_offset)
+        if not config.tie_embeddings:
+            self.lm_head = Embedding(config.vocab_size, config.hidden_size)
+
     def __call__(self, groups: Groups, probe: Probe | None = None, train_base: bool = False) -> jax.Array:
         """Log π(token | what stands before it) of every response token.
 
@@ -126,36 +187,69 @@ class Decoder(nn.Module):
         Returns:
           [G, m, R] float32, 0 at padding.
         """
-        config = self.config
-        table = Embedding(config.vocab_size, config.hidden_size, name="embed")()
-        prompt = jnp.take(table, groups.prompt_ids, axis=0).astype(self.dtype)
-        response = jnp.take(table, groups.response_ids, axis=0).astype(self.dtype)
-
-        layer = Layer
-        if self.remat != "none":
-            layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        layers = nn.scan(
-            layer,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=config.num_layers,
-        )(config, self.lora.scale, self.dtype, name="layers")
-        (prompt, response), _ = layers(
-            (prompt, response), jnp.arange(config.num_layers), jnp.asarray(groups.prompt_len), probe
-        )
+        blocks = [self._embedded(groups.prompt_ids), self._embedded(groups.response_ids)]
+        (prompt, response), _, _ = self._through_layers(blocks, Places(jnp.asarray(groups.prompt_len), 0), probe)
 
         # The state before each response token: the prompt's last, then the response's own but its last.
         first = jnp.broadcast_to(prompt[:, None, -1:], (*response.shape[:2], 1, response.shape[3]))
-        states = jnp.concatenate([first, response[:, :, :-1]], axis=2)
-        states = RMSNorm(config.rms_norm_eps, name="final_norm")(states)
-        if not config.tie_embeddings:
-            table = Embedding(config.vocab_size, config.hidden_size, name="lm_head")()
-        logps = token_logprobs(
-            states, table.astype(self.dtype), jnp.asarray(groups.response_ids), self.logits_chunk, train_base
-        )
+        states = self.final_norm(jnp.concatenate([first, response[:, :, :-1]], axis=2))
+        targets, softcap = jnp.asarray(groups.response_ids), self.config.logit_softcap
+        logps = token_logprobs(states, self._output_table(), targets, self.logits_chunk, train_base, softcap)
         present = jnp.arange(logps.shape[2]) < jnp.asarray(groups.response_len)[..., None]
         return jnp.where(present, logps, 0.0)
+
+    def prefill(self, prompt_ids: jax.Array, prompt_len: jax.Array) -> tuple[jax.Array, KeysValues]:
+        """The logits [G, V] float32 of each response's first token, and the prompts' keys and values
+        [L, G, P, K, Dh]; prompts are left-padded as in `Groups`."""
+        (prompt,), _, kept = self._through_layers([self._embedded(prompt_ids)], Places(prompt_len, 0), None)
+        assert kept is not None
+        return self._logits(prompt[:, -1]), kept
+
+    def decode(
+        self, tokens: jax.Array, place: jax.Array, prompt_len: jax.Array, prompt: KeysValues, cache: KeysValues
+    ) -> tuple[jax.Array, KeysValues]:
+        """One more token of every response.
+
+        Args:
+          tokens: [G, m] int32, the tokens at `place` (scalar int32) of the responses.
+          prompt: what `prefill` returned.
+          cache: keys and values of the responses' tokens before `place`, [L, G, m, R, K, Dh].
+
+        Returns:
+          The logits [G, m, V] float32 of the next token, and the cache with this one in it.
+        """
+        blocks = [self._embedded(tokens[:, :, None])]
+        (response,), new, _ = self._through_layers(blocks, Places(prompt_len, place), None, prompt, cache)
+        assert new is not None
+        return self._logits(response[:, :, 0]), new
+
+    def _embedded(self, ids: Any) -> jax.Array:
+        x = jnp.take(self.embed(), ids, axis=0).astype(self.dtype)
+        return x * jnp.asarray(self.config.hidden_size**0.5, self.dtype) if self.config.scale_embeddings else x
+
+    def _output_table(self) -> jax.Array:
+        return (self.embed if self.config.tie_embeddings else self.lm_head)().astype(self.dtype)
+
+    def _logits(self, states: jax.Array) -> jax.Array:
+        return make_logits(self.final_norm(states), self._output_table(), self.config.logit_softcap)
+
+    def _through_layers(
+        self,
+        blocks: Blocks,
+        places: Places,
+        probe: Probe | None,
+        prompt: KeysValues | None = None,
+        cache: KeysValues | None = None,
+    ) -> tuple[Blocks, KeysValues | None, KeysValues | None]:
+        config = self.config
+        per_layer = PerLayer(
+            jnp.arange(config.num_layers),
+            jnp.asarray(attention.windows(config)),
+            jnp.asarray(attention.rope_frequencies(config)),
+            prompt,
+        )
+        (blocks, cache), kept = self.layers((blocks, cache), per_layer, places, probe)
+        return blocks, cache, kept
 
 
 def init_params(decoder: Decoder, key: jax.Array) -> Params:

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from activedpo_jax.models.config import ModelConfig, RopeScaling
+from activedpo_jax.models.config import ModelConfig, Rope, RopeScaling
 
 # Where each linear map of a layer stands in a checkpoint; the same in every family.
 LINEAR_MAPS = {
@@ -63,8 +63,8 @@ LLAMA = Family(
     },
     weights={
         ("embed", "embedding"): Weight("model.embed_tokens.weight"),
-        ("layers", "input_norm", "scale"): Weight("model.layers.{layer}.input_layernorm.weight"),
-        ("layers", "post_attention_norm", "scale"): Weight("model.layers.{layer}.post_attention_layernorm.weight"),
+        ("layers", "attention_norm", "scale"): Weight("model.layers.{layer}.input_layernorm.weight"),
+        ("layers", "mlp_norm", "scale"): Weight("model.layers.{layer}.post_attention_layernorm.weight"),
         ("final_norm", "scale"): Weight("model.norm.weight"),
         ("lm_head", "embedding"): Weight("lm_head.weight"),
     }
@@ -108,8 +108,7 @@ def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
         num_kv_heads=given.get("num_key_value_heads", given["num_attention_heads"]),
         head_dim=given.get("head_dim", given["hidden_size"] // given["num_attention_heads"]),
         rms_norm_eps=float(given["rms_norm_eps"]),
-        rope_theta=float(rope["rope_theta"]),
-        rope_scaling=_rope_scaling(rope),
+        rope=Rope(theta=float(rope["rope_theta"]), scaling=_rope_scaling(rope)),
         tie_embeddings=given["tie_word_embeddings"],
     )
 

@@ -21,42 +21,48 @@ def _unchunk(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def _logits(states: jax.Array, table: jax.Array) -> jax.Array:
-    return jnp.einsum("gmcd,vd->gmcv", states, table, preferred_element_type=jnp.float32)
+def make_logits(states: jax.Array, table: jax.Array, softcap: float | None) -> jax.Array:
+    """[..., d] → [..., V] float32; with a soft-cap c they are c·tanh(logits/c) (Gemma 2)."""
+    logits = jnp.einsum("...d,vd->...v", states, table, preferred_element_type=jnp.float32)
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def _pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
 
-def _chunk_logps(states: jax.Array, table: jax.Array, targets: jax.Array) -> jax.Array:
-    logits = _logits(states, table)
+def _chunk_logps(states: jax.Array, table: jax.Array, targets: jax.Array, softcap: float | None) -> jax.Array:
+    logits = make_logits(states, table, softcap)
     return _pick(logits, targets) - jax.nn.logsumexp(logits, axis=-1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _frozen_table_logps(states: jax.Array, table: jax.Array, targets: jax.Array, size: int) -> jax.Array:
-    return _unchunk(
-        jax.lax.map(lambda c: _chunk_logps(c[0], table, c[1]), (_chunks(states, size), _chunks(targets, size)))
-    )
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _frozen_table_logps(
+    states: jax.Array, table: jax.Array, targets: jax.Array, size: int, softcap: float | None
+) -> jax.Array:
+    chunks = (_chunks(states, size), _chunks(targets, size))
+    return _unchunk(jax.lax.map(lambda c: _chunk_logps(c[0], table, c[1], softcap), chunks))
 
 
-def _frozen_table_fwd(states, table, targets, size):  # type: ignore[no-untyped-def]
+def _frozen_table_fwd(states, table, targets, size, softcap):  # type: ignore[no-untyped-def]
     # The cotangent of a log-prob is one number a token, so d log p/d state = E[target] − Σ_v p_v E[v] can be taken now,
     # while the logits exist, and scaled later: the backward pass need not make them again.
     def chunk(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h, t = args
-        logits = _logits(h, table)
+        logits = make_logits(h, table, softcap)
         lse = jax.nn.logsumexp(logits, axis=-1)
-        probs = jnp.exp(logits - lse[..., None]).astype(table.dtype)
-        mean = jnp.einsum("gmcv,vd->gmcd", probs, table, preferred_element_type=jnp.float32)
-        return _pick(logits, t) - lse, (jnp.take(table, t, axis=0) - mean).astype(h.dtype)
+        probs, of_target = jnp.exp(logits - lse[..., None]), jnp.take(table, t, axis=0)
+        if softcap is not None:  # every row of the table counts by the slope of the cap at its logit
+            slope = 1 - (logits / softcap) ** 2
+            probs, of_target = probs * slope, of_target * _pick(slope, t)[..., None]
+        mean = jnp.einsum("gmcv,vd->gmcd", probs.astype(table.dtype), table, preferred_element_type=jnp.float32)
+        return _pick(logits, t) - lse, (of_target - mean).astype(h.dtype)
 
     logps, slopes = jax.lax.map(chunk, (_chunks(states, size), _chunks(targets, size)))
     return _unchunk(logps), _unchunk(slopes)
 
 
-def _frozen_table_bwd(size, slopes, d_logps):  # type: ignore[no-untyped-def]
+def _frozen_table_bwd(size, softcap, slopes, d_logps):  # type: ignore[no-untyped-def]
     return (d_logps[..., None] * slopes).astype(slopes.dtype), None, None
 
 
@@ -64,7 +70,12 @@ _frozen_table_logps.defvjp(_frozen_table_fwd, _frozen_table_bwd)
 
 
 def token_logprobs(
-    states: jax.Array, table: jax.Array, targets: jax.Array, tokens_per_chunk: int, train_table: bool
+    states: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    tokens_per_chunk: int,
+    train_table: bool,
+    softcap: float | None = None,
 ) -> jax.Array:
     """log softmax(table · state)[target] of every token.
 
@@ -80,6 +91,6 @@ def token_logprobs(
     wanted = max(1, tokens_per_chunk // (groups * m))
     size = max(s for s in range(1, min(length, wanted) + 1) if length % s == 0)
     if not train_table:
-        return _frozen_table_logps(states, table, targets, size)
-    chunk = jax.checkpoint(lambda c: _chunk_logps(c[0], table, c[1]))
+        return _frozen_table_logps(states, table, targets, size, softcap)
+    chunk = jax.checkpoint(lambda c: _chunk_logps(c[0], table, c[1], softcap))
     return _unchunk(jax.lax.map(chunk, (_chunks(states, size), _chunks(targets, size))))

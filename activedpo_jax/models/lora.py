@@ -120,21 +120,28 @@ _probed_linear.defvjp(_probed_linear_fwd, _probed_linear_bwd)
 
 
 class LoraLinear(nn.Module):
-    """x W, plus s (x Aᵀ) Bᵀ where the `lora` collection has matrices for this module."""
+    """x W (+ bias), plus s (x Aᵀ) Bᵀ where the `lora` collection has matrices for this module."""
 
     features: int
     scale: float
     dtype: Any
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, blocks: Sequence[jax.Array], layer: jax.Array, probe: Probe | None) -> list[jax.Array]:
         d_in = blocks[0].shape[-1]
         kernel = self.param("kernel", nn.initializers.normal(0.02), (d_in, self.features)).astype(self.dtype)
         if not self.has_variable("lora", "a"):
-            return [x @ kernel for x in blocks]
-        a: jax.Array = self.get_variable("lora", "a")
-        b: jax.Array = self.get_variable("lora", "b")
-        if probe is None:
-            return _apply_lora(blocks, kernel, a, b, self.scale)[0]
-        assert self.name is not None
-        return _probed_linear(self.scale, self.name, list(blocks), kernel, a, b, layer, probe)
+            out = [x @ kernel for x in blocks]
+        else:
+            a: jax.Array = self.get_variable("lora", "a")
+            b: jax.Array = self.get_variable("lora", "b")
+            if probe is None:
+                out = _apply_lora(blocks, kernel, a, b, self.scale)[0]
+            else:
+                assert self.name is not None
+                out = _probed_linear(self.scale, self.name, list(blocks), kernel, a, b, layer, probe)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            out = [y + bias for y in out]
+        return out
