@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from activedpo_jax import dpo
 from activedpo_jax import mesh as meshes
-from activedpo_jax.data.groups import Bucket, Groups, PairPool, assign_buckets, pad_pairs
+from activedpo_jax.data.groups import Bucket, Groups, PairPool, assign_buckets, microbatches, pad_pairs
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
 
@@ -31,12 +31,7 @@ class Batches:
         self._pool, self._buckets, self._sharding = pool, buckets, meshes.batch(mesh)
         self._size = meshes.round_up(size, mesh)
         of_group = assign_buckets(pool, buckets)
-        of_row = of_group[pool.pairs[rows, 0]]
-        self._chunks = [
-            (b, rows[of_row == b][i : i + self._size])
-            for b in range(len(buckets))
-            for i in range(0, int(np.sum(of_row == b)), self._size)
-        ]
+        self._chunks = [(b, rows[part]) for b, part in microbatches(of_group[pool.pairs[rows, 0]], self._size)]
 
     def __len__(self) -> int:
         return len(self._chunks)

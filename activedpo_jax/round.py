@@ -219,7 +219,7 @@ def fused_round(
         parts = jax.tree.map(lambda x: x[i].reshape(-1, spec.microbatch), (schedule.slots, schedule.weight))
         (gradient, metrics), _ = jax.lax.scan(add, train.no_gradient(lora), parts)
         rate = train.learning_rate(spec.dpo.optimiser, i, total)
-        lora, opt_state = train.dpo_update(spec.dpo, lora, opt_state, gradient, rate)
+        lora, opt_state = train.update(spec.dpo.optimiser, lora, opt_state, gradient, rate)
         last_epoch = i >= total - schedule.steps_per_epoch
         return lora, opt_state, jax.tree.map(lambda s, x: s + jnp.where(last_epoch, x, 0.0), sums, metrics)
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from activedpo_jax import dpo, train
 from activedpo_jax import mesh as meshes
-from activedpo_jax.data.groups import Bucket, Groups, PairPool, assign_buckets, pad_groups, pad_pairs
+from activedpo_jax.data.groups import Bucket, Groups, PairPool, assign_buckets, microbatches, pad_groups, pad_pairs
 from activedpo_jax.evaluate import Batches, log_probs
 from activedpo_jax.models.decoder import Params
 from activedpo_jax.models.lora import Lora
@@ -61,7 +61,7 @@ def update_program(
     spec: RoundSpec, lora: Lora, opt_state: optax.OptState, gradient: Lora, step: jax.Array, total: jax.Array
 ) -> tuple[Lora, optax.OptState]:
     rate = train.learning_rate(spec.dpo.optimiser, step, total)
-    lora, opt_state = train.dpo_update(spec.dpo, lora, opt_state, gradient, rate)
+    lora, opt_state = train.update(spec.dpo.optimiser, lora, opt_state, gradient, rate)
     return jax.lax.with_sharding_constraint(lora, meshes.weight_shardings(spec.mesh, lora)), opt_state
 
 
@@ -182,18 +182,13 @@ def _train(
             present = schedule.weight[step] > 0
             slots, weight = schedule.slots[step][present], schedule.weight[step][present]
             rows = rows_of_slot[slots]
-            bucket_of = of_group[pool.pairs[rows, 0]]
             total = _no_gradient(lora)
-            # Bucket by bucket, so that a long pair does not pad the short ones of its batch.
-            for b in np.unique(bucket_of):
-                members = np.flatnonzero(bucket_of == b)
-                for i in range(0, len(members), spec.microbatch):
-                    part = members[i : i + spec.microbatch]
-                    pad = (0, spec.microbatch - len(part))
-                    groups = pad_pairs(pool, rows[part], buckets[b], spec.microbatch)
-                    groups = jax.device_put(groups, meshes.batch(spec.mesh))
-                    padded = np.pad(slots[part], pad), np.pad(weight[part], pad)
-                    total = gradient_program(spec, params, lora, total, groups, labelled, *padded)
+            for b, part in microbatches(of_group[pool.pairs[rows, 0]], spec.microbatch):
+                groups = pad_pairs(pool, rows[part], buckets[b], spec.microbatch)
+                groups = jax.device_put(groups, meshes.batch(spec.mesh))
+                pad = (0, spec.microbatch - len(part))
+                padded = np.pad(slots[part], pad), np.pad(weight[part], pad)
+                total = gradient_program(spec, params, lora, total, groups, labelled, *padded)
             gradient, metrics = total
             lora, opt_state = update_program(
                 spec, lora, opt_state, gradient, jnp.int32(step), jnp.int32(schedule.num_steps)

@@ -59,13 +59,6 @@ def init_optimiser(spec: OptimiserSpec, weights: Any) -> optax.OptState:
     return _transform(spec).init(weights)
 
 
-def _update(
-    spec: OptimiserSpec, grads: Any, opt_state: optax.OptState, weights: Any, rate: jax.Array
-) -> tuple[Any, optax.OptState]:
-    updates, opt_state = _transform(spec).update(grads, opt_state, weights)
-    return jax.tree.map(lambda w, u: w - rate * u, weights, updates), opt_state
-
-
 def dpo_gradient(
     decoder: Decoder, spec: DpoSpec, params: Params, lora: Lora, groups: Groups, pairs: dpo.Preferences
 ) -> tuple[Lora, dpo.DpoMetrics]:
@@ -82,24 +75,43 @@ def no_gradient(lora: Lora) -> tuple[Lora, dpo.DpoMetrics]:
     return jax.tree.map(jnp.zeros_like, lora), dpo.DpoMetrics(*(jnp.float32(0),) * 3)
 
 
-def dpo_update(
-    spec: DpoSpec, lora: Lora, opt_state: optax.OptState, gradient: Lora, rate: jax.Array
-) -> tuple[Lora, optax.OptState]:
+def completion_gradient(
+    decoder: Decoder, params: Params, lora: Lora | None, groups: Groups, share: jax.Array
+) -> tuple[Any, jax.Array]:
+    """Gradient and value of −share · Σ log π(token) over the response tokens of a batch, or of a part of one.
+
+    With share = 1/(response tokens of the whole batch) the parts add up to its mean negative log-likelihood.  The
+    gradient is that of the adapter; without one (`lora=None`) it is that of all weights.
+    """
+
+    def adapter_loss(lora: Lora) -> jax.Array:
+        return -share * jnp.sum(decoder.apply({"params": params, "lora": lora}, groups))  # type: ignore[arg-type]
+
+    def full_loss(params: Params) -> jax.Array:
+        return -share * jnp.sum(decoder.apply({"params": params}, groups, None, True))  # type: ignore[arg-type]
+
+    if lora is None:
+        loss, grads = jax.value_and_grad(full_loss)(params)
+    else:
+        loss, grads = jax.value_and_grad(adapter_loss)(lora)
+    return grads, loss
+
+
+def update(
+    spec: OptimiserSpec, weights: Any, opt_state: optax.OptState, gradient: Any, rate: jax.Array
+) -> tuple[Any, optax.OptState]:
     """One step along a batch's gradient at learning rate `rate`."""
-    return _update(spec.optimiser, gradient, opt_state, lora, rate)
+    updates, opt_state = _transform(spec).update(gradient, opt_state, weights)
+    return jax.tree.map(lambda w, u: w - rate * u, weights, updates), opt_state
 
 
 def language_model_step(
     decoder: Decoder, spec: OptimiserSpec, params: Params, opt_state: optax.OptState, groups: Groups, rate: jax.Array
 ) -> tuple[Params, optax.OptState, jax.Array]:
     """One step of all weights on the mean negative log-likelihood of the response tokens; returns that loss too."""
-
-    def objective(params: Params) -> jax.Array:
-        logps = decoder.apply({"params": params}, groups, None, True)
-        return -jnp.sum(logps) / jnp.sum(jnp.asarray(groups.response_len))  # type: ignore[arg-type]
-
-    loss, grads = jax.value_and_grad(objective)(params)
-    params, opt_state = _update(spec, grads, opt_state, params, rate)
+    share = 1 / jnp.sum(jnp.asarray(groups.response_len))
+    grads, loss = completion_gradient(decoder, params, None, groups, share)
+    params, opt_state = update(spec, params, opt_state, grads, rate)
     return params, opt_state, loss
 
 

@@ -6,7 +6,7 @@ padding id may be any token, the end-of-sequence token included.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -99,6 +99,21 @@ def assign_buckets(pool: PairPool, buckets: Sequence[Bucket]) -> np.ndarray:
             f"response) are {[tuple(b) for b in buckets]}: add a larger one to config.data.buckets"
         )
     return holds.argmax(axis=0)
+
+
+def microbatches(bucket_of: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Cuts a batch bucket by bucket into parts of at most `size`, so that a long example does not pad short ones.
+
+    Args:
+      bucket_of: [n], the bucket of each example.
+
+    Yields:
+      a bucket, and the places in the batch [≤ size] of the examples that go through it together.
+    """
+    for bucket in np.unique(bucket_of):
+        members = np.flatnonzero(bucket_of == bucket)
+        for i in range(0, len(members), size):
+            yield int(bucket), members[i : i + size]
 
 
 def pad_groups(pool: PairPool, group_rows: np.ndarray, bucket: Bucket, size: int | None = None) -> Groups:

@@ -18,12 +18,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from activedpo_jax.data.fields import Prompt, check_number, check_prompt, check_response, require
 from activedpo_jax.data.sources import fail, kind, read_rows
-
-Message = Mapping[str, Any]  # at least "role" and "content", both strings
-Prompt = str | Sequence[Message]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +116,6 @@ def limit(records: Sequence[Record], num_pairs: int, seed: int) -> list[Record]:
     return [r for r in records if r.id in drawn]
 
 
-_LARGEST = float(np.finfo(np.float32).max)
 _SCORES = ("score_chosen", "score_rejected")
 
 
@@ -136,18 +131,18 @@ def _parse(row: Mapping[str, Any], where: str) -> Record:
         problem = f"the fields are {', '.join(sorted(row)) or 'none'}"
         fail(where, problem, "`chosen` and `rejected`, or `responses`, and not both")
     if unlabelled:
-        prompt = _prompt(_require(row, "prompt", where), where)
+        prompt = check_prompt(require(row, "prompt", where), where)
         responses = _responses(row["responses"], where)
         rewards = _rewards(row["rewards"], len(responses), where) if "rewards" in row else None
         return Record(str(id_), prompt, responses, None, rewards, where)
 
     value, chosen, rejected = _explicit_prompt(row, where)
-    prompt = _prompt(value, where)
-    pair = (_response(chosen, "chosen", where), _response(rejected, "rejected", where))
+    prompt = check_prompt(value, where)
+    pair = (check_response(chosen, "chosen", where), check_response(rejected, "rejected", where))
     _check_different(pair, ("chosen", "rejected"), where)
     scores = None
     if any(name in row for name in _SCORES):
-        scores = tuple(_number(_require(row, name, where), name, where) for name in _SCORES)
+        scores = tuple(check_number(require(row, name, where), name, where) for name in _SCORES)
     if pair[0] < pair[1]:
         return Record(str(id_), prompt, pair, 0, scores, where)
     return Record(str(id_), prompt, pair[::-1], 1, scores and scores[::-1], where)
@@ -159,7 +154,7 @@ def _explicit_prompt(row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]
     As in TRL's `maybe_extract_prompt`, a `prompt` string beside whole conversations is but a copy of their
     beginning; and as in its `extract_prompt`, the space between prompt and response goes to the response.
     """
-    chosen, rejected = _require(row, "chosen", where), _require(row, "rejected", where)
+    chosen, rejected = require(row, "chosen", where), require(row, "rejected", where)
     if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
         problem = f"chosen is {kind(chosen)} and rejected {kind(rejected)}"
         fail(where, problem, "two strings, or two lists of chat messages")
@@ -181,47 +176,14 @@ def _explicit_prompt(row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _prompt(value: Any, where: str) -> Prompt:
-    messages = [] if isinstance(value, str) else _messages(value, "prompt", where)
-    if not (value.strip() if isinstance(value, str) else any(m["content"].strip() for m in messages)):
-        fail(where, "the prompt is empty", "some text in it", "write one, or delete the record")
-    if messages and messages[-1]["role"] == "assistant":
-        fail(where, "the prompt ends in a message of the assistant", "one of the user at its end")
-    return messages or value
-
-
 def _responses(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) < 2:
         problem = f"responses is {kind(value)}" + (f" of {len(value)}" if isinstance(value, list) else "")
         fail(where, problem, "a list of two responses or more")
     names = [f"responses[{i}]" for i in range(len(value))]
-    responses = tuple(_response(r, name, where) for r, name in zip(value, names, strict=True))
+    responses = tuple(check_response(r, name, where) for r, name in zip(value, names, strict=True))
     _check_different(responses, names, where)
     return responses
-
-
-def _response(value: Any, name: str, where: str) -> str:
-    """The text of a response: a string, or the content of a single message of the assistant."""
-    if not isinstance(value, str):
-        messages = _messages(value, name, where)
-        roles = [m["role"] for m in messages]
-        if roles != ["assistant"]:
-            fail(where, f"{name} after the prompt has messages of {roles}", "one message, of the assistant")
-        value = messages[0]["content"]
-    if not value.strip():
-        fail(where, f"{name} is an empty response", "some text in it", "write one, or delete the record")
-    return str(value)
-
-
-def _messages(value: Any, name: str, where: str) -> list[dict[str, Any]]:
-    expected = 'a string, or a list of chat messages {"role": string, "content": string}'
-    if not isinstance(value, list) or not value:
-        fail(where, f"{name} is {kind(value)}", expected)
-    for message in value:
-        fields = message if isinstance(message, dict) else {}
-        if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), str):
-            fail(where, f"{name} has the message {str(message)[:80]}", expected)
-    return [{k: v for k, v in message.items() if v is not None} for message in value]
 
 
 def _check_different(responses: Sequence[str], names: Sequence[str], where: str) -> None:
@@ -236,20 +198,7 @@ def _rewards(value: Any, count: int, where: str) -> tuple[float, ...]:
     if not isinstance(value, list) or len(value) != count:
         problem = f"rewards is {kind(value)}" + (f" of {len(value)}" if isinstance(value, list) else "")
         fail(where, problem, f"a list of {count} numbers, one for each of `responses`")
-    return tuple(_number(v, f"rewards[{i}]", where) for i, v in enumerate(value))
-
-
-def _number(value: Any, name: str, where: str) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not abs(value) <= _LARGEST:
-        fail(where, f"{name} is {value!r}", "a finite number", "correct it, or leave the scores out")
-    return float(value)
-
-
-def _require(row: Mapping[str, Any], name: str, where: str) -> Any:
-    if name not in row:
-        fail(where, f"the fields are {', '.join(sorted(row))}", f"`{name}` among them", f"add `{name}`")
-    return row[name]
+    return tuple(check_number(v, f"rewards[{i}]", where) for i, v in enumerate(value))
 
 
 def _prompt_key(prompt: Prompt) -> str:
