@@ -1,0 +1,210 @@
+"""The DPO loss is TRL's, and what the paper says it is."""
+
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import datasets
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import trl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from activedpo_jax import dpo
+from activedpo_jax.data.groups import Groups
+from activedpo_jax.models.config import LoraConfig
+from activedpo_jax.models.lora import Lora
+from tests import tiny
+from tests.test_hf import load_decoder, tiny_llama
+from tests.tiny_tokenizer import CHATML, make_tokenizer
+
+RANK, ALPHA = 4, 8.0
+MODULES = LoraConfig().target_modules
+RECORDS = [
+    ("What colour is the sky?", "It is blue.", "The grass is green, and the sky is not."),
+    ("Hello", "It is green", "No"),
+    ("Is the grass green today?", "It is, and the sky is blue. Is it not?", "What is today?"),
+]
+
+
+class Trl(NamedTuple):
+    """What TRL's trainer makes of one batch, and what it was made from."""
+
+    folder: pathlib.Path
+    loss: float
+    metrics: dict[str, float]
+    groups: Groups  # the chosen response first
+    lora: Lora
+    gradient: Lora
+
+
+def to_tree(named: dict[str, torch.Tensor]) -> Lora:
+    """`...layers.1.self_attn.q_proj.lora_A.default.weight` and its like, as our stacked matrices."""
+    layers: dict[str, Any] = {module: {"a": {}, "b": {}} for module in MODULES}
+    for name, tensor in named.items():
+        found = re.search(r"layers\.(\d+)\.\w+\.(\w+)\.lora_(A|B)\.", name)
+        assert found
+        layers[found[2]][found[3].lower()][int(found[1])] = tensor.detach().numpy()
+    stack = lambda of_layer: np.stack([of_layer[i] for i in range(len(of_layer))])  # noqa: E731
+    return {"layers": {m: {k: stack(v) for k, v in ab.items()} for m, ab in layers.items()}}
+
+
+def to_groups(batch: dict[str, torch.Tensor]) -> Groups:
+    """TRL's rows, all chosen and then all rejected responses after their prompts, as groups."""
+    n = len(batch["input_ids"]) // 2
+    prompts, responses = [], []
+    for ids, attended, completed in zip(
+        batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True
+    ):
+        prompts.append(ids[(attended == 1) & (completed == 0)].numpy())
+        responses.append(ids[completed == 1].numpy())
+    width, length = max(map(len, prompts)), max(map(len, responses))
+    out = Groups(
+        np.zeros((n, width), np.int32),
+        np.zeros(n, np.int32),
+        np.zeros((n, 2, length), np.int32),
+        np.zeros((n, 2), np.int32),
+    )
+    for g in range(n):
+        np.testing.assert_array_equal(prompts[g], prompts[n + g])
+        out.prompt_ids[g, width - len(prompts[g]) :] = prompts[g]
+        out.prompt_len[g] = len(prompts[g])
+        for j, response in enumerate((responses[g], responses[n + g])):
+            out.response_ids[g, j, : len(response)] = response
+            out.response_len[g, j] = len(response)
+    return out
+
+
+@pytest.fixture(scope="module", params=[0.1, 0.5], ids="beta={}".format)
+def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[float, Trl]:
+    """TRL's own trainer on its own batch of ragged prompts and responses."""
+    beta, folder = request.param, tmp_path_factory.mktemp("trl")
+    tokenizer = make_tokenizer(CHATML)
+    base = tiny_llama(folder / "base", vocab_size=len(tokenizer), tie_word_embeddings=True)
+    rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in RECORDS]
+    trainer = trl.DPOTrainer(
+        base,
+        args=trl.DPOConfig(
+            output_dir=str(folder / "out"), beta=beta, use_cpu=True, bf16=False, report_to=[], max_length=None
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(MODULES), lora_dropout=0.0),
+    )
+    model = trainer.model
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in weights)
+    with torch.no_grad():  # A and B both at work, so that policy and reference differ
+        generator = torch.Generator().manual_seed(0)
+        for weight in weights.values():
+            weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+    batch = trainer.data_collator([dict(row) for row in trainer.train_dataset])
+    model.train()
+    loss = trainer.compute_loss(model, batch)
+    loss.backward()
+    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    gradient = to_tree({name: p.grad for name, p in weights.items()})
+    return beta, Trl(folder / "base", float(loss.detach()), metrics, to_groups(batch), to_tree(weights), gradient)
+
+
+def swap(groups: Groups) -> Groups:
+    return groups._replace(response_ids=groups.response_ids[:, ::-1], response_len=groups.response_len[:, ::-1])
+
+
+@pytest.mark.parametrize("preference", [0, 1], ids=["chosen first", "chosen second"])
+def test_loss_and_gradient_are_those_of_trl(theirs: tuple[float, Trl], preference: int) -> None:
+    beta, trl_ = theirs
+    decoder, params = load_decoder(trl_.folder)
+    decoder = decoder.clone(lora=LoraConfig(RANK, ALPHA))
+    groups = swap(trl_.groups) if preference else trl_.groups
+    n = len(RECORDS)
+    pairs = dpo.Preferences(
+        jnp.full(n, preference), dpo.response_logps(decoder, params, None, groups), jnp.full(n, 1 / n)
+    )
+
+    def loss(lora: Lora) -> tuple[jax.Array, dpo.DpoMetrics]:
+        return dpo.loss(decoder, params, lora, groups, pairs, beta, 0.0)
+
+    (ours, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(trl_.lora)
+    assert abs(trl_.loss - np.log(2)) > 0.01  # or nothing would be compared
+    assert float(ours) == pytest.approx(trl_.loss, abs=1e-5)
+    assert float(metrics.accuracy) == pytest.approx(trl_.metrics["rewards/accuracies"], abs=1e-6)
+    assert float(metrics.margin) == pytest.approx(trl_.metrics["rewards/margins"], abs=1e-5)
+    for module in MODULES:
+        for matrix in ("a", "b"):
+            got, wanted = gradient["layers"][module][matrix], trl_.gradient["layers"][module][matrix]
+            assert tiny.relative_error(got, wanted) < 1e-4, (module, matrix)
+
+
+# --- Properties of the loss, from log-probs
+
+FLOATS = st.floats(-50, 50, width=32)
+
+
+@st.composite
+def batches(draw: Any) -> tuple[np.ndarray, dpo.Preferences]:
+    """Log-probs of 1 to 5 pairs, their reference's, preferences, and equal shares."""
+    n = draw(st.integers(1, 5))
+    logps, ref = (np.array(draw(st.lists(FLOATS, min_size=2 * n, max_size=2 * n)), np.float32) for _ in range(2))
+    preference = np.array(draw(st.lists(st.integers(0, 1), min_size=n, max_size=n)))
+    return logps.reshape(n, 2), dpo.Preferences(preference, ref.reshape(n, 2), np.full(n, 1 / n, np.float32))
+
+
+def values(logps: Any, pairs: dpo.Preferences, beta: float = 0.1, smoothing: float = 0.0) -> np.ndarray:
+    return np.array(dpo.metrics(jnp.asarray(logps), jax.tree.map(jnp.asarray, pairs), beta, smoothing))
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches(), st.floats(0.01, 2), st.floats(0, 0.4))
+def test_loss_is_the_papers(batch: tuple[np.ndarray, dpo.Preferences], beta: float, smoothing: float) -> None:
+    logps, pairs = batch
+    n, wide = np.arange(len(logps)), lambda x: np.asarray(x, np.float64)
+    rewards = beta * (wide(logps) - wide(pairs.ref_logps))
+    margins = rewards[n, pairs.preference] - rewards[n, 1 - pairs.preference]  # type: ignore[operator]
+    sigmoid_loss = np.logaddexp(0, -margins)
+    smoothed = (1 - smoothing) * sigmoid_loss + smoothing * np.logaddexp(0, margins)
+    got = values(logps, pairs, beta, smoothing)
+    tolerance = 1e-5 * (1 + np.abs(rewards).max())
+    np.testing.assert_allclose(got[[0, 2]], [smoothed.mean(), margins.mean()], atol=tolerance)
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches())
+def test_the_side_does_not_matter(batch: tuple[np.ndarray, dpo.Preferences]) -> None:
+    logps, pairs = batch
+    other = pairs._replace(preference=1 - pairs.preference, ref_logps=pairs.ref_logps[:, ::-1])
+    np.testing.assert_allclose(values(logps[:, ::-1], other), values(logps, pairs), atol=1e-5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches(), st.data())
+def test_parts_add_up_and_padding_is_nothing(batch: tuple[np.ndarray, dpo.Preferences], data: Any) -> None:
+    logps, pairs = batch
+    cut = data.draw(st.integers(0, len(logps)))
+    parts = [(logps[s], dpo.Preferences(*(x[s] for x in pairs))) for s in (slice(0, cut), slice(cut, None))]
+    together = sum(values(*part) for part in parts if len(part[0]))
+    np.testing.assert_allclose(together, values(logps, pairs), rtol=1e-5, atol=1e-5)
+
+    pad = lambda x, value: np.concatenate([x, np.full((2, *x.shape[1:]), value, x.dtype)])  # noqa: E731
+    padded = dpo.Preferences(pad(pairs.preference, 1), pad(pairs.ref_logps, -3.0), pad(pairs.weight, 0.0))
+    np.testing.assert_allclose(values(pad(logps, 7.0), padded), values(logps, pairs), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
+def test_the_reference_model_knows_nothing(beta: float) -> None:
+    logps = np.array([[-3.0, -5.0], [-2.0, -2.0]], np.float32)
+    pairs = dpo.Preferences(np.array([0, 1]), logps, np.full(2, 0.5, np.float32))
+    np.testing.assert_allclose(values(logps, pairs, beta), [np.log(2), 0.5, 0.0], atol=1e-7)
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.3])
+def test_smoothing_stops_at_a_finite_margin(epsilon: float) -> None:
+    at = np.log((1 - epsilon) / epsilon)
+    slope = jax.vmap(jax.grad(lambda margin: dpo.sigmoid_loss(margin, epsilon)))
+    below, here, above = slope(jnp.array([at - 0.5, at, at + 0.5]))
+    assert below < -0.01 and above > 0.01 and abs(here) < 1e-6
