@@ -91,7 +91,7 @@ def test_gradients_of_parts_add_up() -> None:
     decoder, params, lora = tiny.model()
     batch = tiny.groups(seed=3, count=4, m=2)
     ref = np.asarray(dpo.response_logps(decoder, params, None, batch))
-    pairs = dpo.Preferences(np.array([0, 1, 1, 0]), ref, np.full(4, 0.25, np.float32))
+    pairs = dpo.Preferences(jnp.array([0, 1, 1, 0]), jnp.asarray(ref), jnp.full(4, 0.25))
     spec = DpoSpec(0.1, 0.0, OptimiserSpec(1e-3))
     gradient = jax.jit(lambda groups, pairs: train.dpo_gradient(decoder, spec, params, lora, groups, pairs))
     whole = gradient(batch, pairs)
