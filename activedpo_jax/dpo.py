@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from activedpo_jax.data.groups import Groups
+from activedpo_jax.data.groups import Array, Groups
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
 
@@ -13,9 +13,9 @@ from activedpo_jax.models.lora import Lora
 class Preferences(NamedTuple):
     """B labelled pairs in the order in which they were shown."""
 
-    preference: jax.Array  # [B] int: 0 the first response is preferred, 1 the second
-    ref_logps: jax.Array  # [B, 2] float32, log π_ref of the two
-    weight: jax.Array  # [B] float32, each pair's share of the mean: 1/n, so that parts of a batch add up; 0 at padding
+    preference: Array  # [B] int: 0 the first response is preferred, 1 the second
+    ref_logps: Array  # [B, 2] float32, log π_ref of the two
+    weight: Array  # [B] float32, each pair's share of the mean: 1/n, so that parts of a batch add up; 0 at padding
 
 
 class DpoMetrics(NamedTuple):

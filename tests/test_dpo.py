@@ -165,7 +165,7 @@ def test_loss_is_the_papers(batch: tuple[np.ndarray, dpo.Preferences], beta: flo
     logps, pairs = batch
     n, wide = np.arange(len(logps)), lambda x: np.asarray(x, np.float64)
     rewards = beta * (wide(logps) - wide(pairs.ref_logps))
-    margins = rewards[n, pairs.preference] - rewards[n, 1 - pairs.preference]  # type: ignore[operator]
+    margins = rewards[n, pairs.preference] - rewards[n, 1 - pairs.preference]
     sigmoid_loss = np.logaddexp(0, -margins)
     smoothed = (1 - smoothing) * sigmoid_loss + smoothing * np.logaddexp(0, margins)
     got = values(logps, pairs, beta, smoothing)
