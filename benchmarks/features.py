@@ -10,8 +10,8 @@ Measured, each on the same groups of one prompt and two responses:
     none              features without normalisation, one probe backward pass
     response          features normalised per response
     vmap(grad)        the readable reference: a gradient tree per response, then the same sketch
-    rows              `none` and `response` with every response on a row of its own, its prompt repeated
-    peft + traker     what a PyTorch user has: one response at a time, gradients flattened, BasicProjector
+    rows              either of them with every response on a row of its own, its prompt repeated
+    peft + traker     what a PyTorch user has: one response at a time, gradients flattened, BasicProjector; measured once
 
 Runs are interleaved after a warm-up; the table gives medians and ratios of medians.  Compile time stands apart.
 """
@@ -99,13 +99,9 @@ def jax_contenders(args: argparse.Namespace, groups: Groups) -> dict[str, Callab
         spec = FeatureSpec(args.dim, normalisation)
         return lambda params, lora, groups: pair_features(decoder, params, lora, groups, spec, seed)
 
-    def from_rows(normalisation: str) -> Callable[..., Any]:
-        def run(params: Any, lora: Any, rows: Groups) -> Any:
-            out = response_features(decoder, params, lora, rows, args.dim, seed).reshape(-1, 2, args.dim)
-            out = normalise(out) if normalisation == "response" else out
-            return out[:, 0] - out[:, 1]
-
-        return run
+    def from_rows(params: Any, lora: Any, rows: Groups) -> Any:
+        out = normalise(response_features(decoder, params, lora, rows, args.dim, seed).reshape(-1, 2, args.dim))
+        return out[:, 0] - out[:, 1]
 
     def reference(params: Any, lora: Any, groups: Groups) -> Any:
         out = sketch_gradients(reference_gradients(decoder, params, lora, groups), args.dim, seed)
@@ -115,7 +111,7 @@ def jax_contenders(args: argparse.Namespace, groups: Groups) -> dict[str, Callab
         "summed gradient": (summed, groups),
         "none": (features("none"), groups),
         "response": (features("response"), groups),
-        "none, rows": (from_rows("none"), rows),
+        "rows": (from_rows, rows),
         "vmap(grad)": (reference, groups),
     }
     contenders: dict[str, Callable[[], Any]] = {}
@@ -152,23 +148,25 @@ def torch_contender(args: argparse.Namespace, groups: Groups, project: bool) -> 
     model = peft.get_peft_model(model, peft.LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=targets))
     weights = [p for p in model.parameters() if p.requires_grad]
     size = sum(p.numel() for p in weights)
-    # traker keeps `block_size` rows of the projection at a time, and makes them anew for every call.
-    projector = BasicProjector(
-        size, args.dim, 0, ProjectionType.rademacher, torch.device(device), block_size=args.projector_block
-    )
+    projector = None
+    if project:
+        projector = BasicProjector(size, args.dim, 0, ProjectionType.rademacher, torch.device(device))
 
     def one(prompt: Any, response: Any) -> Any:
         ids = torch.tensor(np.concatenate([prompt, response])[None], device=device, dtype=torch.long)
         logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
         logp = torch.log_softmax(logits, -1).gather(-1, ids[0, len(prompt) :, None]).sum()
         grads = torch.autograd.grad(logp, weights)
-        flat = torch.cat([g.flatten() for g in grads]).float()[None]
-        return projector.project(flat, model_id=0) if project else flat
+        return torch.cat([g.flatten() for g in grads]).float()
 
     def run() -> None:
-        for prompt, responses in zip(groups.prompt_ids, groups.response_ids, strict=True):
-            for response in responses:
-                one(prompt, response)
+        flat = [
+            one(prompt, response)
+            for prompt, responses in zip(groups.prompt_ids, groups.response_ids, strict=True)
+            for response in responses
+        ]
+        if projector is not None:  # all at once: it makes its random matrix anew for every call
+            projector.project(torch.stack(flat), model_id=0)
         if device == "cuda":
             torch.cuda.synchronize()
 
@@ -185,7 +183,6 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--projector-block", type=int, default=64)
     parser.add_argument("--out", type=pathlib.Path, help="write the raw times here, as JSON")
     args = parser.parse_args()
 

@@ -39,8 +39,8 @@ def get_config(setting: str = "gpu") -> ml_collections.ConfigDict:
         # A quarter of the responses is longer than 256 tokens and loses its end; the run counts and says it.
         config.data.buckets = ((64, 128), (128, 192), (128, 256))
         config.rounds = 2
-        config.labels_per_round = 16
-        config.data.train_limit = 64
+        config.labels_per_round = 12
+        config.data.train_limit = 48
         config.data.heldout_limit = 40
         config.features.groups_per_chunk = 4
         config.evaluation.pairs_per_chunk = 4
