@@ -73,7 +73,8 @@ class Evaluator:
         self._decoder, self._params, self._batches = decoder, params, batches
         self._num_rows, self._beta, self._smoothing = pool.num_pairs, beta, label_smoothing
         self._ref = log_probs(decoder, params, None, batches, pool.num_pairs, "held-out reference")
-        weight = jnp.full(pool.num_pairs, 1 / pool.num_pairs, jnp.float32)
+        # Weight one and the division afterwards, so that an accuracy is the exact fraction.
+        weight = jnp.ones(pool.num_pairs, jnp.float32)
         self._pairs = dpo.Preferences(jnp.asarray(preferences, jnp.int32), jnp.asarray(self._ref), weight)
 
     def __call__(self, lora: Lora) -> dict[str, float]:
@@ -86,4 +87,4 @@ class Evaluator:
 
     def _metrics(self, logps: np.ndarray) -> dict[str, float]:
         out = dpo.metrics(jnp.asarray(logps), self._pairs, self._beta, self._smoothing)
-        return {name: float(value) for name, value in out._asdict().items()}
+        return {name: float(total) / self._num_rows for name, total in out._asdict().items()}
