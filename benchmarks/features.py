@@ -11,7 +11,7 @@ Measured, each on the same groups of one prompt and two responses:
     response          features normalised per response
     vmap(grad)        the readable reference: a gradient tree per response, then the same sketch
     rows              either of them with every response on a row of its own, its prompt repeated
-    peft + traker     what a PyTorch user has: one response at a time, gradients flattened, BasicProjector; measured once
+    peft + traker     what a PyTorch user has: one response at a time, flattened, BasicProjector; run once
 
 Runs are interleaved after a warm-up; the table gives medians and ratios of medians.  Compile time stands apart.
 """
