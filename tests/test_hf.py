@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from activedpo_jax import mesh as meshes
 from activedpo_jax.data.groups import Groups
-from activedpo_jax.models import hf
+from activedpo_jax.models import hf, tensors
 from activedpo_jax.models.config import LoraConfig, ModelConfig, RopeScaling
 from activedpo_jax.models.decoder import Decoder
 from activedpo_jax.models.families import model_config
@@ -173,15 +173,24 @@ def test_bfloat16_checkpoints(tmp_path: pathlib.Path, dtype: str) -> None:
     np.testing.assert_array_equal(kernel, weight.T)
 
 
-def test_parameters_are_placed_as_asked(tmp_path: pathlib.Path) -> None:
-    tiny_llama(tmp_path)
-    mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 1, "fsdp": 4, "tensor": 2}))
+@pytest.mark.parametrize("piece_bytes", [1, 500, tensors.PIECE_BYTES], ids=["a row", "some rows", "whole"])
+def test_parameters_are_placed_as_asked(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    """However a tensor is cut on its way, and with more devices than one that hold the same part of it."""
+    model = tiny_llama(tmp_path, vocab_size=96, tie_word_embeddings=False)
+    monkeypatch.setattr(tensors, "PIECE_BYTES", piece_bytes)
+    mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
     _, params = hf.load_model(str(tmp_path), shardings=lambda shapes: meshes.weight_shardings(mesh, shapes))
     wanted = meshes.weight_shardings(mesh, params)
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, params, wanted))
     kernel = params["layers"]["up_proj"]["kernel"]
-    assert kernel.addressable_shards[0].data.shape == (3, 8, 24)
-    np.testing.assert_array_equal(kernel, hf.load_model(str(tmp_path))[1]["layers"]["up_proj"]["kernel"])
+    assert kernel.addressable_shards[0].data.shape == (3, 16, 24)
+    weights = [layer.mlp.up_proj.weight.detach().numpy().T for layer in model.model.layers]
+    np.testing.assert_array_equal(kernel, np.stack(weights))
+    np.testing.assert_array_equal(params["lm_head"]["embedding"], model.lm_head.weight.detach().numpy())
+    np.testing.assert_array_equal(params["final_norm"]["scale"], model.model.norm.weight.detach().numpy())
+    assert params["lm_head"]["embedding"].addressable_shards[0].data.shape == (48, 16)
 
 
 def edit(folder: pathlib.Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:

@@ -1,25 +1,24 @@
 """Hugging Face in: a model directory or a Hub name becomes a config, sharded parameters and a tokenizer.
 
-A checkpoint is checked as a whole from the headers of its files, then read leaf by leaf: host memory holds one leaf of
-the parameter tree at a time.
+A checkpoint is checked as a whole from the headers of its files, then goes to the devices tensor by tensor: beside what
+they hold, a model needs hardly any memory to be loaded.
 """
 
+import math
 import pathlib
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  gives NumPy the bfloat16 that safetensors reads into
-import numpy as np
-from safetensors import SafetensorError, safe_open
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from tqdm import tqdm
 
 from activedpo_jax.models.config import LoraConfig, ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
 from activedpo_jax.models.families import Family, Weight, family, model_config
+from activedpo_jax.models.tensors import Tensor, equal, put_tensor, read_headers
 from activedpo_jax.workdir import read_json
 
 if TYPE_CHECKING:
@@ -28,14 +27,6 @@ if TYPE_CHECKING:
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DTYPES = ("F64", "F32", "F16", "BF16")  # anything else is a quantised checkpoint
-
-
-class Tensor(NamedTuple):
-    """What the header of a safetensors file says of one tensor."""
-
-    file: pathlib.Path
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def load_config(path: str, revision: str = "") -> ModelConfig:
@@ -73,8 +64,8 @@ def load_model(
     Args:
       path, revision: as of `load_config`.
       dtype: that the parameters are converted to.
-      shardings: takes the parameter tree as `jax.ShapeDtypeStruct`s and returns a `jax.sharding.Sharding` for each;
-        None: all on the default device.
+      shardings: takes the parameter tree as `jax.ShapeDtypeStruct`s and returns a `jax.sharding.NamedSharding` for
+        each; None: all on the default device.
 
     Returns:
       The config, and the parameters of `Decoder` ([in, out] kernels, stacked over layers).
@@ -94,19 +85,21 @@ def load_model(
         lambda x: jax.ShapeDtypeStruct(x.shape, dtype),
         jax.eval_shape(lambda: init_params(decoder, jax.random.key(0))),
     )
-    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
-    weights = [this.weights[tuple(k.key for k in keys)] for keys, _ in leaves]
-    tensors = _headers([folder / name for name in files])
-    _check(tensors, weights, [x.shape for _, x in leaves], folder)
+    paths = [tuple(k.key for k in keys) for keys, _ in jax.tree.leaves_with_path(shapes)]
+    leaves, structure = jax.tree.flatten(shapes)
+    weights = [this.weights[path] for path in paths]
+    tensors = read_headers([folder / name for name in files])
+    _check(tensors, weights, [leaf.shape for leaf in leaves], folder)
 
-    places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings(shapes))
-    params = []
-    total = sum(len(_names(w, x.shape)) for w, (_, x) in zip(weights, leaves, strict=True))
-    with tqdm(total=total, desc=f"loading {path}", unit="tensor", leave=False) as bar:
-        for weight, (_, leaf), place in zip(weights, leaves, places, strict=True):
-            host = _read_leaf(tensors, weight, leaf, bar)
-            # Wait: a transfer that is still under way would keep this leaf in host memory beside the next one.
-            params.append(jax.block_until_ready(jax.device_put(host, place)))
+    default = jnp.zeros(()).sharding
+    places = [default] * len(leaves) if shardings is None else jax.tree.leaves(shardings(shapes))
+    parts = [[tensors[name] for name in _names(w, x.shape)] for w, x in zip(weights, leaves, strict=True)]
+    params: list[Any] = [None] * len(leaves)
+    # The largest tensors first: what their conversion takes beside them is free again when the devices fill up.
+    order = sorted(range(len(leaves)), key=lambda i: -math.prod(parts[i][0].shape))
+    with tqdm(total=sum(map(len, parts)), desc=f"loading {path}", unit="tensor", leave=False) as bar:
+        for i in order:
+            params[i] = _load_leaf(parts[i], weights[i], leaves[i], places[i], bar)
     return config, jax.tree.unflatten(structure, params)
 
 
@@ -156,25 +149,6 @@ def _weight_files(folder: pathlib.Path) -> list[str]:
     return sorted(set(read_json(index)["weight_map"].values()))
 
 
-def _headers(files: Sequence[pathlib.Path]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        if not file.exists():
-            others = [p.name for p in file.parent.glob("*.bin")]
-            raise ValueError(
-                f"{file}: no such file; expected the model's weights as safetensors"
-                + (f" (there is {others[0]}: convert it)" if others else ": download it again")
-            )
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                for name in opened.keys():  # noqa: SIM118  not a mapping
-                    part = opened.get_slice(name)
-                    tensors[name] = Tensor(file, tuple(part.get_shape()), part.get_dtype())
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a whole safetensors file ({error}): download it again") from error
-    return tensors
-
-
 def _names(weight: Weight, shape: Sequence[int]) -> list[str]:
     """The tensors of one leaf of the parameter tree."""
     return [weight.name.format(layer=i) for i in range(shape[0])] if "{layer}" in weight.name else [weight.name]
@@ -197,7 +171,7 @@ def _check(
         if name not in tensors:
             faults.append(f"{folder}: missing tensor {name}, expected with shape {list(shape)}")
             continue
-        file, found, dtype = tensors[name]
+        file, _, found, dtype = tensors[name]
         if found != shape:
             faults.append(f"{file}: tensor {name} has shape {list(found)}; {_CONFIG} says {list(shape)}")
         if dtype not in _DTYPES:
@@ -206,39 +180,52 @@ def _check(
         if name.endswith(".rotary_emb.inv_freq"):
             continue  # a table that older versions of transformers saved
         if name == _HEAD:  # of tied embeddings: saved under both names, or a contradiction
-            if _EMBEDDINGS in tensors and not np.array_equal(_read(tensors, _HEAD), _read(tensors, _EMBEDDINGS)):
+            if _EMBEDDINGS in tensors and not equal(tensors[_HEAD], tensors[_EMBEDDINGS]):
                 faults.append(
                     f"{tensors[name].file}: tensor {name} differs from {_EMBEDDINGS}, but {_CONFIG} has "
                     "tie_word_embeddings=true: set it to false to use both, or remove the tensor"
                 )
             continue
-        file, found, _ = tensors[name]
-        faults.append(f"{file}: unexpected tensor {name} of shape {list(found)}, which {_CONFIG} has no place for")
+        faults.append(
+            f"{tensors[name].file}: unexpected tensor {name} of shape {list(tensors[name].shape)}, "
+            f"which {_CONFIG} has no place for"
+        )
     if faults:
         more = [f"... and {len(faults) - 5} more such"] if len(faults) > 5 else []
         raise ValueError("\n".join(["the checkpoint does not match its config:", *faults[:5], *more]))
 
 
-def _read(tensors: Mapping[str, Tensor], name: str) -> np.ndarray:
-    with safe_open(tensors[name].file, framework="numpy") as opened:
-        tensor: np.ndarray = opened.get_tensor(name)
-    return tensor
+def _load_leaf(
+    parts: Sequence[Tensor], weight: Weight, leaf: jax.ShapeDtypeStruct, place: Sharding, bar: "tqdm[Any]"
+) -> Any:
+    """A leaf of the parameter tree: one tensor, or those of all layers written one by one into their stack."""
+
+    def convert(tensor: jax.Array) -> Any:
+        return (tensor.T if weight.transposed else tensor).astype(leaf.dtype)
+
+    if "{layer}" not in weight.name:
+        (part,) = parts
+        converted = convert(put_tensor(part, _transit(place, weight, part)))
+        bar.update()
+        return jax.block_until_ready(converted)
+
+    def write(stack: Any, tensor: jax.Array, layer: int) -> Any:
+        return jax.tree.map(
+            lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x, layer, axis=0), stack, convert(tensor)
+        )
+
+    stack = jnp.zeros(leaf.shape, leaf.dtype, device=place)
+    write_in_place = jax.jit(write, donate_argnums=0, out_shardings=place)
+    for layer, part in enumerate(parts):
+        stack = jax.block_until_ready(write_in_place(stack, put_tensor(part, _transit(place, weight, part)), layer))
+        bar.update()
+    return stack
 
 
-def _read_leaf(
-    tensors: Mapping[str, Tensor], weight: Weight, leaf: jax.ShapeDtypeStruct, bar: "tqdm[Any]"
-) -> np.ndarray:
-    names = _names(weight, leaf.shape)
-    stacked = np.empty(leaf.shape, leaf.dtype)
-    slots = stacked if "{layer}" in weight.name else stacked[None]
-    by_file: dict[pathlib.Path, list[tuple[int, str]]] = defaultdict(list)
-    for i, name in enumerate(names):
-        by_file[tensors[name].file].append((i, name))
-    # A file is opened anew for each leaf, which lets go of the pages that the leaf before has read.
-    for file, parts in by_file.items():
-        with safe_open(file, framework="numpy") as opened:
-            for i, name in parts:
-                tensor = opened.get_tensor(name)
-                slots[i] = tensor.T if weight.transposed else tensor
-                bar.update()
-    return stacked
+def _transit(place: Sharding, weight: Weight, part: Tensor) -> Sharding:
+    """The sharding under which a tensor in the checkpoint's shape needs no exchange to become its slice of a leaf."""
+    if not isinstance(place, NamedSharding):
+        return place  # one device
+    stacked = "{layer}" in weight.name
+    axes = (*place.spec, *[None] * len(part.shape))[stacked : stacked + len(part.shape)]
+    return NamedSharding(place.mesh, PartitionSpec(*(axes[::-1] if weight.transposed else axes)))
