@@ -31,27 +31,17 @@ class Bucket(NamedTuple):
     response: int  # R, tokens
 
 
-@dataclasses.dataclass(frozen=True)
-class PairPool:
-    """Tokenised groups, and the response pairs among them that can be labelled.  Lives in host memory.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Tokenised groups.  Lives in host memory.
 
     Every group has the same number m of response slots in a padded batch; a group with fewer responses leaves
-    the last ones empty.  Pairs are the rows that selection works on; their order is the one that breaks ties.
+    the last ones empty.
     """
 
     prompt_tokens: Sequence[np.ndarray]  # per group: int32 [length]
-    response_tokens: Sequence[Sequence[np.ndarray]]  # per group: 2 to m arrays of int32 [length], with EOS
-    pairs: np.ndarray  # [N, 3] int32: group, response shown first, response shown second
-    pair_ids: Sequence[str]  # N stable, unique names
-    preferences: np.ndarray  # [N] int8: 0 the first shown is preferred, 1 the second, -1 not in the data
-    rewards: np.ndarray | None  # [N, 2] float32: given rewards of (first, second), NaN where there are none
-    prompt_texts: Sequence[Any]  # per group: what a person reads (a string, or a list of chat messages)
-    response_texts: Sequence[Sequence[str]]  # per group: one string a response
+    response_tokens: Sequence[Sequence[np.ndarray]]  # per group: 1 to m arrays of int32 [length], with EOS
     notes: Sequence[str] = ()  # what happened to the data on the way in (truncations, counts), for the log
-
-    @property
-    def num_pairs(self) -> int:
-        return len(self.pairs)
 
     @property
     def num_groups(self) -> int:
@@ -63,12 +53,31 @@ class PairPool:
         return max(len(r) for r in self.response_tokens)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairPool(Texts):
+    """Groups of two responses or more, and the pairs among them that can be labelled.
+
+    Pairs are the rows that selection works on; their order is the one that breaks ties.
+    """
+
+    pairs: np.ndarray  # [N, 3] int32: group, response shown first, response shown second
+    pair_ids: Sequence[str]  # N stable, unique names
+    preferences: np.ndarray  # [N] int8: 0 the first shown is preferred, 1 the second, -1 not in the data
+    rewards: np.ndarray | None  # [N, 2] float32: given rewards of (first, second), NaN where there are none
+    prompt_texts: Sequence[Any]  # per group: what a person reads (a string, or a list of chat messages)
+    response_texts: Sequence[Sequence[str]]  # per group: one string a response
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.pairs)
+
+
 def group_pairs(m: int) -> np.ndarray:
     """The pairs i < j of m responses, [m(m−1)/2, 2] int32 in the order (0,1), (0,2), ..., (1,2), ..."""
     return np.stack(np.triu_indices(m, 1), axis=1).astype(np.int32)
 
 
-def assign_buckets(pool: PairPool, buckets: Sequence[Bucket]) -> np.ndarray:
+def assign_buckets(texts: Texts, buckets: Sequence[Bucket]) -> np.ndarray:
     """The smallest bucket that holds each group's prompt and its longest response.
 
     Args:
@@ -87,8 +96,8 @@ def assign_buckets(pool: PairPool, buckets: Sequence[Bucket]) -> np.ndarray:
                 f"buckets (prompt, response): {tuple(large)} after {tuple(small)}; expected each to be at "
                 "least as large as the one before in both, and larger in one: change config.data.buckets"
             )
-    prompt = np.array([len(p) for p in pool.prompt_tokens])
-    response = np.array([max(map(len, r)) for r in pool.response_tokens])
+    prompt = np.array([len(p) for p in texts.prompt_tokens])
+    response = np.array([max(map(len, r)) for r in texts.response_tokens])
     holds = np.array([(prompt <= b.prompt) & (response <= b.response) for b in buckets])
     homeless = np.flatnonzero(~holds.any(axis=0))
     if len(homeless):
@@ -116,20 +125,20 @@ def microbatches(bucket_of: np.ndarray, size: int) -> Iterator[tuple[int, np.nda
             yield int(bucket), members[i : i + size]
 
 
-def pad_groups(pool: PairPool, group_rows: np.ndarray, bucket: Bucket, size: int | None = None) -> Groups:
-    """Groups of the pool as one padded batch, each with m = `pool.responses_per_group` response slots.
+def pad_groups(texts: Texts, group_rows: np.ndarray, bucket: Bucket, size: int | None = None) -> Groups:
+    """Groups as one padded batch, each with m = `texts.responses_per_group` response slots.
 
     Args:
-      group_rows: [n] groups of the pool.
+      group_rows: [n] indices of groups.
       size: the number G of groups in the batch, so that shapes are static: those after the first n are empty,
         with a prompt of one padding token and no responses.  None: n.
 
     Raises:
       ValueError: a group does not fit the bucket, or n is more than `size`.
     """
-    prompts = [pool.prompt_tokens[g] for g in group_rows]
-    responses = [pool.response_tokens[g] for g in group_rows]
-    return _pad(prompts, responses, pool.responses_per_group, bucket, size)
+    prompts = [texts.prompt_tokens[g] for g in group_rows]
+    responses = [texts.response_tokens[g] for g in group_rows]
+    return _pad(prompts, responses, texts.responses_per_group, bucket, size)
 
 
 def pad_pairs(pool: PairPool, pair_rows: np.ndarray, bucket: Bucket, size: int | None = None) -> Groups:

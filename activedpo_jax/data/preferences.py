@@ -16,7 +16,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from activedpo_jax.data.fields import Prompt, check_number, check_prompt, check_response, require
 from activedpo_jax.data.sources import fail, kind, read_rows
@@ -38,6 +38,14 @@ class Record:
         return math.comb(len(self.responses), 2)
 
 
+class HasPrompt(Protocol):
+    @property
+    def prompt(self) -> Prompt: ...
+
+
+_Record = TypeVar("_Record", bound=HasPrompt)
+
+
 def uniform(seed: int, *names: str) -> float:
     """A number in [0, 1) that depends on the seed and the names alone: on no other draw, nor any order."""
     digest = hashlib.blake2b(json.dumps([seed, *names]).encode(), digest_size=8).digest()
@@ -57,7 +65,7 @@ def read_records(source: str, split: str = "train") -> list[Record]:
     """
     records, seen, copies = [], dict[str, str](), Counter[str]()
     for where, row in read_rows(source, split):
-        record = _parse(row, where)
+        record = parse_record(row, where)
         if not record.id:
             content = _content_hash(record)
             copies[content] += 1
@@ -72,7 +80,7 @@ def read_records(source: str, split: str = "train") -> list[Record]:
     return records
 
 
-def split_by_prompt(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+def split_by_prompt(records: Sequence[_Record], fraction: float, seed: int) -> tuple[list[_Record], list[_Record]]:
     """Training and held-out records, each in the given order, with no prompt on both sides.
 
     Args:
@@ -86,7 +94,8 @@ def split_by_prompt(records: Sequence[Record], fraction: float, seed: int) -> tu
     if len(prompts) < 2:
         raise ValueError(
             f"cannot hold out prompts: all {len(records)} records have the same one; "
-            "expected two different prompts or more: add data, or name a held-out set in config.data.heldout"
+            "expected two different prompts or more: add data, name a held-out set in config.data.heldout, or for "
+            "SFT set config.sft.heldout_fraction=0"
         )
     count = min(max(round(fraction * len(prompts)), 1), len(prompts) - 1)
     held_out = set(prompts[:count])
@@ -119,8 +128,12 @@ def limit(records: Sequence[Record], num_pairs: int, seed: int) -> list[Record]:
 _SCORES = ("score_chosen", "score_rejected")
 
 
-def _parse(row: Mapping[str, Any], where: str) -> Record:
-    """The record that is in a row, with an empty id if the row gives none."""
+def parse_record(row: Mapping[str, Any], where: str) -> Record:
+    """The record that is in a row, with an empty id if the row gives none.
+
+    Raises:
+      ValueError: the record is not in order.
+    """
     # Parquet has every column in every row: null is as good as missing.
     row = {name: value for name, value in row.items() if value is not None}
     id_ = row.get("id", "")

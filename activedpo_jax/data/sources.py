@@ -6,27 +6,29 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 _FILES = (".jsonl", ".parquet")
+_OPTIONS = "config.data.train, train_split, heldout and heldout_split"
 
 
-def read_rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(source: str, split: str, options: str = _OPTIONS) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every row of a data set with where it stands: `file:line` from 1, or a row number from 0.
 
     Args:
       source: a `.jsonl` or `.parquet` file, else a directory or name for `datasets`.
       split: of a `datasets` directory or name; a file is one split.
+      options: the options that name source and split, for error messages.
 
     Raises:
       ValueError: the source cannot be read, or a line of it is not a JSON object.
     """
     if not source:
-        raise ValueError("no data set is named; expected a file or a `datasets` name: set config.data.train")
+        raise ValueError(f"no data set is named; expected a file or a `datasets` name: set {options}")
     path = pathlib.Path(source).expanduser()
     if path.is_file() and path.suffix not in _FILES:
         raise ValueError(f"{source}: expected a .jsonl or .parquet file, or a `datasets` directory or name")
     if path.suffix in _FILES and not path.exists():
-        raise ValueError(f"{source}: no such file; check config.data.train and config.data.heldout")
+        raise ValueError(f"{source}: no such file; check {options}")
     if not path.is_file():
-        for i, row in enumerate(_load_dataset(source, path, split)):
+        for i, row in enumerate(_load_dataset(source, path, split, options)):
             yield f"{source} [{split}] row {i}", row
     elif path.suffix == ".jsonl":
         yield from _jsonl_rows(path)
@@ -86,7 +88,7 @@ def _parquet_rows(path: pathlib.Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: expected a Parquet file, but {error}: write it anew") from error
 
 
-def _load_dataset(source: str, path: pathlib.Path, split: str) -> Any:
+def _load_dataset(source: str, path: pathlib.Path, split: str, options: str) -> Any:
     import datasets  # takes a second, and most runs read files
 
     try:
@@ -99,5 +101,5 @@ def _load_dataset(source: str, path: pathlib.Path, split: str) -> Any:
         raise ValueError(
             f"{source}: `datasets` cannot load split {split!r} ({type(error).__name__}: {error}); expected a "
             ".jsonl or .parquet file, or a directory or name for `datasets` with that split: "
-            "check config.data.train, train_split, heldout and heldout_split"
+            f"check {options}"
         ) from error

@@ -6,14 +6,28 @@ and nothing that the template puts behind that (`...<|im_end|>`, without the new
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-from activedpo_jax.data.preferences import Prompt, Record
+from activedpo_jax.data.fields import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NAMES = ("auto", "chat", "plain")
+
+
+class Exchange(Protocol):
+    """What a template writes: a prompt, what is said to it, and where both stand, for error messages."""
+
+    @property
+    def prompt(self) -> Prompt: ...
+
+    @property
+    def responses(self) -> Sequence[str]: ...
+
+    @property
+    def where(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +46,7 @@ class Template:
     tail: str  # what the chat template puts behind a response
     end: str  # the part of it that the model writes
 
-    def prompt(self, record: Record) -> str:
+    def prompt(self, record: Exchange) -> str:
         """The prompt's text, up to where the response begins.
 
         Raises:
@@ -47,7 +61,7 @@ class Template:
             )
         return record.prompt
 
-    def response(self, record: Record, prompt: str, index: int) -> str:
+    def response(self, record: Exchange, prompt: str, index: int) -> str:
         """The text of one response, with the end of the turn; `prompt` is what `prompt()` gave.
 
         Raises:
@@ -65,7 +79,7 @@ class Template:
             )
         return whole[len(prompt) : len(whole) - len(self.tail)] + self.end
 
-    def _render(self, record: Record, messages: list[Any], generate: bool) -> str:
+    def _render(self, record: Exchange, messages: list[Any], generate: bool) -> str:
         try:
             return _render(self.tokenizer, messages, generate)
         except Exception as error:  # templates raise what they like: no system role, no two users in a row

@@ -1,39 +1,37 @@
-"""Records to token ids: the pool of pairs that everything after this works on."""
+"""Records to token ids: texts to learn from, and the pool of pairs that everything after this works on."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from activedpo_jax.data.groups import PairPool, group_pairs
+from activedpo_jax.data.groups import PairPool, Texts, group_pairs
 from activedpo_jax.data.preferences import Record, uniform
-from activedpo_jax.data.templates import Template, make_template
+from activedpo_jax.data.templates import Exchange, Template, make_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def tokenize(
-    records: Sequence[Record],
+def tokenize_texts(
+    records: Sequence[Exchange],
     tokenizer: "PreTrainedTokenizerBase",
     template: str,
     max_prompt: int,
     max_response: int,
-    seed: int,
-) -> PairPool:
-    """One group a record, and all pairs of its responses, in the order of the records and of `group_pairs`.
+) -> Texts:
+    """One group a record, in their order.
 
     A prompt of more than `max_prompt` tokens loses its beginning, but for BOS, which models depend on; it
     keeps its end, and with it the header of the assistant's turn.  A response of more than `max_response`
-    tokens loses its end, and with it EOS.  Both are counted in the pool's `notes`.  Which response is shown
-    first depends on the seed and the pair's id alone.
+    tokens loses its end, and with it EOS.  Both are counted in the `notes`.
 
     Args:
       template: `auto`, `chat` or `plain`; see `templates`.
 
     Raises:
       ValueError: the template does not suit the tokenizer or a prompt; `max_prompt` cannot hold the
-        assistant's header; a prompt has no tokens; two pairs have the same id.
+        assistant's header; a prompt has no tokens.
     """
     writer = make_template(template, tokenizer)
     prompts, responses, notes = _encode(records, writer)
@@ -46,13 +44,34 @@ def tokenize(
     notes += _truncation("prompts", "beginning", [len(p) for p in prompts], max_prompt)
     notes += _truncation("responses", "end, EOS included", [len(r) for rs in responses for r in rs], max_response)
     prompts = [_last(p, max_prompt, tokenizer.bos_token_id) for p in prompts]
-    responses = [[r[:max_response] for r in rs] for rs in responses]
+    for prompt, record in zip(prompts, records, strict=True):
+        if not len(prompt):
+            raise ValueError(f"{record.where}: the tokenizer makes no token of the prompt; expected some: change it")
+    return Texts(
+        prompt_tokens=prompts, response_tokens=[[r[:max_response] for r in rs] for rs in responses], notes=notes
+    )
 
+
+def tokenize(
+    records: Sequence[Record],
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str,
+    max_prompt: int,
+    max_response: int,
+    seed: int,
+) -> PairPool:
+    """`tokenize_texts`, and all pairs of a record's responses in the order of `group_pairs`.
+
+    Which response is shown first depends on the seed and the pair's id alone.
+
+    Raises:
+      ValueError: as `tokenize_texts`, or two pairs have the same id.
+    """
+    texts = tokenize_texts(records, tokenizer, template, max_prompt, max_response)
+    responses, notes = texts.response_tokens, list(texts.notes)
     pairs, pair_ids, preferences, rewards = [], [], [], []
     same = ties = 0
     for g, record in enumerate(records):
-        if not len(prompts[g]):
-            raise ValueError(f"{record.where}: the tokenizer makes no token of the prompt; expected some: change it")
         several = record.num_pairs > 1
         for low, high in group_pairs(len(record.responses)).tolist():
             name = f"{record.id}/{low}-{high}" if several else record.id
@@ -70,7 +89,7 @@ def tokenize(
     if ties:
         notes.append(f"{ties} of {len(pairs)} pairs have equal rewards and no preference: a coin decides, by their id")
     return PairPool(
-        prompt_tokens=prompts,
+        prompt_tokens=texts.prompt_tokens,
         response_tokens=responses,
         pairs=np.array(pairs, np.int32),
         pair_ids=pair_ids,
@@ -83,7 +102,7 @@ def tokenize(
 
 
 def _encode(
-    records: Sequence[Record], template: Template
+    records: Sequence[Exchange], template: Template
 ) -> tuple[list[np.ndarray], list[list[np.ndarray]], list[str]]:
     """Token ids of every prompt and every response, and notes.
 
