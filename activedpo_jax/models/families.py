@@ -1,23 +1,30 @@
 """Model families: how a Hugging Face config and checkpoint are read, as one short description each.
 
-A feature that the decoder does not have is refused with its name: a model never runs silently wrong.
+There is one decoder; a family says which of its parts it has.  A config is read, and what it leaves out filled in, as
+transformers' class of that family does it.  A feature that the decoder does not have is refused with its name: a model
+never runs silently wrong.  (`attention_dropout` is no such feature.  It acts in training alone, and preference training
+goes without dropout, as in TRL, so that the policy and its reference differ by their weights only.)
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
-from activedpo_jax.models.config import ModelConfig, Rope, RopeScaling
+from activedpo_jax.models.config import ModelConfig
+from activedpo_jax.models.hf_fields import (
+    Fields,
+    activation,
+    local_layers,
+    one_rope,
+    refuse_unsupported,
+    two_ropes,
+    unrotated_layers,
+)
 
+_LAYER = "model.layers.{layer}"
 # Where each linear map of a layer stands in a checkpoint; the same in every family.
-LINEAR_MAPS = {
-    "q_proj": "model.layers.{layer}.self_attn.q_proj",
-    "k_proj": "model.layers.{layer}.self_attn.k_proj",
-    "v_proj": "model.layers.{layer}.self_attn.v_proj",
-    "o_proj": "model.layers.{layer}.self_attn.o_proj",
-    "gate_proj": "model.layers.{layer}.mlp.gate_proj",
-    "up_proj": "model.layers.{layer}.mlp.up_proj",
-    "down_proj": "model.layers.{layer}.mlp.down_proj",
+LINEAR_MAPS = {f"{name}_proj": f"{_LAYER}.self_attn.{name}_proj" for name in "qkvo"} | {
+    f"{name}_proj": f"{_LAYER}.mlp.{name}_proj" for name in ("gate", "up", "down")
 }
 
 
@@ -33,48 +40,184 @@ class Weight:
     transposed: bool = False
 
 
+Weights = dict[tuple[str, ...], Weight]  # by path in the parameter tree
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """How one `model_type` of Hugging Face maps onto the decoder."""
 
     architecture: str  # the class in `architectures` that has a language-model head and nothing else
-    fields: Mapping[str, str]  # ModelConfig's field: the config's, which must be there
-    defaults: Mapping[str, Any]  # what transformers takes for fields that a config may leave out
-    supported: Mapping[str, tuple[Any, ...]]  # values of other fields that the decoder can run, or the field is absent
-    weights: Mapping[tuple[str, ...], Weight]  # by path in the parameter tree
+    defaults: dict[str, Any]  # fields that its configs have beside the sizes: what transformers takes for a missing one
+    weights: Weights
+    decoder: dict[str, Any] = dataclasses.field(default_factory=dict)  # of ModelConfig: what all its models have
+    varying: Callable[[Fields], Fields] = lambda config: {}  # of ModelConfig: what its config's own fields say
 
+
+def _norms(**names: str) -> Weights:
+    return {("layers", ours, "scale"): Weight(f"{_LAYER}.{theirs}.weight") for ours, theirs in names.items()}
+
+
+_QK_NORMS = _norms(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
+_QKV_BIASES = {("layers", m, "bias"): Weight(f"{LINEAR_MAPS[m]}.bias") for m in ("q_proj", "k_proj", "v_proj")}
+_OUTER: Weights = {
+    ("embed", "embedding"): Weight("model.embed_tokens.weight"),
+    ("final_norm", "scale"): Weight("model.norm.weight"),
+    ("lm_head", "embedding"): Weight("lm_head.weight"),
+} | {("layers", m, "kernel"): Weight(f"{name}.weight", transposed=True) for m, name in LINEAR_MAPS.items()}
+
+
+# --- What a config's own fields say
+
+
+def _window_of_all(config: Fields) -> Fields:
+    return {"window": config["sliding_window"]}
+
+
+def _window_of_upper_layers(config: Fields) -> Fields:
+    return local_layers(config, lambda i: config["use_sliding_window"] and i >= config["max_window_layers"])
+
+
+def _gemma2(config: Fields) -> Fields:
+    return {
+        **local_layers(config, lambda i: i % 2 == 0),
+        "query_scale": config["query_pre_attn_scalar"] ** -0.5,
+        "attention_softcap": config["attn_logit_softcapping"],
+        "logit_softcap": config["final_logit_softcapping"],
+    }
+
+
+def _gemma3(config: Fields) -> Fields:
+    return {
+        **local_layers(config, lambda i: (i + 1) % config["sliding_window_pattern"] != 0),
+        "query_scale": config["query_pre_attn_scalar"] ** -0.5,
+        "logit_softcap": config["final_logit_softcapping"],
+        **two_ropes(config),
+    }
+
+
+def _smollm3(config: Fields) -> Fields:
+    unrotated = unrotated_layers(config)
+    windowed = config["use_sliding_window"] and config["sliding_window"] is not None
+    return {"unrotated": unrotated, **local_layers(config, lambda i: windowed and unrotated[i])}
+
+
+# --- The families
 
 LLAMA = Family(
     architecture="LlamaForCausalLM",
-    fields={
-        "vocab_size": "vocab_size",
-        "hidden_size": "hidden_size",
-        "intermediate_size": "intermediate_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-    },
-    defaults={"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False},
-    supported={
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "pretraining_tp": (1,),
-        "partial_rotary_factor": (1,),
-    },
-    weights={
-        ("embed", "embedding"): Weight("model.embed_tokens.weight"),
-        ("layers", "attention_norm", "scale"): Weight("model.layers.{layer}.input_layernorm.weight"),
-        ("layers", "mlp_norm", "scale"): Weight("model.layers.{layer}.post_attention_layernorm.weight"),
-        ("final_norm", "scale"): Weight("model.norm.weight"),
-        ("lm_head", "embedding"): Weight("lm_head.weight"),
-    }
-    | {("layers", m, "kernel"): Weight(f"{name}.weight", transposed=True) for m, name in LINEAR_MAPS.items()},
+    defaults={"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu", "tie_word_embeddings": False},
+    weights=_OUTER | _norms(attention_norm="input_layernorm", mlp_norm="post_attention_layernorm"),
 )
 
-FAMILIES = {"llama": LLAMA}
+MISTRAL = dataclasses.replace(
+    LLAMA,
+    architecture="MistralForCausalLM",
+    defaults=LLAMA.defaults | {"num_key_value_heads": 8, "sliding_window": 4096},
+    varying=_window_of_all,
+)
+
+QWEN2 = dataclasses.replace(
+    LLAMA,
+    architecture="Qwen2ForCausalLM",
+    defaults=LLAMA.defaults
+    | {"num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+    | {"layer_types": None},
+    weights=LLAMA.weights | _QKV_BIASES,
+    decoder={"qkv_bias": True},
+    varying=_window_of_upper_layers,
+)
+
+QWEN3 = dataclasses.replace(
+    QWEN2,
+    architecture="Qwen3ForCausalLM",
+    defaults=QWEN2.defaults | {"head_dim": 128},
+    weights=LLAMA.weights | _QK_NORMS,
+    decoder={"qk_norm": "head"},
+)
+
+GEMMA = dataclasses.replace(
+    LLAMA,
+    architecture="GemmaForCausalLM",
+    defaults=LLAMA.defaults
+    | {"num_key_value_heads": 16, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+    decoder={"norm_offset": 1.0, "scale_embeddings": True},
+)
+
+GEMMA2 = dataclasses.replace(
+    GEMMA,
+    architecture="Gemma2ForCausalLM",
+    defaults=GEMMA.defaults
+    | {"num_key_value_heads": 4, "sliding_window": 4096, "layer_types": None, "query_pre_attn_scalar": 256}
+    | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    weights=_OUTER
+    | _norms(attention_norm="input_layernorm", attention_post_norm="post_attention_layernorm")
+    | _norms(mlp_norm="pre_feedforward_layernorm", mlp_post_norm="post_feedforward_layernorm"),
+    decoder=GEMMA.decoder | {"norms": "both"},
+    varying=_gemma2,
+)
+
+GEMMA3 = dataclasses.replace(
+    GEMMA2,
+    architecture="Gemma3ForCausalLM",
+    # No attn_logit_softcapping: transformers' config has it, its model does not look at it.
+    defaults={name: value for name, value in GEMMA2.defaults.items() if name != "attn_logit_softcapping"}
+    | {"final_logit_softcapping": None, "sliding_window_pattern": 6}
+    | {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
+    weights=GEMMA2.weights | _QK_NORMS,
+    decoder=GEMMA2.decoder | {"qk_norm": "head"},
+    varying=_gemma3,
+)
+
+SMOLLM3 = dataclasses.replace(
+    LLAMA,
+    architecture="SmolLM3ForCausalLM",
+    defaults=LLAMA.defaults
+    | {"num_key_value_heads": 4, "rope_theta": 2_000_000.0, "tie_word_embeddings": True}
+    | {"no_rope_layers": None, "no_rope_layer_interval": 4}
+    | {"use_sliding_window": False, "sliding_window": None, "layer_types": None},
+    varying=_smollm3,
+)
+
+OLMO2 = dataclasses.replace(
+    LLAMA,
+    architecture="Olmo2ForCausalLM",
+    defaults=LLAMA.defaults | {"rms_norm_eps": 1e-5},
+    weights=_OUTER
+    | _norms(attention_post_norm="post_attention_layernorm", mlp_post_norm="post_feedforward_layernorm")
+    | _QK_NORMS,
+    decoder={"norms": "post", "qk_norm": "width"},
+)
+
+FAMILIES = {
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "smollm3": SMOLLM3,
+    "olmo2": OLMO2,
+}
 
 
-def family(hf_config: Mapping[str, Any]) -> Family:
+# --- Reading a config
+
+# ModelConfig's field: the config's, which has to be there.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+}
+
+# Where null is a value of its own; elsewhere it is as good as the field left out.
+_NULLABLE = {"num_key_value_heads", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+
+
+def family(hf_config: Fields) -> Family:
     """The family of a `config.json`.
 
     Raises:
@@ -86,69 +229,29 @@ def family(hf_config: Mapping[str, Any]) -> Family:
     return FAMILIES[model_type]
 
 
-def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
+def model_config(hf_config: Fields) -> ModelConfig:
     """The decoder that a `config.json` describes.
-
-    Fields that it leaves out, or has as null, get the value that transformers gives them.
 
     Raises:
       ValueError: a model type or a feature that the decoder does not support, or a missing field.
     """
     this = family(hf_config)
-    given = {name: value for name, value in hf_config.items() if value is not None}
-    missing = [name for name in this.fields.values() if name not in given]
+    missing = [name for name in _SIZES.values() if hf_config.get(name) is None]
     if missing:
-        raise ValueError(f"no {', '.join(missing)}; expected in the config of every {given['model_type']} model")
-    _refuse_unsupported(this, given)
+        raise ValueError(f"no {', '.join(missing)}; expected in the config of every {hf_config['model_type']} model")
+    refuse_unsupported(hf_config, this.architecture, this.defaults.keys())
 
-    given = {**this.defaults, **given}
-    rope = {"rope_theta": given["rope_theta"], **_rope(given)}
-    return ModelConfig(
-        **{ours: given[theirs] for ours, theirs in this.fields.items()},
-        num_kv_heads=given.get("num_key_value_heads", given["num_attention_heads"]),
-        head_dim=given.get("head_dim", given["hidden_size"] // given["num_attention_heads"]),
-        rms_norm_eps=float(given["rms_norm_eps"]),
-        rope=Rope(theta=float(rope["rope_theta"]), scaling=_rope_scaling(rope)),
-        tie_embeddings=given["tie_word_embeddings"],
-    )
-
-
-def _refuse_unsupported(this: Family, given: Mapping[str, Any]) -> None:
-    architectures = given.get("architectures") or [this.architecture]
-    if architectures != [this.architecture]:
-        raise ValueError(f"architectures is {architectures}; only {this.architecture} is supported")
-    if "quantization_config" in given:
-        method = given["quantization_config"].get("quant_method")
-        raise ValueError(f"quantization_config ({method}) is not supported: use the checkpoint that is not quantised")
-    for name, values in this.supported.items():
-        if given.get(name, values[0]) not in values:
-            raise ValueError(f"{name}={given[name]!r} is not supported; expected {' or '.join(map(repr, values))}")
-
-
-def _rope(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of the rotary embedding: transformers 5 writes `rope_parameters`, versions before `rope_scaling`."""
-    rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
-    nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
-    if nested:
-        raise ValueError(f"rope_parameters of their own for {', '.join(nested)} are not supported")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported; expected 1")
-    return {name: value for name, value in rope.items() if value is not None}
-
-
-def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))  # `type` is the older name
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ValueError(f"rope_type {kind!r} is not supported; expected 'default' or 'llama3'")
-    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [name for name in fields if name not in rope]
-    if missing:
-        raise ValueError(f"rope_type 'llama3' without {', '.join(missing)}; expected them beside it")
-    return RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position=int(rope["original_max_position_embeddings"]),
-    )
+    given = {name: value for name, value in hf_config.items() if value is not None or name in _NULLABLE}
+    config = {**this.defaults, **given}
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
+    fields: dict[str, Any] = {
+        **{ours: config[theirs] for ours, theirs in _SIZES.items()},
+        "num_kv_heads": heads if kv_heads is None else kv_heads,
+        "head_dim": config.get("head_dim", config["hidden_size"] // heads),
+        "activation": activation(config),
+        "tie_embeddings": config["tie_word_embeddings"],
+        "rms_norm_eps": float(config["rms_norm_eps"]),
+        **this.decoder,
+        **this.varying(config),
+    }
+    return ModelConfig(**(fields if "rope" in fields else {**fields, "rope": one_rope(config)}))
