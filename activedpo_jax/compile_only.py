@@ -58,7 +58,7 @@ def programs(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) ->
     """The programs of a run on abstract arguments."""
     like = lambda tree: _abstract(tree, meshes.replicated(mesh))  # noqa: E731
     spec = main.round_spec(config, config.strategies[0], task, mesh)
-    lora = _weights(mesh, jax.eval_shape(lambda: main.initial_lora_values(spec, 0)))
+    lora = _weights(mesh, jax.eval_shape(lambda: main.initial_lora_values(task.decoder, 0)))
     params = task.params_shape
     key, seed = like(jax.eval_shape(lambda: jax.random.key(0))), like(jnp.uint32(0))
     lam, number = like(jnp.float32(0)), like(jnp.int32(0))

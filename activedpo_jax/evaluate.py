@@ -16,8 +16,8 @@ from activedpo_jax.models.lora import Lora
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def score(decoder: Decoder, params: Params, lora: Lora | None, groups: Groups) -> jax.Array:
-    """log π(y|x) of a batch, [G, m] float32; `lora=None`: of the reference model."""
+def score(decoder: Decoder, params: Params, lora: Lora, groups: Groups) -> jax.Array:
+    """log π(y|x) of a batch, [G, m] float32."""
     return dpo.response_logps(decoder, params, lora, groups)
 
 
@@ -45,7 +45,7 @@ class Batches:
 def log_probs(
     decoder: Decoder,
     params: Params,
-    lora: Lora | None,
+    lora: Lora,
     batches: Batches,
     num_rows: int,
     label: str,
@@ -58,12 +58,16 @@ def log_probs(
 
 
 class Evaluator:
-    """Scores adapters on a held-out set, whose reference log-probabilities are computed once."""
+    """Scores adapters on a held-out set, whose reference log-probabilities are computed once.
+
+    The reference model is that of `sft_lora`, the adapter that the runs start from.
+    """
 
     def __init__(
         self,
         decoder: Decoder,
         params: Params,
+        sft_lora: Lora,
         pool: PairPool,
         preferences: np.ndarray,
         batches: Batches,
@@ -72,7 +76,7 @@ class Evaluator:
     ):
         self._decoder, self._params, self._batches = decoder, params, batches
         self._num_rows, self._beta, self._smoothing = pool.num_pairs, beta, label_smoothing
-        self._ref = log_probs(decoder, params, None, batches, pool.num_pairs, "held-out reference")
+        self._ref = log_probs(decoder, params, sft_lora, batches, pool.num_pairs, "held-out reference")
         # Weight one and the division afterwards, so that an accuracy is the exact fraction.
         weight = jnp.ones(pool.num_pairs, jnp.float32)
         self._pairs = dpo.Preferences(jnp.asarray(preferences, jnp.int32), jnp.asarray(self._ref), weight)

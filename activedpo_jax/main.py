@@ -26,6 +26,7 @@ from activedpo_jax import workdir as workdirs
 from activedpo_jax.data.groups import PairPool, assign_buckets, pad_groups
 from activedpo_jax.features import FeatureSpec
 from activedpo_jax.models import peft
+from activedpo_jax.models.decoder import Decoder
 from activedpo_jax.models.lora import Lora, init_lora
 from activedpo_jax.oracles.dataset import answers
 from activedpo_jax.selection.posterior import information_gain
@@ -57,10 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for note in pool.notes:
                     print(f"{name}: {note}")
             params = task.load_params()
-        judge = evaluator(config, task, params, mesh, seed)
+        sft_lora = initial_lora(task.decoder, mesh, seed)
+        judge = evaluator(config, task, params, sft_lora, mesh, seed)
         for strategy in config.strategies:
             place = workdirs.run_folder(folder, config, strategy, seed)
-            summaries.append(run(config, strategy, seed, task, params, judge, mesh, place))
+            summaries.append(run(config, strategy, seed, task, params, sft_lora, judge, mesh, place))
     finish(folder, summaries)
 
 
@@ -70,6 +72,7 @@ def run(
     seed: int,
     task: tasks.Task,
     params: Any,
+    sft_lora: Lora,
     judge: evaluate.Evaluator,
     mesh: Mesh,
     folder: pathlib.Path,
@@ -82,7 +85,6 @@ def run(
         fused = is_fused(config, task, spec)
     lam, key, sketch_seed = jnp.float32(config.selection.lam), jax.random.key(seed), jnp.uint32(seed)
 
-    sft_lora = initial_lora(spec, seed)
     lora, labelled = jax.tree.map(jnp.copy, sft_lora), jax.device_put(rounds.no_labels(spec), meshes.replicated(mesh))
     store = checkpoint.Checkpoints(folder)
     done = store.latest
@@ -145,7 +147,7 @@ def run(
 
 
 def evaluator(
-    config: ml_collections.ConfigDict, task: tasks.Task, params: Any, mesh: Mesh, seed: int
+    config: ml_collections.ConfigDict, task: tasks.Task, params: Any, sft_lora: Lora, mesh: Mesh, seed: int
 ) -> evaluate.Evaluator:
     """The judge of a seed's runs: the held-out pairs, with the labels that the data has, without noise."""
     with flags.clean_errors():
@@ -153,7 +155,9 @@ def evaluator(
     every = np.arange(task.heldout.num_pairs)
     batches = evaluate.Batches(task.heldout, every, task.buckets, config.evaluation.pairs_per_chunk, mesh)
     dpo = config.dpo
-    return evaluate.Evaluator(task.decoder, params, task.heldout, truth, batches, dpo.beta, dpo.label_smoothing)
+    return evaluate.Evaluator(
+        task.decoder, params, sft_lora, task.heldout, truth, batches, dpo.beta, dpo.label_smoothing
+    )
 
 
 def finish(folder: pathlib.Path, summaries: Sequence[workdirs.RunSummary]) -> None:
@@ -197,15 +201,14 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: tasks.Tas
     )
 
 
-def initial_lora_values(spec: rounds.RoundSpec, seed: int) -> Lora:
-    decoder = spec.decoder
+def initial_lora_values(decoder: Decoder, seed: int) -> Lora:
     return init_lora(decoder.config, decoder.lora, jax.random.fold_in(jax.random.key(seed), 0))
 
 
-def initial_lora(spec: rounds.RoundSpec, seed: int) -> Lora:
+def initial_lora(decoder: Decoder, mesh: Mesh, seed: int) -> Lora:
     """The adapter that the first round, and with `start_from=sft` every round, trains from."""
-    lora = initial_lora_values(spec, seed)
-    return jax.device_put(lora, meshes.weight_shardings(spec.mesh, lora))
+    lora = initial_lora_values(decoder, seed)
+    return jax.device_put(lora, meshes.weight_shardings(mesh, lora))
 
 
 def is_fused(config: ml_collections.ConfigDict, task: tasks.Task, spec: rounds.RoundSpec) -> bool:

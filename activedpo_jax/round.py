@@ -166,12 +166,12 @@ def _gather(spec: RoundSpec, pool: DevicePool, rows: jax.Array) -> Groups:
     return jax.lax.with_sharding_constraint(batch, meshes.batch(spec.mesh))
 
 
-def _reference(spec: RoundSpec, params: Params, pool: DevicePool, rows: jax.Array) -> jax.Array:
+def _reference(spec: RoundSpec, params: Params, sft_lora: Lora, pool: DevicePool, rows: jax.Array) -> jax.Array:
     """log π_ref of the pairs of these rows, chunk by chunk: [K, 2]."""
     count = rows.shape[0]
     width = min(spec.chunk, meshes.round_up(count, spec.mesh))
     padded = jnp.pad(rows, (0, -count % width)).reshape(-1, width)
-    score = lambda chunk: dpo.response_logps(spec.decoder, params, None, _gather(spec, pool, chunk))  # noqa: E731
+    score = lambda chunk: dpo.response_logps(spec.decoder, params, sft_lora, _gather(spec, pool, chunk))  # noqa: E731
     return jax.lax.map(score, padded).reshape(-1, 2)[:count]
 
 
@@ -189,7 +189,12 @@ def fused_round(
 ) -> tuple[Lora, Labelled, RoundResult]:
     """One round of ActiveDPO (arXiv 2505.19241, algorithm 1) from θ and the labels so far to the next of both.
 
-    Traceable; `compiled_round` is what one calls.  `schedule` is for the number of labels after this round.
+    Traceable; `compiled_round` is what one calls.
+
+    Args:
+      sft_lora: the adapter that the run starts from, which with the base weights is π_ref.  A fresh one has B = 0, so
+        π_ref is the base model, exactly; one that SFT has trained makes it the SFT model.
+      schedule: for the number of labels after this round.
     """
     num_rows = pool.pairs.shape[0]
     features = None
@@ -199,7 +204,7 @@ def fused_round(
 
     picks = select(spec, features, labelled, num_rows, key, lam)
     preferences = pool.preferences[picks.rows]
-    ref_logps = _reference(spec, params, pool, picks.rows)
+    ref_logps = _reference(spec, params, sft_lora, pool, picks.rows)
     labelled = add_labels(spec, labelled, picks, preferences, ref_logps, features)
 
     start = sft_lora if spec.start_from_sft else lora

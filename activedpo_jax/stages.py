@@ -56,7 +56,7 @@ def gradient_program(
     return jax.tree.map(jnp.add, total, new)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def update_program(
     spec: RoundSpec, lora: Lora, opt_state: optax.OptState, gradient: Lora, step: jax.Array, total: jax.Array
 ) -> tuple[Lora, optax.OptState]:
@@ -153,7 +153,7 @@ def staged_round(
 
     rows = np.asarray(picks.rows)
     batches = Batches(pool, rows, buckets, spec.chunk, spec.mesh)
-    ref_logps = log_probs(spec.decoder, params, None, batches, pool.num_pairs, "reference")[rows]
+    ref_logps = log_probs(spec.decoder, params, sft_lora, batches, pool.num_pairs, "reference")[rows]
     labelled = _add_labels(spec, labelled, picks, jnp.asarray(preferences, jnp.int32), ref_logps, features)
     stage("reference")
     lora, training = _train(spec, params, lora, labelled, sft_lora, pool, buckets, schedule)

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import logging
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
 from activedpo_jax import main
@@ -17,7 +19,8 @@ from activedpo_jax import mesh as meshes
 from activedpo_jax import task as tasks
 from activedpo_jax.config import default
 from activedpo_jax.data.groups import Bucket
-from activedpo_jax.models.decoder import init_params
+from activedpo_jax.models.decoder import Decoder, init_params
+from activedpo_jax.models.lora import Lora
 
 BOUND = 1e-5
 MESHES = [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 4, 1), (2, 2, 2), (2, 1, 4), (1, 8, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8)]
@@ -44,7 +47,11 @@ def options() -> ml_collections.ConfigDict:
 
 
 def execute(
-    folder: pathlib.Path, changes: dict[str, Any], shape: tuple[int, int, int] = (1, 1, 1), buckets: Any = None
+    folder: pathlib.Path,
+    changes: dict[str, Any],
+    shape: tuple[int, int, int] = (1, 1, 1),
+    buckets: Any = None,
+    start: Callable[[Decoder, Mesh], Lora] | None = None,
 ) -> tuple[list[str], dict[str, np.ndarray], dict[str, Any]]:
     """Picks in order, the adapter, and the summary of a run on a mesh of that shape."""
     config = options()
@@ -57,8 +64,9 @@ def execute(
     params = init_params(task.decoder, jax.random.key(0))
     params = jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, params)  # out of the linear range
     params = jax.device_put(params, meshes.weight_shardings(mesh, params))
-    judge = main.evaluator(config, task, params, mesh, 0)
-    summary = main.run(config, config.strategies[0], 0, task, params, judge, mesh, folder)
+    sft_lora = main.initial_lora(task.decoder, mesh, 0) if start is None else start(task.decoder, mesh)
+    judge = main.evaluator(config, task, params, sft_lora, mesh, 0)
+    summary = main.run(config, config.strategies[0], 0, task, params, sft_lora, judge, mesh, folder)
     picks = []
     for number in range(1, config.rounds + 1):
         lines = (folder / "rounds" / f"{number:03d}" / "selected.jsonl").read_text().splitlines()
@@ -139,6 +147,20 @@ def test_options_agree_between_fused_and_staged(strategy: str, tmp_path: pathlib
     }
     fused = execute(tmp_path / "fused", {**changes, "round.mode": "fused"})
     assert_same(execute(tmp_path / "staged", {**changes, "round.mode": "staged"}), fused)
+
+
+def test_an_adapter_that_is_trained_already_is_the_reference(tmp_path: pathlib.Path) -> None:
+    """π_ref is the adapter that the run starts from: before any training no pair has a margin, and the loss is ln 2."""
+
+    def trained(decoder: Decoder, mesh: Mesh) -> Lora:
+        lora = main.initial_lora(decoder, mesh, 7)
+        return jax.tree.map(lambda x: jax.device_put(x + 0.1 * np.cos(np.arange(x.size)).reshape(x.shape)), lora)
+
+    changes = {"rounds": 1, "dpo.learning_rate": 1e-12, "dpo.weight_decay": 0.0}
+    fused = execute(tmp_path / "fused", {**changes, "round.mode": "fused"}, start=trained)
+    assert fused[2]["rounds"][0]["accuracy"] == 0.5
+    assert abs(fused[2]["rounds"][1]["loss"] - np.log(2)) < 1e-6
+    assert_same(execute(tmp_path / "staged", {**changes, "round.mode": "staged"}, start=trained), fused)
 
 
 def test_too_small_a_pool_is_an_error(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,16 +70,17 @@ def test_pool_features_are_in_pool_order() -> None:
 
 def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown() -> None:
     decoder, params, lora = tiny.model()
+    sft_lora = tiny.model(1)[2]
     data = pool(1)
     mesh = meshes.make_mesh(options().mesh, jax.devices()[:1])
     beta, smoothing = 0.3, 0.1
     every = np.arange(data.num_pairs)
     batches = evaluate.Batches(data, every, BUCKETS, 4, mesh)
-    judge = evaluate.Evaluator(decoder, params, data, data.preferences, batches, beta, smoothing)
+    judge = evaluate.Evaluator(decoder, params, sft_lora, data, data.preferences, batches, beta, smoothing)
     got = judge(lora)
 
     gains = evaluate.log_probs(decoder, params, lora, batches, data.num_pairs, "").astype(np.float64)
-    gains -= evaluate.log_probs(decoder, params, None, batches, data.num_pairs, "")
+    gains -= evaluate.log_probs(decoder, params, sft_lora, batches, data.num_pairs, "")
     preferred = data.preferences.astype(int)
     margins = beta * (gains[every, preferred] - gains[every, 1 - preferred])
     assert np.isclose(got["accuracy"], np.mean(margins > 0))
@@ -93,5 +94,6 @@ def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown() -> None:
         data, pairs=data.pairs[:, [0, 2, 1]], preferences=(1 - data.preferences).astype(np.int8)
     )
     batches = evaluate.Batches(other_way, every, BUCKETS, 4, mesh)
-    again = evaluate.Evaluator(decoder, params, other_way, other_way.preferences, batches, beta, smoothing)(lora)
+    judge = evaluate.Evaluator(decoder, params, sft_lora, other_way, other_way.preferences, batches, beta, smoothing)
+    again = judge(lora)
     assert np.isclose(again["margin"], got["margin"], atol=1e-6) and again["accuracy"] == got["accuracy"]
