@@ -20,11 +20,13 @@ class Rule(NamedTuple):
     scale: float  # of the queries
     softcap: float | None
     window: jax.Array  # scalar int32: a token sees so many, itself included
+    limits: tuple[int | None, ...]  # what `window` is in one layer of the model or another; None: no limit
 
 
 def rule(config: ModelConfig, window: jax.Array) -> Rule:
     scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
-    return Rule(scale, config.attention_softcap, window)
+    limits = tuple(sorted({config.window if local else None for local in config.is_local}, key=lambda n: n or 0))
+    return Rule(scale, config.attention_softcap, window, limits)
 
 
 def windows(config: ModelConfig) -> np.ndarray:

@@ -11,9 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from activedpo_jax.data.groups import Groups
-from activedpo_jax.models import attention
+from activedpo_jax.models import attention, kernels
 from activedpo_jax.models.config import LoraConfig, ModelConfig
 from activedpo_jax.models.logprobs import make_logits, token_logprobs
 from activedpo_jax.models.lora import LoraLinear, Probe
@@ -69,6 +70,7 @@ class Layer(nn.Module):
     config: ModelConfig
     lora_scale: float
     dtype: Any
+    backend: kernels.Backend
 
     @nn.compact
     def __call__(
@@ -109,7 +111,7 @@ class Layer(nn.Module):
             q_i, k_i = (attention.rotate(y[i], positions, here.frequencies) for y in (q, k))
             if x.ndim == 3:
                 prompt_kv = (k_i, v[i])
-                attended.append(attention.prompt_attention(q_i, *prompt_kv, places.prompt_len, how))
+                attended.append(kernels.prompt_attention(q_i, *prompt_kv, places.prompt_len, how, self.backend))
                 continue
             kv = (k_i, v[i])
             if cache is not None:
@@ -119,7 +121,9 @@ class Layer(nn.Module):
                 )
                 kv = tuple(jax.lax.dynamic_index_in_dim(c, here.layer, keepdims=False) for c in cache)
             assert prompt_kv is not None
-            attended.append(attention.response_attention(q_i, *kv, *prompt_kv, places.prompt_len, how, places.start))
+            attended.append(
+                kernels.response_attention(q_i, *kv, *prompt_kv, places.prompt_len, how, places.start, self.backend)
+            )
         out = linear("o_proj", config.hidden_size, attended)
         out = norm("attention_post_norm", out) if post else out
         blocks = [x + y for x, y in zip(blocks, out, strict=True)]
@@ -158,6 +162,8 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     logits_chunk: int = 512
+    attention: str = "auto"  # the kernel, one of `kernels.CHOICES`
+    mesh: Mesh | None = None  # that the programs are for; None: the default device
 
     def setup(self) -> None:
         config = self.config
@@ -171,7 +177,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=config.num_layers,
-        )(config, self.lora.scale, self.dtype)
+        )(config, self.lora.scale, self.dtype, kernels.Backend(self.attention, self.mesh))
         self.final_norm = RMSNorm(config.rms_norm_eps, config.norm_offset)
         if not config.tie_embeddings:
             self.lm_head = Embedding(config.vocab_size, config.hidden_size)
@@ -255,4 +261,5 @@ class Decoder(nn.Module):
 def init_params(decoder: Decoder, key: jax.Array) -> Params:
     """Random weights (normal, 0.02), for decoders that are trained from scratch."""
     one = Groups(np.zeros((1, 1), int), np.ones((1,), int), np.zeros((1, 1, 1), int), np.ones((1, 1), int))
+    decoder = decoder.clone(attention="xla")  # a kernel that was asked for need not be able to run one token
     return jax.jit(decoder.init)(key, one)["params"]
