@@ -18,12 +18,11 @@ from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from activedpo_jax import mesh as meshes
-from activedpo_jax.data.groups import Groups
 from activedpo_jax.models import hf, tensors
-from activedpo_jax.models.config import LoraConfig, ModelConfig, RopeScaling
-from activedpo_jax.models.decoder import Decoder
+from activedpo_jax.models.config import ModelConfig, RopeScaling
 from activedpo_jax.models.families import model_config
 from tests import tiny
+from tests.tiny_hf import load_decoder, pad, tiny_llama, torch_logps
 from tests.tiny_tokenizer import CHATML, make_tokenizer
 
 LLAMA3 = {
@@ -35,44 +34,6 @@ LLAMA3 = {
     # Of the four wavelengths of a head of 8, the shortest is kept, the next interpolated, and two are stretched.
     "original_max_position_embeddings": 64,
 }
-
-
-def tiny_llama(folder: pathlib.Path, max_shard_size: str = "1GB", **changes: Any) -> Any:
-    """A random model, far from the linear range of its attention and gates, saved to a folder."""
-    torch.manual_seed(0)
-    shape = {"vocab_size": tiny.MODEL.vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**{**shape, **heads, "initializer_range": 0.2, **changes})).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    return model
-
-
-def torch_logps(model: Any, batch: Groups) -> np.ndarray:
-    """[G, m, R]: each response after its prompt in a plain forward pass of its own, without any padding.
-
-    The softmax is in float64: in float32, torch's of a large vocabulary errs to the same side everywhere.
-    """
-    groups = jax.tree.map(np.asarray, batch)
-    out = np.zeros(groups.response_ids.shape)
-    for g, several in enumerate(groups.response_ids):
-        length = groups.prompt_len[g]
-        prompt = groups.prompt_ids[g, groups.prompt_ids.shape[1] - length :]
-        for j, response in enumerate(several):
-            response = response[: groups.response_len[g, j]]
-            ids = torch.tensor(np.concatenate([prompt, response])[None], dtype=torch.long)
-            with torch.no_grad():
-                logps = model(input_ids=ids).logits[0].double().log_softmax(-1)
-            targets = ids[0, length:, None]
-            out[g, j, : len(response)] = logps[length - 1 : -1].gather(1, targets)[:, 0].numpy()
-    return out
-
-
-def load_decoder(folder: pathlib.Path) -> tuple[Decoder, Any]:
-    config, params = hf.load_model(str(folder))
-    return Decoder(config, LoraConfig()), params
 
 
 # --- Log-probs
@@ -118,16 +79,6 @@ def test_smollm2_log_probs_equal_those_of_transformers() -> None:
     logps = np.asarray(jax.jit(decoder.apply)({"params": params}, batch))
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     np.testing.assert_allclose(logps, torch_logps(model, batch), rtol=0, atol=1e-4)
-
-
-def pad(prompts: list[list[int]], responses: list[list[list[int]]]) -> Groups:
-    width, length = max(map(len, prompts)), max(len(r) for rs in responses for r in rs)
-    return Groups(
-        np.array([[0] * (width - len(p)) + p for p in prompts], np.int32),
-        np.array([len(p) for p in prompts], np.int32),
-        np.array([[r + [0] * (length - len(r)) for r in rs] for rs in responses], np.int32),
-        np.array([[len(r) for r in rs] for rs in responses], np.int32),
-    )
 
 
 # --- Tensors

@@ -75,7 +75,8 @@ def _window_of_all(config: Fields) -> Fields:
 
 
 def _window_of_upper_layers(config: Fields) -> Fields:
-    return local_layers(config, lambda i: config["use_sliding_window"] and i >= config["max_window_layers"])
+    windowed = config["use_sliding_window"] and config["sliding_window"] is not None
+    return local_layers(config, lambda i: windowed and i >= config["max_window_layers"])
 
 
 def _gemma2(config: Fields) -> Fields:

@@ -20,7 +20,7 @@ _ROPE_FIELDS = {
 }
 
 # Fields that change what some model computes, with the values under which they do not; null never does.  A family that
-# has one among its own supports it; in any other it is refused, even where transformers would ignore it, for then whoever
+# has one among its own supports it.  In any other it is refused, even where transformers would ignore it: then whoever
 # wrote the config meant another model than transformers runs.
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     # attention
