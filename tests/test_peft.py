@@ -29,7 +29,7 @@ from activedpo_jax.models.config import LoraConfig, ModelConfig
 from activedpo_jax.models.decoder import Decoder
 from activedpo_jax.models.lora import Lora, init_lora
 from tests import tiny
-from tests.test_hf import load_decoder, tiny_llama, torch_logps
+from tests.tiny_hf import load_decoder, tiny_llama, torch_logps
 
 # As `tiny_llama` makes it.
 MODEL = ModelConfig(

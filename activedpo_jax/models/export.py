@@ -1,0 +1,200 @@
+"""A whole model out: base weights, with or without an adapter merged into them, as a Hugging Face checkpoint."""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from activedpo_jax.models import hf, hub
+from activedpo_jax.models.config import LoraConfig
+from activedpo_jax.models.decoder import Decoder, Params, init_params
+from activedpo_jax.models.families import family
+from activedpo_jax.models.lora import Lora, init_lora
+from activedpo_jax.workdir import read_json, write_json
+
+_CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
+# What else of the base model belongs to the new one.
+_COPIED = (
+    *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "chat_template*", "additional_chat_templates/*"),
+)
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # as safetensors calls them
+
+
+class _Source(NamedTuple):
+    """Where one tensor of the checkpoint comes from."""
+
+    leaf: jax.Array
+    layer: int | None  # of a stacked leaf
+    matrices: dict[str, jax.Array] | None  # LoRA's A and B, stacked
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.leaf.shape if self.layer is None else self.leaf.shape[1:]
+        return shape[::-1] if self.transposed else shape
+
+
+def save_merged(
+    params: Params,
+    lora: Lora | None,
+    lora_config: LoraConfig,
+    base_model: str,
+    revision: str,
+    directory: pathlib.Path,
+    dtype: Any,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes W + scale·BA as a checkpoint that `transformers` loads, with the base model's config and tokenizer.
+
+    Tensors are merged in float32 on the devices that hold them, converted, and written one by one: host memory holds
+    one at a time.  The checkpoint is written beside `directory` and renamed at the end, so that what is there is whole.
+
+    Args:
+      params: of `Decoder`, on any sharding.
+      lora: the adapter to merge; None: the parameters as they are, as after training all of them.
+      lora_config: of the adapter.
+      base_model, revision: the directory or Hub name that the parameters came from.
+      directory: to be made; may be there if it is empty.
+      dtype: that the checkpoint has: float32, bfloat16 or float16.
+      max_shard_size: of a file, in bytes or as "5GB"; a larger tensor gets a file of its own.
+
+    Raises:
+      ValueError: `directory` is taken; no such base model; parameters or adapter are not of its shapes; another dtype;
+        a weight is not finite in that dtype.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype.name not in _DTYPES:
+        raise ValueError(f"dtype: got {dtype.name}, expected one of {', '.join(_DTYPES)}")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory}: already there; remove it, or write to another directory")
+    decoder = Decoder(hf.load_config(base_model, revision), lora_config)
+    _hold_to_shapes(params, lambda: init_params(decoder, jax.random.key(0)), "parameters", base_model)
+    if lora is not None:
+        _hold_to_shapes(lora, lambda: init_lora(decoder.config, lora_config, jax.random.key(0)), "adapter", base_model)
+    folder = hub.fetch(base_model, revision, [_CONFIG, *_COPIED], "a Hugging Face model directory", "config.model")
+    config = read_json(folder / _CONFIG)
+
+    sources = _sources(config, params, lora)
+    plan = huggingface_hub.split_state_dict_into_shards_factory(
+        sources,
+        get_storage_size=lambda source: int(np.prod(source.shape)) * dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    partial = directory.with_name(directory.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    with tqdm(total=len(sources), desc=f"writing {directory}", unit="tensor", leave=False) as bar:
+
+        def read(name: str) -> np.ndarray:
+            tensor, finite = _merged(*sources[name], lora_config.scale, dtype)
+            if not finite:
+                raise ValueError(f"tensor {name} of {directory} has entries that are not finite in {dtype.name}")
+            bar.update()
+            return np.asarray(tensor)
+
+        for file, names in plan.filename_to_tensors.items():
+            shapes = {name: sources[name].shape for name in names}
+            _write(partial / file, _safetensors(shapes, dtype, read))
+
+    if plan.is_sharded:
+        write_json(partial / _INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+    for source in (path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()):
+        copy = partial / source.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        _write(copy, [source.read_bytes()])
+    # `torch_dtype` is the name that versions of transformers before 4.56 know.
+    older = {"torch_dtype": dtype.name} if "torch_dtype" in config else {}
+    write_json(partial / _CONFIG, {**config, "dtype": dtype.name, **older})
+    os.replace(partial, directory)
+
+
+def _hold_to_shapes(tree: Any, init: Callable[[], Any], what: str, base_model: str) -> None:
+    expected, found = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in jax.tree.leaves_with_path(t)}
+        for t in (jax.eval_shape(init), tree)
+    )
+    for name in sorted(expected | found):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{name} of the {what} has shape {found.get(name)}; by the config of {base_model} it has "
+                f"{expected.get(name)}: give the model and the LoRA options that it was made with"
+            )
+
+
+def _sources(config: Mapping[str, Any], params: Params, lora: Lora | None) -> dict[str, _Source]:
+    """Every tensor of the checkpoint by name, the layers in their order."""
+    weights = family(config).weights
+    sources: dict[str, _Source] = {}
+    for keys, leaf in jax.tree.leaves_with_path(params):
+        path = tuple(k.key for k in keys)
+        weight = weights[path]
+        if "{layer}" not in weight.name:
+            sources[weight.name] = _Source(leaf, None, None, weight.transposed)
+            continue
+        adapters = lora["layers"] if lora is not None and path[-1] == "kernel" else {}
+        for layer in range(len(leaf)):
+            name = weight.name.format(layer=layer)
+            sources[name] = _Source(leaf, layer, adapters.get(path[-2]), weight.transposed)
+    natural = {name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)] for name in sources}
+    return {name: sources[name] for name in sorted(sources, key=natural.__getitem__)}
+
+
+@functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
+def _merged(
+    leaf: jax.Array,
+    layer: int | None,
+    matrices: dict[str, jax.Array] | None,
+    transposed: bool,
+    scale: float,
+    dtype: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """One tensor, and whether all of it is finite.  The layer is no constant, or each would be compiled anew."""
+    weight = (leaf if layer is None else leaf[layer]).astype(jnp.float32)
+    if matrices is not None:
+        # HIGHEST: by default, GPUs and TPUs multiply float32 in fewer bits.
+        weight += scale * jnp.matmul(matrices["b"][layer], matrices["a"][layer], precision=jax.lax.Precision.HIGHEST).T
+    weight = (weight.T if transposed else weight).astype(dtype)
+    return weight, jnp.isfinite(weight).all()
+
+
+def _safetensors(
+    shapes: Mapping[str, tuple[int, ...]], dtype: Any, read: Callable[[str], np.ndarray]
+) -> Iterator[bytes | memoryview]:
+    """A safetensors file in pieces, a tensor at a time, where the library's own writer takes all of them at once.
+
+    Format: https://huggingface.co/docs/safetensors: the length of the header (64 bits), the header, the data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + int(np.prod(shape)) * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
+    yield struct.pack("<Q", len(text))
+    yield text
+    for name in shapes:
+        # As bytes: NumPy gives out no buffer of bfloat16.
+        yield np.ascontiguousarray(read(name)).reshape(-1).view(np.uint8).data
+
+
+def _write(path: pathlib.Path, pieces: Iterable[bytes | memoryview]) -> None:
+    with open(path, "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
