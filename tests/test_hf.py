@@ -3,11 +3,14 @@
 import json
 import os
 import pathlib
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -329,6 +332,70 @@ def test_hub_names_from_the_cache_without_a_network(tmp_path: pathlib.Path) -> N
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["3 (97, 32) </s>"] * 2 + ["refused True"] * 3
+
+
+@pytest.fixture
+def hub_cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """The snapshot of someone/tiny in a cache of ours, offline; whoever asks the network all the same fails."""
+
+    def connect(*args: Any) -> None:
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    return repository / "snapshots" / ("0" * 40)
+
+
+def test_a_model_that_is_not_cached_is_an_error_offline(hub_cache: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="someone/other: neither a directory here, nor .* config.model.path"):
+        hf.load_model("someone/other")
+
+
+def test_a_shard_that_is_not_cached_is_named_offline(hub_cache: pathlib.Path) -> None:
+    tiny_llama(hub_cache, "10KB")
+    shard = sorted(hub_cache.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"{shard.name}: no such file"):
+        hf.load_model("someone/tiny")
+
+
+@pytest.mark.parametrize("shard", ["1GB", "10KB"], ids=["single", "sharded"])
+def test_of_the_hub_only_what_is_needed_is_downloaded(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, shard: str
+) -> None:
+    tiny_llama(tmp_path / "hub", shard)
+    (tmp_path / "hub" / "pytorch_model.bin").write_bytes(b"large")
+    weights = sorted(file.name for file in (tmp_path / "hub").glob("*.safetensors"))
+    here, downloads = tmp_path / "here", []
+    here.mkdir()
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        assert (name, revision) == ("someone/tiny", "v1")
+        wanted = huggingface_hub.utils.filter_repo_objects(
+            [file.name for file in (tmp_path / "hub").iterdir()], allow_patterns=allow_patterns
+        )
+        for file in sorted(set(wanted) - {file.name for file in here.iterdir()}):
+            shutil.copy(tmp_path / "hub" / file, here)
+            downloads.append(file)
+        return str(here)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    hf.load_config("someone/tiny", "v1")
+    assert downloads == ["config.json"]
+    _, params = hf.load_model("someone/tiny", "v1")
+    assert sorted(downloads) == sorted(["config.json", *weights, *["model.safetensors.index.json"] * (shard == "10KB")])
+    jax.tree.map(np.testing.assert_array_equal, params, hf.load_model(str(tmp_path / "hub"))[1])
+
+
+def test_a_bar_counts_the_tensors(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_llama(tmp_path, tie_word_embeddings=False)
+    hf.load_model(str(tmp_path))
+    count = len(model.state_dict())
+    assert f"loading {tmp_path}" in (bar := capsys.readouterr().err) and f"/{count} " in bar
 
 
 def test_tokenizers(tmp_path: pathlib.Path) -> None:

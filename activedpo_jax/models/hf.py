@@ -9,12 +9,12 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from tqdm import tqdm
 
+from activedpo_jax.models import hub
 from activedpo_jax.models.config import LoraConfig, ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
 from activedpo_jax.models.families import Family, Weight, family, model_config
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+_EXPECTED = ("a Hugging Face model directory", "config.model")  # where a path leads, and the options that give it
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DTYPES = ("F64", "F32", "F16", "BF16")  # anything else is a quantised checkpoint
 
@@ -46,11 +47,11 @@ def load_tokenizer(path: str, revision: str = "") -> "PreTrainedTokenizerBase":
     """The tokenizer of a model, with its chat template if it has one; arguments and errors as of `load_config`."""
     from transformers import AutoTokenizer  # imports for seconds, which a run without a tokenizer need not wait for
 
-    _refuse_missing_directory(path)
+    hub.refuse_missing_directory(path, *_EXPECTED)
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision or None)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{_named(path, revision)}: no tokenizer that transformers can load: {error}") from error
+        raise ValueError(f"{hub.named(path, revision)}: no tokenizer that transformers can load: {error}") from error
 
 
 def load_model(
@@ -103,37 +104,14 @@ def load_model(
     return config, jax.tree.unflatten(structure, params)
 
 
-def _named(path: str, revision: str) -> str:
-    return f"{path} (revision {revision})" if revision else path
-
-
-def _refuse_missing_directory(path: str) -> None:
-    """A Hub name is `name` or `owner/name`; anything else that is not a directory is a directory misspelt."""
-    looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
-    if looks_local and not pathlib.Path(path).is_dir():
-        raise ValueError(f"{path}: no such directory; expected a Hugging Face model directory: set config.model.path")
-
-
 def _fetch(path: str, revision: str, patterns: Sequence[str]) -> pathlib.Path:
-    """The directory of a model: `path` itself, or the Hub's files that match, downloaded unless they are cached."""
-    _refuse_missing_directory(path)
-    if pathlib.Path(path).is_dir():
-        return pathlib.Path(path)
-    try:
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(path, revision=revision or None, allow_patterns=list(patterns))
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{_named(path, revision)}: neither a directory here, nor to be had from the Hugging Face Hub: "
-            f"set config.model.path or config.model.revision ({type(error).__name__}: {error})"
-        ) from error
+    return hub.fetch(path, revision, patterns, *_EXPECTED)
 
 
 def _read_config(folder: pathlib.Path) -> tuple[Family, ModelConfig]:
     file = folder / _CONFIG
     if not file.exists():
-        raise ValueError(f"{folder}: no {_CONFIG}; expected a Hugging Face model directory: set config.model.path")
+        raise ValueError(f"{folder}: no {_CONFIG}; expected {_EXPECTED[0]}: set {_EXPECTED[1]}.path")
     hf_config = read_json(file)
     try:
         return family(hf_config), model_config(hf_config)
