@@ -67,11 +67,18 @@ def axis_size(mesh: Mesh, axes: str | Sequence[str]) -> int:
 
 
 def weight_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Shardings for base weights or an adapter (arrays or shapes); what the table does not name is replicated."""
+    """Shardings for base weights or an adapter (arrays or shapes); what the table does not name is replicated.
+
+    A quantised kernel is cut as the kernel that it stands for: its inputs are cut between tiles if it has several.
+    """
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        names = tuple(k.key for k in path)
-        return fit(mesh, _RULES.get(names[-2:], P()), leaf.shape)
+        names = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
+        spec = _RULES.get(names[-2:], P())
+        if len(names) < len(path):  # codes [L, tiles, in/tiles, out] or scales [L, tiles, 1, out] of `models.quantise`
+            layers, inputs, outputs = spec
+            spec = P(layers, inputs, None, outputs) if leaf.shape[1] > 1 else P(layers, None, inputs, outputs)
+        return fit(mesh, spec, leaf.shape)
 
     return jax.tree_util.tree_map_with_path(one, tree)
 

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from activedpo_jax.models import quantise
 from activedpo_jax.models.config import LoraConfig, ModelConfig
 from activedpo_jax.sketch import tiled_count_sketch
 
@@ -67,12 +68,13 @@ def init_lora(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Lora:
 
 
 def _apply_lora(
-    blocks: Sequence[jax.Array], kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float
+    blocks: Sequence[jax.Array], kernel: quantise.Kernel, a: jax.Array, b: jax.Array, scale: float
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Outputs x W + s (x Aᵀ) Bᵀ of every block, and the low-rank x Aᵀ."""
-    dtype = kernel.dtype
+    dtype = blocks[0].dtype
     low = [x @ a.T.astype(dtype) for x in blocks]
-    return [x @ kernel + scale * (u @ b.T.astype(dtype)) for x, u in zip(blocks, low, strict=True)], low
+    out = [quantise.matmul(x, kernel) + scale * (u @ b.T.astype(dtype)) for x, u in zip(blocks, low, strict=True)]
+    return out, low
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -80,7 +82,7 @@ def _probed_linear(
     scale: float,
     name: str,
     blocks: Sequence[jax.Array],
-    kernel: jax.Array,
+    kernel: quantise.Kernel,
     a: jax.Array,
     b: jax.Array,
     layer: jax.Array,
@@ -98,9 +100,12 @@ def _probed_linear_fwd(scale, name, blocks, kernel, a, b, layer, probe):  # type
 def _probed_linear_bwd(scale, name, residuals, d_out):  # type: ignore[no-untyped-def]
     blocks, low, kernel, a, b, layer, probe = residuals
     batch, dim = probe.zeros.shape
-    dtype = kernel.dtype
+    dtype = blocks[0].dtype
     d_low = [dy @ b.astype(dtype) for dy in d_out]
-    d_in = [dy @ kernel.T + scale * (v @ a.astype(dtype)) for dy, v in zip(d_out, d_low, strict=True)]
+    d_in = [
+        quantise.matmul_transposed(dy, kernel) + scale * (v @ a.astype(dtype))
+        for dy, v in zip(d_out, d_low, strict=True)
+    ]
 
     # Outer products summed over the tokens of each example, never over examples: the price of a weight gradient.
     def per_example(lefts: Sequence[jax.Array], rights: Sequence[jax.Array]) -> jax.Array:
@@ -120,7 +125,7 @@ _probed_linear.defvjp(_probed_linear_fwd, _probed_linear_bwd)
 
 
 class LoraLinear(nn.Module):
-    """x W (+ bias), plus s (x Aᵀ) Bᵀ where the `lora` collection has matrices for this module."""
+    """x W (+ bias), plus s (x Aᵀ) Bᵀ where the `lora` collection has matrices for this module; W may be quantised."""
 
     features: int
     scale: float
@@ -129,10 +134,9 @@ class LoraLinear(nn.Module):
 
     @nn.compact
     def __call__(self, blocks: Sequence[jax.Array], layer: jax.Array, probe: Probe | None) -> list[jax.Array]:
-        d_in = blocks[0].shape[-1]
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (d_in, self.features)).astype(self.dtype)
+        kernel = self._kernel(blocks[0].shape[-1])
         if not self.has_variable("lora", "a"):
-            out = [x @ kernel for x in blocks]
+            out = [quantise.matmul(x, kernel) for x in blocks]
         else:
             a: jax.Array = self.get_variable("lora", "a")
             b: jax.Array = self.get_variable("lora", "b")
@@ -145,3 +149,10 @@ class LoraLinear(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
             out = [y + bias for y in out]
         return out
+
+    def _kernel(self, d_in: int) -> quantise.Kernel:
+        if self.has_variable("params", "kernel"):
+            kernel: quantise.Kernel = self.get_variable("params", "kernel")
+            if quantise.is_quantised(kernel):  # not of the shape that `param` holds it to
+                return kernel
+        return self.param("kernel", nn.initializers.normal(0.02), (d_in, self.features)).astype(self.dtype)
