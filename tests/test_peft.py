@@ -301,6 +301,7 @@ def test_options_of_another_adapter_are_refused_with_the_flags_to_set(
     with pytest.raises(ValueError, match=f"{tmp_path}: .*--config.lora.rank=4 --config.lora.alpha=7 ") as error:
         load(tmp_path, LoraConfig())
     advice = re.findall(r"--\S+", str(error.value))
+    assert [flag.partition("=")[0].split(".")[-1] for flag in advice] == ["rank", "alpha", "rslora", "target_modules"]
     command = ["main", "--config=configs/quickstart.py", "--workdir=x"]
     options = flags.parse([*command, *advice], ["activedpo", "random"]).config.lora
     load(tmp_path, LoraConfig(options.rank, options.alpha, options.target_modules, options.rslora))
