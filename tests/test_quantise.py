@@ -1,6 +1,7 @@
 """Quantised base weights: the formats' error bounds, and that everything downstream sees the dequantised weights."""
 
 import functools
+import pathlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -15,10 +16,11 @@ import scipy.stats
 from activedpo_jax import dpo, train
 from activedpo_jax import mesh as meshes
 from activedpo_jax.features import FeatureSpec, pair_features, reference_gradients, response_features, sketch_gradients
-from activedpo_jax.models import quantise
+from activedpo_jax.models import hf, quantise
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
 from tests import tiny
+from tests.tiny_hf import tiny_llama
 
 qwix = pytest.importorskip("qwix", reason="needs qwix: pip install '.[quant]'")
 
@@ -220,6 +222,21 @@ def test_codes_and_scales_are_cut_as_their_kernel(form: str, shape: tuple[int, i
     assert specs["q_proj"]["kernel"].scale == (None, *scale_inputs, "tensor")
     row = tuple({"fsdp": "tensor", None: None}[x] for x in inputs)
     assert specs["down_proj"]["kernel"].qvalue == (None, *row, "fsdp")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_loading_quantises_each_tensor_as_the_whole_tree(form: str, tmp_path: pathlib.Path) -> None:
+    tiny_llama(tmp_path, hidden_size=128)
+    _, params = hf.load_model(str(tmp_path))
+    expected = jax.jit(quantise.quantise_params, static_argnums=1)(params, form)
+    mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+    shardings = functools.partial(meshes.weight_shardings, mesh)
+    for place in (None, shardings):
+        _, got = hf.load_model(str(tmp_path), shardings=place, quantisation=form)
+        assert jax.tree.structure(got) == jax.tree.structure(expected)
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+    same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), got, shardings(expected))
+    assert jax.tree.all(same)
 
 
 def test_without_qwix_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ A checkpoint is checked as a whole from the headers of its files, then goes to t
 they hold, a model needs hardly any memory to be loaded.
 """
 
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from activedpo_jax.models import hub
 from activedpo_jax.models.config import LoraConfig, ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
 from activedpo_jax.models.families import Family, Weight, family, model_config
+from activedpo_jax.models.quantise import is_quantised, quantise_kernel, quantise_params
 from activedpo_jax.models.tensors import Tensor, equal, put_tensor, read_headers
 from activedpo_jax.workdir import read_json
 
@@ -59,6 +61,7 @@ def load_model(
     revision: str = "",
     dtype: Any = jnp.float32,
     shardings: Callable[[Params], Any] | None = None,
+    quantisation: str = "none",
 ) -> tuple[ModelConfig, Params]:
     """A model from safetensors, single or sharded.
 
@@ -67,13 +70,14 @@ def load_model(
       dtype: that the parameters are converted to.
       shardings: takes the parameter tree as `jax.ShapeDtypeStruct`s and returns a `jax.sharding.NamedSharding` for
         each; None: all on the default device.
+      quantisation: none, int8 or nf4: the kernels are quantised one by one, from the checkpoint's own dtype.
 
     Returns:
-      The config, and the parameters of `Decoder` ([in, out] kernels, stacked over layers).
+      The config, and the parameters of `Decoder` ([in, out] kernels, stacked over layers), as `quantise_params` gives.
 
     Raises:
       ValueError: there is no such model; it has a feature that is not supported; tensors are missing, misshapen,
-        quantised, or not of this family.
+        quantised, or not of this family; `quantisation` needs qwix, which is not installed.
     """
     folder = _fetch(path, revision, [_CONFIG, _INDEX])
     this, config = _read_config(folder)
@@ -87,20 +91,25 @@ def load_model(
         jax.eval_shape(lambda: init_params(decoder, jax.random.key(0))),
     )
     paths = [tuple(k.key for k in keys) for keys, _ in jax.tree.leaves_with_path(shapes)]
-    leaves, structure = jax.tree.flatten(shapes)
+    leaves = jax.tree.leaves(shapes)
     weights = [this.weights[path] for path in paths]
     tensors = read_headers([folder / name for name in files])
     _check(tensors, weights, [leaf.shape for leaf in leaves], folder)
 
     default = jnp.zeros(()).sharding
-    places = [default] * len(leaves) if shardings is None else jax.tree.leaves(shardings(shapes))
+    place = shardings or functools.partial(jax.tree.map, lambda _: default)
+    transits = jax.tree.leaves(place(shapes))
+    result = jax.eval_shape(functools.partial(quantise_params, quantisation=quantisation), shapes)
+    targets, structure = jax.tree.flatten(result, is_leaf=is_quantised)
+    places = jax.tree.leaves(place(result), is_leaf=is_quantised)
     parts = [[tensors[name] for name in _names(w, x.shape)] for w, x in zip(weights, leaves, strict=True)]
     params: list[Any] = [None] * len(leaves)
     # The largest tensors first: what their conversion takes beside them is free again when the devices fill up.
     order = sorted(range(len(leaves)), key=lambda i: -math.prod(parts[i][0].shape))
     with tqdm(total=sum(map(len, parts)), desc=f"loading {path}", unit="tensor", leave=False) as bar:
         for i in order:
-            params[i] = _load_leaf(parts[i], weights[i], leaves[i], places[i], bar)
+            transit = _transit(transits[i], weights[i], parts[i][0])
+            params[i] = _load_leaf(parts[i], weights[i], targets[i], places[i], transit, quantisation, bar)
     return config, jax.tree.unflatten(structure, params)
 
 
@@ -174,16 +183,28 @@ def _check(
 
 
 def _load_leaf(
-    parts: Sequence[Tensor], weight: Weight, leaf: jax.ShapeDtypeStruct, place: Sharding, bar: "tqdm[Any]"
+    parts: Sequence[Tensor],
+    weight: Weight,
+    leaf: Any,
+    place: Any,
+    transit: Sharding,
+    quantisation: str,
+    bar: "tqdm[Any]",
 ) -> Any:
-    """A leaf of the parameter tree: one tensor, or those of all layers written one by one into their stack."""
+    """A leaf of the parameter tree: one tensor, or those of all layers written one by one into their stack.
+
+    Args:
+      leaf, place: shape and dtype, and sharding; of codes and scales where the leaf is quantised.
+      transit: the sharding of a tensor on the way.
+    """
 
     def convert(tensor: jax.Array) -> Any:
-        return (tensor.T if weight.transposed else tensor).astype(leaf.dtype)
+        tensor = tensor.T if weight.transposed else tensor
+        return quantise_kernel(tensor, quantisation) if is_quantised(leaf) else tensor.astype(leaf.dtype)
 
     if "{layer}" not in weight.name:
         (part,) = parts
-        converted = convert(put_tensor(part, _transit(place, weight, part)))
+        converted = convert(put_tensor(part, transit))
         bar.update()
         return jax.block_until_ready(converted)
 
@@ -192,10 +213,10 @@ def _load_leaf(
             lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x, layer, axis=0), stack, convert(tensor)
         )
 
-    stack = jnp.zeros(leaf.shape, leaf.dtype, device=place)
+    stack = jax.tree.map(lambda x, device: jnp.zeros(x.shape, x.dtype, device=device), leaf, place)
     write_in_place = jax.jit(write, donate_argnums=0, out_shardings=place)
     for layer, part in enumerate(parts):
-        stack = jax.block_until_ready(write_in_place(stack, put_tensor(part, _transit(place, weight, part)), layer))
+        stack = jax.block_until_ready(write_in_place(stack, put_tensor(part, transit), layer))
         bar.update()
     return stack
 
