@@ -20,6 +20,7 @@ from activedpo_jax import mesh as meshes
 from activedpo_jax.models import export, hf
 from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.models.lora import Lora, init_lora
+from activedpo_jax.models.quantise import quantise_params
 from tests import tiny
 from tests.test_families import MODELS
 from tests.tiny_hf import load_decoder, tiny_llama, tiny_model, torch_logps
@@ -80,6 +81,19 @@ def test_transformers_gives_the_same_log_probs(
     reloaded = hf.load_model(str(merged))[1]
     again = np.asarray(apply({"params": reloaded, "lora": nothing}, batch))
     np.testing.assert_allclose(ours, again, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantisation", ["int8", "nf4"])
+def test_quantised_weights_are_merged_as_what_they_stand_for(tmp_path: pathlib.Path, quantisation: str) -> None:
+    pytest.importorskip("qwix")
+    tiny_llama(tmp_path / "base")
+    decoder, params = load_decoder(tmp_path / "base")
+    params, lora = quantise_params(params, quantisation), random_adapter(decoder.config, LORA)
+    batch = tiny.groups(seed=1, count=4, m=2)
+    ours = np.asarray(jax.jit(decoder.clone(lora=LORA).apply)({"params": params, "lora": lora}, batch))
+    export.save_merged(params, lora, LORA, str(tmp_path / "base"), "", tmp_path / "out", jnp.float32, "10KB")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    np.testing.assert_allclose(ours, torch_logps(model, batch), rtol=0, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
 from activedpo_jax.models.families import family
 from activedpo_jax.models.lora import Lora, init_lora
+from activedpo_jax.models.quantise import Kernel, dequantise, is_quantised
 from activedpo_jax.workdir import read_json, write_json
 
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
@@ -35,15 +36,23 @@ _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # as safeten
 class _Source(NamedTuple):
     """Where one tensor of the checkpoint comes from."""
 
-    leaf: jax.Array
+    leaf: Kernel
     layer: int | None  # of a stacked leaf
     matrices: dict[str, jax.Array] | None  # LoRA's A and B, stacked
     transposed: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
-        shape = self.leaf.shape if self.layer is None else self.leaf.shape[1:]
+        shape = _shape(self.leaf) if self.layer is None else _shape(self.leaf)[1:]
         return shape[::-1] if self.transposed else shape
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    """Of a leaf, or of the kernels [L, in, out] that codes [L, tiles, in/tiles, out] stand for."""
+    if not is_quantised(leaf):
+        return tuple(leaf.shape)
+    layers, tiles, rows, columns = leaf.qvalue.shape
+    return layers, tiles * rows, columns
 
 
 def save_merged(
@@ -62,7 +71,7 @@ def save_merged(
     one at a time.  The checkpoint is written beside `directory` and renamed at the end, so that what is there is whole.
 
     Args:
-      params: of `Decoder`, on any sharding.
+      params: of `Decoder`, on any sharding; kernels that are quantised are written as what they stand for.
       lora: the adapter to merge; None: the parameters as they are, as after training all of them.
       lora_config: of the adapter.
       base_model, revision: the directory or Hub name that the parameters came from.
@@ -124,7 +133,10 @@ def save_merged(
 
 def _hold_to_shapes(tree: Any, init: Callable[[], Any], what: str, base_model: str) -> None:
     expected, found = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in jax.tree.leaves_with_path(t)}
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): _shape(leaf)
+            for path, leaf in jax.tree.leaves_with_path(t, is_leaf=is_quantised)
+        }
         for t in (jax.eval_shape(init), tree)
     )
     for name in sorted(expected | found):
@@ -139,14 +151,14 @@ def _sources(config: Mapping[str, Any], params: Params, lora: Lora | None) -> di
     """Every tensor of the checkpoint by name, the layers in their order."""
     weights = family(config).weights
     sources: dict[str, _Source] = {}
-    for keys, leaf in jax.tree.leaves_with_path(params):
+    for keys, leaf in jax.tree.leaves_with_path(params, is_leaf=is_quantised):
         path = tuple(k.key for k in keys)
         weight = weights[path]
         if "{layer}" not in weight.name:
             sources[weight.name] = _Source(leaf, None, None, weight.transposed)
             continue
         adapters = lora["layers"] if lora is not None and path[-1] == "kernel" else {}
-        for layer in range(len(leaf)):
+        for layer in range(_shape(leaf)[0]):
             name = weight.name.format(layer=layer)
             sources[name] = _Source(leaf, layer, adapters.get(path[-2]), weight.transposed)
     natural = {name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)] for name in sources}
@@ -155,7 +167,7 @@ def _sources(config: Mapping[str, Any], params: Params, lora: Lora | None) -> di
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
 def _merged(
-    leaf: jax.Array,
+    leaf: Kernel,
     layer: int | None,
     matrices: dict[str, jax.Array] | None,
     transposed: bool,
@@ -163,7 +175,10 @@ def _merged(
     dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """One tensor, and whether all of it is finite.  The layer is no constant, or each would be compiled anew."""
-    weight = (leaf if layer is None else leaf[layer]).astype(jnp.float32)
+    one: Any = leaf if layer is None else jax.tree.map(lambda stack: stack[layer], leaf)
+    if is_quantised(one):
+        one = dequantise(one, jnp.float32).reshape(-1, _shape(leaf)[-1])
+    weight = one.astype(jnp.float32)
     if matrices is not None:
         # HIGHEST: by default, GPUs and TPUs multiply float32 in fewer bits.
         weight += scale * jnp.matmul(matrices["b"][layer], matrices["a"][layer], precision=jax.lax.Precision.HIGHEST).T
