@@ -70,11 +70,14 @@ def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Ar
 def _scores(q: jax.Array, k: jax.Array, mask: jax.Array, how: Rule) -> jax.Array:
     """[..., r, Q, S] float32 of queries [..., r, Q, Dh] and keys [..., S, Dh], masked."""
     *batch, r, length, dim = q.shape
-    scores = jnp.matmul(q.reshape(*batch, r * length, dim), jnp.swapaxes(k, -1, -2), preferred_element_type=jnp.float32)
-    scores = scores.reshape(*batch, r, length, -1) * how.scale
-    if how.softcap is not None:
-        scores = how.softcap * jnp.tanh(scores / how.softcap)
-    return jnp.where(mask, scores, _MASKED)
+    scores = _products(q.reshape(*batch, r * length, dim), jnp.swapaxes(k, -1, -2), how)
+    return jnp.where(mask, scores.reshape(*batch, r, length, -1), _MASKED)
+
+
+def _products(q: jax.Array, k: jax.Array, how: Rule) -> jax.Array:
+    """Scores [..., Q, S] float32 of queries [..., Q, Dh] and keys [..., Dh, S], with the scale and the soft-cap."""
+    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) * how.scale
+    return scores if how.softcap is None else how.softcap * jnp.tanh(scores / how.softcap)
 
 
 def _attend(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
@@ -96,14 +99,14 @@ def _attend(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
 # that the products are plain batched matrix products, several times faster on CPU than with heads in between.
 
 
-def _heads_first(x: jax.Array) -> jax.Array:
+def heads_first(x: jax.Array) -> jax.Array:
     """[..., T, K, Dh] → [..., K, T, Dh]"""
     return jnp.swapaxes(x, -2, -3)
 
 
 def _queries_first(q: jax.Array, kv_heads: int) -> jax.Array:
     """[..., Q, H, Dh] → [..., K, r, Q, Dh]"""
-    q = _heads_first(q)
+    q = heads_first(q)
     return q.reshape(*q.shape[:-3], kv_heads, -1, *q.shape[-2:])
 
 
@@ -126,8 +129,8 @@ def prompt_attention(q: jax.Array, k: jax.Array, v: jax.Array, prompt_len: jax.A
     key = jnp.arange(length)
     distance = key[:, None] - key
     mask = (distance >= 0) & (distance < how.window) & (key >= length - prompt_len[:, None, None])  # [G, P, P]
-    scores = _scores(_queries_first(q, kv_heads), _heads_first(k), mask[:, None, None], how)
-    return _tokens_first(_attend([(scores, _heads_first(v))]))
+    scores = _scores(_queries_first(q, kv_heads), heads_first(k), mask[:, None, None], how)
+    return _tokens_first(_attend([(scores, heads_first(v))]))
 
 
 def response_attention(
@@ -138,34 +141,91 @@ def response_attention(
     prompt_v: jax.Array,
     prompt_len: jax.Array,
     how: Rule,
-    start: jax.Array | int = 0,
 ) -> jax.Array:
     """Attention of each response to its prompt and, causally, to itself; responses do not see each other.
 
     Args:
-      q: [G, m, Q, H, Dh], of the response's tokens from the `start`-th on; k, v: [G, m, R, K, Dh], of its tokens
-        from the first on (those after the last query may be anything); prompt_k, prompt_v: [G, P, K, Dh];
-        prompt_len: [G].
+      q: [G, m, R, H, Dh]; k, v: [G, m, R, K, Dh]; prompt_k, prompt_v: [G, P, K, Dh]; prompt_len: [G].
 
     Returns:
-      [G, m, Q, H·Dh] in q's dtype.
+      [G, m, R, H·Dh] in q's dtype.
     """
     m, length = q.shape[1:3]
     prompt_length, kv_heads = prompt_k.shape[1:3]
     q = _queries_first(q, kv_heads)
-    query = start + jnp.arange(length)[:, None]
+    query = jnp.arange(length)[:, None]
     key = jnp.arange(prompt_length)
     in_prompt = (key >= prompt_length - prompt_len[:, None])[:, None, None, None, None]
     in_prompt &= prompt_length + query - key < how.window
-    distance = query - jnp.arange(k.shape[2])
+    distance = query - jnp.arange(length)
     causal = (distance >= 0) & (distance < how.window)
 
-    shared = [jnp.repeat(_heads_first(x)[:, None], m, axis=1) for x in (prompt_k, prompt_v)]  # small beside the scores
+    shared = [jnp.repeat(heads_first(x)[:, None], m, axis=1) for x in (prompt_k, prompt_v)]  # small beside the scores
     return _tokens_first(
         _attend(
             [
                 (_scores(q, shared[0], in_prompt, how), shared[1]),
-                (_scores(q, _heads_first(k), causal, how), _heads_first(v)),
+                (_scores(q, heads_first(k), causal, how), heads_first(v)),
             ]
         )
     )
+
+
+# For decoding, keys lie as [..., Dh, T] and values as [..., T, Dh] behind the heads, and the heads of a prompt's
+# responses on one axis: as the products take them.  From other layouts XLA on CPU copies the cache for every token.
+
+
+def kept(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [G, P, K, Dh] of prompts as [G, K, Dh, P] and [G, K, P, Dh]."""
+    return jnp.moveaxis(k, 1, 3), heads_first(v)
+
+
+def extended(cache: tuple[jax.Array, jax.Array], k: jax.Array, v: jax.Array, place: Any) -> tuple[jax.Array, jax.Array]:
+    """The cache [G, K·m, Dh, R], [G, K·m, R, Dh] with keys and values [G, m, 1, K, Dh] of the tokens at `place`."""
+    k, v = (jnp.moveaxis(x[:, :, 0], 1, 2).reshape(x.shape[0], -1, x.shape[-1]) for x in (k, v))
+    return (
+        jax.lax.dynamic_update_slice(cache[0], k[:, :, :, None], (0, 0, 0, place)),
+        jax.lax.dynamic_update_slice(cache[1], v[:, :, None], (0, 0, place, 0)),
+    )
+
+
+def cached_attention(
+    q: jax.Array,
+    prompt: tuple[jax.Array, jax.Array],
+    response: tuple[jax.Array, jax.Array],
+    prompt_len: jax.Array,
+    how: Rule,
+    place: Any,
+) -> jax.Array:
+    """`response_attention` of one token of each response, at `place`, with keys and values from a cache.
+
+    The queries of all responses go through their prompt's keys together: these are read once, whatever m is.
+
+    Args:
+      q: [G, m, 1, H, Dh]; prompt: keys and values [G, K, Dh, P], [G, K, P, Dh]; response: likewise [G, K·m, Dh, R],
+        [G, K·m, R, Dh], up to `place` (what stands behind may be anything finite); prompt_len: [G]; place: scalar.
+
+    Returns:
+      [G, m, 1, H·Dh] in q's dtype.
+    """
+    groups, m, _, heads, dim = q.shape
+    kv_heads, prompt_length = prompt[1].shape[1:3]
+    length = response[1].shape[2]
+    q = jnp.moveaxis(q.reshape(groups, m, kv_heads, -1, dim), 1, 2)  # [G, K, m, r, Dh]
+    apart, together = q.reshape(groups, kv_heads * m, -1, dim), q.reshape(groups, kv_heads, -1, dim)
+    key, own = jnp.arange(prompt_length), jnp.arange(length)
+    in_prompt = (key >= prompt_length - prompt_len[:, None]) & (prompt_length + place - key < how.window)
+    in_response = (own <= place) & (place - own < how.window)
+
+    of_prompt = _products(together, prompt[0], how).reshape(*apart.shape[:-1], prompt_length)
+    of_prompt = jnp.where(in_prompt[:, None, None], of_prompt, _MASKED)
+    of_response = jnp.where(in_response, _products(apart, response[0], how), _MASKED)
+    largest = jnp.maximum(*(jnp.max(s, axis=-1, keepdims=True) for s in (of_prompt, of_response)))
+    of_prompt, of_response = jnp.exp(of_prompt - largest), jnp.exp(of_response - largest)
+    total = jnp.sum(of_prompt, axis=-1, keepdims=True) + jnp.sum(of_response, axis=-1, keepdims=True)
+
+    weights = of_prompt.astype(q.dtype).reshape(*together.shape[:-1], prompt_length)
+    out = jnp.matmul(weights, prompt[1], preferred_element_type=jnp.float32).reshape(apart.shape)
+    out += jnp.matmul(of_response.astype(q.dtype), response[1], preferred_element_type=jnp.float32)
+    out = (out / total).astype(q.dtype).reshape(q.shape)
+    return jnp.moveaxis(out, 2, 1).reshape(groups, m, 1, heads * dim)

@@ -1,7 +1,7 @@
 """The decoder: groups in, log-probabilities of their response tokens out; or token by token, for sampling.
 
 Used functionally: `decoder.apply({"params": params, "lora": lora}, groups)`; without `lora` it is the base model.
-The layers' weights are stacked and scanned over.
+The layers' weights are stacked and scanned over; for sampling, `unstack` takes them apart.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ Params = dict[str, Any]
 # Tokens come in blocks: of prompts [G, P, d], of responses [G, m, R, d].  Scoring takes both, sampling one at a time.
 Blocks = list[jax.Array]
 KeysValues = tuple[jax.Array, jax.Array]
+Cache = list[KeysValues]  # of every layer
 
 REMAT_POLICIES = {
     "none": None,  # keep every activation
@@ -56,12 +57,13 @@ class Places(NamedTuple):
 
 
 class PerLayer(NamedTuple):
-    """What differs between layers, all with a leading [L] that the scan takes away."""
+    """What differs between layers.  For the scan, which takes it away, all but what is None have a leading [L]."""
 
-    layer: jax.Array  # its index
-    window: jax.Array
-    frequencies: jax.Array  # [L, Dh/2]
-    prompt: KeysValues | None  # [L, G, P, K, Dh] of prompts that are not in the blocks
+    layer: Any  # its index
+    window: Any
+    frequencies: Any  # [Dh/2]
+    prompt: KeysValues | None = None  # [G, K, Dh, P], [G, K, P, Dh] of prompts that are not in the blocks
+    cache: KeysValues | None = None  # [G, K·m, Dh, R], [G, K·m, R, Dh] of the responses' tokens before `start`
 
 
 class Layer(nn.Module):
@@ -74,11 +76,11 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Blocks, KeysValues | None], here: PerLayer, places: Places, probe: Probe | None
-    ) -> tuple[tuple[Blocks, KeysValues | None], KeysValues | None]:
-        """Returns the blocks, the cache of the responses [L, G, m, R, K, Dh] with what is new in it, and the prompt's
-        keys and values if the prompt comes alone."""
-        config, (blocks, cache) = self.config, carry
+        self, blocks: Blocks, here: PerLayer, places: Places, probe: Probe | None
+    ) -> tuple[Blocks, KeysValues | None]:
+        """Returns the blocks, and what there is to keep for the tokens to come: of prompts that come alone their
+        keys and values, of one more token of every response the cache with it."""
+        config = self.config
         pre, post = config.norms in ("pre", "both"), config.norms in ("post", "both")
 
         def linear(name: str, features: int, blocks: Sequence[jax.Array], bias: bool = False) -> list[jax.Array]:
@@ -100,7 +102,7 @@ class Layer(nn.Module):
         k = heads(linear("k_proj", kv_width, inputs, config.qkv_bias), "k_norm")
         v = heads(linear("v_proj", kv_width, inputs, config.qkv_bias))
 
-        how, prompt_kv, attended = attention.rule(config, here.window), here.prompt, []
+        how, kept, attended = attention.rule(config, here.window), None, []
         for i, x in enumerate(blocks):
             # A prompt's positions start at 0 whatever its padding; each response goes on where its prompt ends.
             if x.ndim == 3:
@@ -112,18 +114,18 @@ class Layer(nn.Module):
             if x.ndim == 3:
                 prompt_kv = (k_i, v[i])
                 attended.append(kernels.prompt_attention(q_i, *prompt_kv, places.prompt_len, how, self.backend))
-                continue
-            kv = (k_i, v[i])
-            if cache is not None:
-                place = (here.layer, 0, 0, places.start, 0, 0)
-                cache = tuple(  # type: ignore[assignment]
-                    jax.lax.dynamic_update_slice(old, new[None], place) for old, new in zip(cache, kv, strict=True)
+                if len(blocks) == 1:
+                    kept = attention.kept(k_i, v[i])
+            elif here.cache is None:
+                attended.append(
+                    kernels.response_attention(q_i, k_i, v[i], *prompt_kv, places.prompt_len, how, self.backend)
                 )
-                kv = tuple(jax.lax.dynamic_index_in_dim(c, here.layer, keepdims=False) for c in cache)
-            assert prompt_kv is not None
-            attended.append(
-                kernels.response_attention(q_i, *kv, *prompt_kv, places.prompt_len, how, places.start, self.backend)
-            )
+            else:
+                assert here.prompt is not None
+                kept = attention.extended(here.cache, k_i, v[i], places.start)
+                attended.append(
+                    attention.cached_attention(q_i, here.prompt, kept, places.prompt_len, how, places.start)
+                )
         out = linear("o_proj", config.hidden_size, attended)
         out = norm("attention_post_norm", out) if post else out
         blocks = [x + y for x, y in zip(blocks, out, strict=True)]
@@ -135,7 +137,7 @@ class Layer(nn.Module):
         out = linear("down_proj", config.hidden_size, [act(g) * u for g, u in zip(gate, up, strict=True)])
         out = norm("mlp_post_norm", out) if post else out
         blocks = [x + y for x, y in zip(blocks, out, strict=True)]
-        return (blocks, cache), prompt_kv if [x.ndim for x in blocks] == [3] else None
+        return blocks, kept
 
 
 class Embedding(nn.Module):
@@ -154,7 +156,8 @@ class Embedding(nn.Module):
 class Decoder(nn.Module):
     """A causal language model that scores groups, and gives the logits that continue them.
 
-    `dtype` is the compute dtype; float32 master copies, reductions and results do not depend on it.
+    `dtype` is the compute dtype; float32 master copies, reductions and results do not depend on it.  An `unrolled`
+    decoder takes the weights that `unstack` returns: a scan would copy every layer's out of the stack for every token.
     """
 
     config: ModelConfig
@@ -164,20 +167,25 @@ class Decoder(nn.Module):
     logits_chunk: int = 512
     attention: str = "auto"  # the kernel, one of `kernels.CHOICES`
     mesh: Mesh | None = None  # that the programs are for; None: the default device
+    unrolled: bool = False
 
     def setup(self) -> None:
         config = self.config
         self.embed = Embedding(config.vocab_size, config.hidden_size)
+        arguments = (config, self.lora.scale, self.dtype, kernels.Backend(self.attention, self.mesh))
         layer = Layer
         if self.remat != "none":
             layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        self.layers = nn.scan(
-            layer,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=config.num_layers,
-        )(config, self.lora.scale, self.dtype, kernels.Backend(self.attention, self.mesh))
+        if self.unrolled:
+            self.layers = [layer(*arguments) for _ in range(config.num_layers)]
+        else:
+            self.layers = nn.scan(
+                layer,
+                variable_axes={"params": 0, "lora": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                length=config.num_layers,
+            )(*arguments)
         self.final_norm = RMSNorm(config.rms_norm_eps, config.norm_offset)
         if not config.tie_embeddings:
             self.lm_head = Embedding(config.vocab_size, config.hidden_size)
@@ -194,7 +202,7 @@ class Decoder(nn.Module):
           [G, m, R] float32, 0 at padding.
         """
         blocks = [self._embedded(groups.prompt_ids), self._embedded(groups.response_ids)]
-        (prompt, response), _, _ = self._through_layers(blocks, Places(jnp.asarray(groups.prompt_len), 0), probe)
+        (prompt, response), _ = self._through_layers(blocks, Places(jnp.asarray(groups.prompt_len), 0), probe)
 
         # The state before each response token: the prompt's last, then the response's own but its last.
         first = jnp.broadcast_to(prompt[:, None, -1:], (*response.shape[:2], 1, response.shape[3]))
@@ -204,29 +212,32 @@ class Decoder(nn.Module):
         present = jnp.arange(logps.shape[2]) < jnp.asarray(groups.response_len)[..., None]
         return jnp.where(present, logps, 0.0)
 
-    def prefill(self, prompt_ids: jax.Array, prompt_len: jax.Array) -> tuple[jax.Array, KeysValues]:
-        """The logits [G, V] float32 of each response's first token, and the prompts' keys and values
-        [L, G, P, K, Dh]; prompts are left-padded as in `Groups`."""
-        (prompt,), _, kept = self._through_layers([self._embedded(prompt_ids)], Places(prompt_len, 0), None)
-        assert kept is not None
+    def prefill(self, prompt_ids: jax.Array, prompt_len: jax.Array) -> tuple[jax.Array, Cache]:
+        """Encodes prompts, left-padded as in `Groups`; needs an unrolled decoder.
+
+        Returns:
+          The logits [G, V] float32 of each response's first token, and the prompts' keys [G, K, Dh, P] and values
+          [G, K, P, Dh].
+        """
+        (prompt,), kept = self._through_layers([self._embedded(prompt_ids)], Places(prompt_len, 0), None)
         return self._logits(prompt[:, -1]), kept
 
     def decode(
-        self, tokens: jax.Array, place: jax.Array, prompt_len: jax.Array, prompt: KeysValues, cache: KeysValues
-    ) -> tuple[jax.Array, KeysValues]:
-        """One more token of every response.
+        self, tokens: jax.Array, place: jax.Array, prompt_len: jax.Array, prompt: Cache, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """One more token of every response; needs an unrolled decoder.
 
         Args:
           tokens: [G, m] int32, the tokens at `place` (scalar int32) of the responses.
           prompt: what `prefill` returned.
-          cache: keys and values of the responses' tokens before `place`, [L, G, m, R, K, Dh].
+          cache: keys [G, K·m, Dh, R] and values [G, K·m, R, Dh] of the responses' tokens before `place`; what stands
+            behind may be anything finite.
 
         Returns:
           The logits [G, m, V] float32 of the next token, and the cache with this one in it.
         """
         blocks = [self._embedded(tokens[:, :, None])]
-        (response,), new, _ = self._through_layers(blocks, Places(prompt_len, place), None, prompt, cache)
-        assert new is not None
+        (response,), new = self._through_layers(blocks, Places(prompt_len, place), None, prompt, cache)
         return self._logits(response[:, :, 0]), new
 
     def _embedded(self, ids: Any) -> jax.Array:
@@ -244,18 +255,27 @@ class Decoder(nn.Module):
         blocks: Blocks,
         places: Places,
         probe: Probe | None,
-        prompt: KeysValues | None = None,
-        cache: KeysValues | None = None,
-    ) -> tuple[Blocks, KeysValues | None, KeysValues | None]:
-        config = self.config
-        per_layer = PerLayer(
-            jnp.arange(config.num_layers),
-            jnp.asarray(attention.windows(config)),
-            jnp.asarray(attention.rope_frequencies(config)),
-            prompt,
-        )
-        (blocks, cache), kept = self.layers((blocks, cache), per_layer, places, probe)
-        return blocks, cache, kept
+        prompt: Cache | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Blocks, Any]:
+        count = self.config.num_layers
+        windows, frequencies = attention.windows(self.config), attention.rope_frequencies(self.config)
+        if not self.unrolled:
+            per_layer = PerLayer(jnp.arange(count), jnp.asarray(windows), jnp.asarray(frequencies))
+            return self.layers(blocks, per_layer, places, probe)  # type: ignore[operator, no-any-return]
+        kept = []
+        nothing = [None] * count
+        for i, (layer, *its) in enumerate(zip(self.layers, prompt or nothing, cache or nothing, strict=True)):
+            blocks, new = layer(blocks, PerLayer(i, windows[i], frequencies[i], *its), places, probe)
+            kept.append(new)
+        return blocks, kept
+
+
+def unstack(tree: Any) -> Any:
+    """The weights (or the adapter) of an unrolled decoder from those of the usual one: a copy of the layers."""
+    count = len(jax.tree.leaves(tree["layers"])[0])
+    layers = {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], tree["layers"]) for i in range(count)}
+    return {name: value for name, value in tree.items() if name != "layers"} | layers
 
 
 def init_params(decoder: Decoder, key: jax.Array) -> Params:

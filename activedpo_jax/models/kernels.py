@@ -84,11 +84,9 @@ def response_attention(
     prompt_v: jax.Array,
     prompt_len: jax.Array,
     how: Rule,
-    start: jax.Array | int,
     backend: Backend,
 ) -> jax.Array:
-    """As `attention.response_attention`, by the kernel that the call takes.  Queries that are not all of the
-    response's tokens, as in decoding, always take XLA.
+    """As `attention.response_attention`, by the kernel that the call takes.
 
     Raises:
       ValueError: the backend's kernel cannot run this; says why, and what to set.
@@ -96,9 +94,8 @@ def response_attention(
     groups, m, length = q.shape[:3]
     prompt = prompt_k.shape[1]
     call = _call(q, prompt + length, k.shape[3], how)
-    whole = isinstance(start, int) and start == 0 and length == k.shape[2]
-    if not whole or (kernel := choose(backend, call)) == "xla":
-        return attention.response_attention(q, k, v, prompt_k, prompt_v, prompt_len, how, start)
+    if (kernel := choose(backend, call)) == "xla":
+        return attention.response_attention(q, k, v, prompt_k, prompt_v, prompt_len, how)
 
     def row(shared: jax.Array, own: jax.Array) -> jax.Array:
         shared = jnp.broadcast_to(shared[:, None], (groups, m, *shared.shape[1:]))
@@ -141,7 +138,7 @@ def choose(backend: Backend, call: Call) -> str:
 def objection(kernel: str, backend: Backend, call: Call) -> str | None:
     """Why `cudnn` or `splash` cannot run a call, and what would change that; None if it can."""
     platform = backend.platform
-    if _FOR_PLATFORM.get(platform) != kernel and not (_INTERPRET and kernel == "splash"):
+    if _FOR_PLATFORM.get(platform) != kernel:
         home = {"splash": "a TPU", "cudnn": "an NVIDIA GPU"}[kernel]
         return f"it needs {home}, but the program is for platform {platform!r}: set 'xla'"
     return (_splash_objection if kernel == "splash" else _cudnn_objection)(backend.mesh, call)
