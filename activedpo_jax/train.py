@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from activedpo_jax import dpo
+from activedpo_jax import mesh as meshes
 from activedpo_jax.data.groups import Groups
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
+from activedpo_jax.models.quantise import refuse_quantised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,21 @@ def init_optimiser(spec: OptimiserSpec, weights: Any) -> optax.OptState:
     return _transform(spec).init(weights)
 
 
+def optimiser_shardings(spec: OptimiserSpec, mesh: Mesh, weights: Any) -> Any:
+    """Of the optimiser's state: moments lie as their weights do.  The compiler, left alone, would not cut up zeros.
+
+    Args:
+      weights: base weights or an adapter, arrays or shapes.
+    """
+    return optax.tree_map_params(
+        _transform(spec),
+        lambda _, sharding: sharding,
+        jax.eval_shape(lambda w: init_optimiser(spec, w), weights),
+        meshes.weight_shardings(mesh, weights),
+        transform_non_params=lambda _: meshes.replicated(mesh),
+    )
+
+
 def dpo_gradient(
     decoder: Decoder, spec: DpoSpec, params: Params, lora: Lora, groups: Groups, pairs: dpo.Preferences
 ) -> tuple[Lora, dpo.DpoMetrics]:
@@ -82,6 +100,9 @@ def completion_gradient(
 
     With share = 1/(response tokens of the whole batch) the parts add up to its mean negative log-likelihood.  The
     gradient is that of the adapter; without one (`lora=None`) it is that of all weights.
+
+    Raises:
+      ValueError: the gradient of all weights is asked for, and some are quantised.
     """
 
     def adapter_loss(lora: Lora) -> jax.Array:
@@ -91,6 +112,7 @@ def completion_gradient(
         return -share * jnp.sum(decoder.apply({"params": params}, groups, None, True))  # type: ignore[arg-type]
 
     if lora is None:
+        refuse_quantised(params, "the gradient of all weights")
         loss, grads = jax.value_and_grad(full_loss)(params)
     else:
         loss, grads = jax.value_and_grad(adapter_loss)(lora)

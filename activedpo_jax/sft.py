@@ -1,0 +1,174 @@
+"""Supervised fine-tuning, alone or as the first stage of a run: the files around `finetune`.
+
+    python -m activedpo_jax.sft --config configs/sft_smollm2.py --workdir runs/sft
+
+A stage's folder holds `metrics.jsonl` (a record's `round` is its step), `tensorboard/`, `checkpoints/` until the stage
+is done, and then the result: a PEFT adapter `adapter/`, or `model/`, a whole Hugging Face checkpoint.
+"""
+
+import functools
+import pathlib
+import shutil
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+
+from activedpo_jax import base, flags, metrics, train
+from activedpo_jax import mesh as meshes
+from activedpo_jax import workdir as workdirs
+from activedpo_jax.data.completions import Completion, limit, read_completions
+from activedpo_jax.data.groups import Bucket, assign_buckets
+from activedpo_jax.data.preferences import split_by_prompt
+from activedpo_jax.data.tokenize import tokenize_texts
+from activedpo_jax.finetune import Examples, Recipe, fit
+from activedpo_jax.models import export, hf, peft
+from activedpo_jax.models.decoder import Decoder, Params
+from activedpo_jax.models.lora import Lora
+from activedpo_jax.selection.strategies import STRATEGIES
+
+
+def load(config: ml_collections.ConfigDict, seed: int) -> Examples:
+    """The data of `config.sft`, as the model's tokenizer and `config.data` (template, buckets) have it.
+
+    Raises:
+      ValueError: a record, the template or the buckets are not in order; says where, and what to change.
+    """
+    sft, data = config.sft, config.data
+    completions = read_completions(sft.data, sft.split)
+    if sft.limit:
+        completions = limit(completions, sft.limit, seed)
+    held_out: list[Completion] = []
+    if sft.heldout_fraction:
+        completions, held_out = split_by_prompt(completions, sft.heldout_fraction, seed)
+    buckets = tuple(sorted(Bucket(*b) for b in data.buckets))
+    longest = max(b.prompt for b in buckets), max(b.response for b in buckets)
+    tokenizer = hf.load_tokenizer(config.model.path, config.model.revision)
+    texts = [tokenize_texts(part, tokenizer, data.template, *longest) for part in (completions, held_out) if part]
+    for part in texts:
+        assign_buckets(part, buckets)  # complains of buckets that are no ladder, before a model is loaded
+    return Examples(texts[0], texts[1] if held_out else None, buckets)
+
+
+def recipe(config: ml_collections.ConfigDict, mesh: Mesh) -> Recipe:
+    sft = config.sft
+    return Recipe(
+        train.OptimiserSpec(sft.learning_rate, sft.schedule, sft.warmup_fraction, sft.weight_decay, sft.max_grad_norm),
+        sft.epochs,
+        sft.batch_size,
+        meshes.round_up(min(sft.examples_per_chunk, sft.batch_size), mesh),
+        sft.checkpoint_every,
+    )
+
+
+def run(
+    config: ml_collections.ConfigDict,
+    seed: int,
+    examples: Examples,
+    decoder: Decoder,
+    params: Params,
+    lora: Lora,
+    mesh: Mesh,
+    folder: pathlib.Path,
+) -> tuple[Params, Lora]:
+    """The whole stage, from where it stopped: trains, writes the result into `folder`, and says how it went.
+
+    Args:
+      params: base weights on the mesh.  With `config.sft.weights='full'` training starts from them as float32, best
+        loaded so, and they are used up: go on with those returned.
+      lora: the adapter on the mesh, which `lora` trains a copy of, and `full` does not look at.
+
+    Returns:
+      base weights (in the decoder's dtype if they were trained) and adapter to go on with.
+
+    Raises:
+      FloatingPointError: the training has diverged.
+    """
+    full = config.sft.weights == "full"
+    result = result_folder(config, folder)
+    base_model, revision = config.model.path, config.model.revision
+    shardings = functools.partial(meshes.weight_shardings, mesh)
+    for name, texts in (("SFT data", examples.train), ("held-out SFT data", examples.heldout)):
+        for note in texts.notes if texts is not None else ():
+            print(f"{name}: {note}")
+    if is_done(config, folder):
+        if full:
+            params = hf.load_model(str(result), "", decoder.dtype, shardings)[1]
+        else:
+            lora = peft.load_adapter(str(result), "", decoder.config, decoder.lora, shardings)
+    elif full:
+        weights = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+        weights = fit(recipe(config, mesh), decoder, None, weights, examples, mesh, seed, folder)
+        params = jax.tree.map(lambda x: x.astype(decoder.dtype), weights)
+        export.save_merged(params, None, decoder.lora, base_model, revision, result, decoder.dtype)
+    else:
+        weights = jax.tree.map(jnp.copy, lora)
+        lora = fit(recipe(config, mesh), decoder, params, weights, examples, mesh, seed, folder)
+        peft.save_adapter(lora, decoder.lora, base_model, result)
+    # The result is whole; what it took to get there is several times as large.
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    print(f"SFT, seed {seed}: {_in_words(metrics.read_metrics(folder / 'metrics.jsonl'))}")
+    return params, lora
+
+
+def result_folder(config: ml_collections.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
+    """Where the stage whose folder this is leaves its result: a PEFT adapter or a Hugging Face checkpoint."""
+    return folder / ("model" if config.sft.weights == "full" else "adapter")
+
+
+def is_done(config: ml_collections.ConfigDict, folder: pathlib.Path) -> bool:
+    """Whether the stage has left its whole result there, which `run` then only reads."""
+    last_written = "config.json" if config.sft.weights == "full" else "adapter_config.json"
+    return (result_folder(config, folder) / last_written).exists()
+
+
+def _in_words(records: Sequence[dict[str, Any]]) -> str:
+    steps = [r for r in records if "sft/loss" in r]
+    held_out = [r["sft/heldout_loss"] for r in records if "sft/heldout_loss" in r]
+    change = lambda figures: f"{figures[0]:.3f} → {figures[-1]:.3f} nats a token"  # noqa: E731
+    speed = statistics.median(r["sft/tokens_per_second"] for r in steps)
+    return (
+        f"{len(steps)} steps, loss of a batch {change([r['sft/loss'] for r in steps])}"
+        + (f", held-out {change(held_out)}" if held_out else "")
+        + f", {speed:.0f} tokens/s"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command: the stage alone, once for every seed."""
+    command = flags.read_config(sys.argv if argv is None else argv, STRATEGIES)
+    config, folder = command.config, command.workdir
+    if command.compile_only:
+        flags.fail("--compile_only is an option of activedpo_jax.main; leave it out")
+    assert folder is not None
+    with flags.clean_errors():
+        if not config.sft.data:
+            raise ValueError("config.sft.data is empty; expected a file or a `datasets` name to learn from: set it")
+        if (folder / "summary.json").exists():
+            raise ValueError(f"{folder} is the work directory of a run of activedpo_jax.main: give another --workdir")
+        workdirs.open_workdir(folder, config)
+        mesh = meshes.make_mesh(config.mesh)
+    for seed in config.seeds:
+        place = folder if len(config.seeds) == 1 else folder / f"seed{seed}"
+        result = result_folder(config, place)
+        if not is_done(config, place):
+            with flags.clean_errors():
+                examples = load(config, seed)
+                decoder = base.load_decoder(config, mesh)
+                stored = jnp.float32 if config.sft.weights == "full" else decoder.dtype
+                params = base.load_params(config, mesh, stored)
+                lora = base.initial_lora(config, decoder, mesh, seed)
+            run(config, seed, examples, decoder, params, lora, mesh, place)
+        print(f"{result}: go on from it with --config.{_OPTION[config.sft.weights]}={result}")
+
+
+_OPTION = {"lora": "lora.path", "full": "model.path"}
+
+
+if __name__ == "__main__":
+    main()
