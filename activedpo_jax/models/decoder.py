@@ -4,6 +4,7 @@ Used functionally: `decoder.apply({"params": params, "lora": lora}, groups)`; wi
 The layers' weights are stacked and scanned over; for sampling, `unstack` takes them apart.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from activedpo_jax.data.groups import Groups
-from activedpo_jax.models import attention, kernels
+from activedpo_jax.models import attention, few_tokens, kernels
 from activedpo_jax.models.config import LoraConfig, ModelConfig
-from activedpo_jax.models.logprobs import make_logits, token_logprobs
+from activedpo_jax.models.logprobs import make_logits, soft_capped, token_logprobs
 from activedpo_jax.models.lora import LoraLinear, Probe
 
 Params = dict[str, Any]
@@ -248,7 +249,10 @@ class Decoder(nn.Module):
         return (self.embed if self.config.tie_embeddings else self.lm_head)().astype(self.dtype)
 
     def _logits(self, states: jax.Array) -> jax.Array:
-        return make_logits(self.final_norm(states), self._output_table(), self.config.logit_softcap)
+        states, table, softcap = self.final_norm(states), self._output_table(), self.config.logit_softcap
+        if self.unrolled and kernels.Backend(self.attention, self.mesh).platform == "cpu":
+            return soft_capped(few_tokens.product(states, table), softcap)
+        return make_logits(states, table, softcap)
 
     def _through_layers(
         self,
@@ -271,10 +275,19 @@ class Decoder(nn.Module):
         return blocks, kept
 
 
-def unstack(tree: Any) -> Any:
-    """The weights (or the adapter) of an unrolled decoder from those of the usual one: a copy of the layers."""
+def unstack(tree: Any, outputs_first: bool = False) -> Any:
+    """The weights (or the adapter) of an unrolled decoder from those of the usual one: a copy of the layers.
+
+    Args:
+      outputs_first: kernels become `few_tokens.OutputsFirst`, the faster way for CPUs.
+    """
     count = len(jax.tree.leaves(tree["layers"])[0])
-    layers = {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], tree["layers"]) for i in range(count)}
+
+    def one(path: tuple[Any, ...], leaf: jax.Array, i: int) -> Any:
+        turned = outputs_first and path[-1] == jax.tree_util.DictKey("kernel")
+        return few_tokens.OutputsFirst(leaf[i].T) if turned else leaf[i]
+
+    layers = {f"layers_{i}": jax.tree.map_with_path(functools.partial(one, i=i), tree["layers"]) for i in range(count)}
     return {name: value for name, value in tree.items() if name != "layers"} | layers
 
 

@@ -24,6 +24,10 @@ def _unchunk(x: jax.Array) -> jax.Array:
 def make_logits(states: jax.Array, table: jax.Array, softcap: float | None) -> jax.Array:
     """[..., d] → [..., V] float32; with a soft-cap c they are c·tanh(logits/c) (Gemma 2)."""
     logits = jnp.einsum("...d,vd->...v", states, table, preferred_element_type=jnp.float32)
+    return soft_capped(logits, softcap)
+
+
+def soft_capped(logits: jax.Array, softcap: float | None) -> jax.Array:
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from activedpo_jax.models import quantise
 from activedpo_jax.models.config import LoraConfig, ModelConfig
+from activedpo_jax.models.few_tokens import OutputsFirst
 from activedpo_jax.sketch import tiled_count_sketch
 
 Lora = dict[str, Any]  # {"layers": {module: {"a": [L, r, d_in], "b": [L, d_out, r]}}}, float32
@@ -153,6 +154,8 @@ class LoraLinear(nn.Module):
     def _kernel(self, d_in: int) -> quantise.Kernel:
         if self.has_variable("params", "kernel"):
             kernel: quantise.Kernel = self.get_variable("params", "kernel")
-            if quantise.is_quantised(kernel):  # not of the shape that `param` holds it to
+            if quantise.is_quantised(kernel) or isinstance(
+                kernel, OutputsFirst
+            ):  # not of the shape that `param` holds it to
                 return kernel
         return self.param("kernel", nn.initializers.normal(0.02), (d_in, self.features)).astype(self.dtype)
