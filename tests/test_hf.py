@@ -1,6 +1,7 @@
 """Models as `transformers` saves them are read right, or refused by name."""
 
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -134,8 +135,16 @@ def test_parameters_are_placed_as_asked(
     """However a tensor is cut on its way, and with more devices than one that hold the same part of it."""
     model = tiny_llama(tmp_path, vocab_size=96, tie_word_embeddings=False)
     monkeypatch.setattr(tensors, "PIECE_BYTES", piece_bytes)
+    shares = []
+
+    def put_tensor(tensor: tensors.Tensor, sharding: jax.sharding.Sharding) -> jax.Array:
+        shares.append((len(tensor.shape), math.prod(tensor.shape) / math.prod(sharding.shard_shape(tensor.shape))))
+        return tensors.put_tensor(tensor, sharding)
+
+    monkeypatch.setattr(hf, "put_tensor", put_tensor)
     mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
     _, params = hf.load_model(str(tmp_path), shardings=lambda shapes: meshes.weight_shardings(mesh, shapes))
+    assert set(shares) == {(1, 1), (2, 4)}  # of a matrix a device never gets more than what it keeps
     wanted = meshes.weight_shardings(mesh, params)
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, params, wanted))
     kernel = params["layers"]["up_proj"]["kernel"]
@@ -145,6 +154,18 @@ def test_parameters_are_placed_as_asked(
     np.testing.assert_array_equal(params["lm_head"]["embedding"], model.lm_head.weight.detach().numpy())
     np.testing.assert_array_equal(params["final_norm"]["scale"], model.model.norm.weight.detach().numpy())
     assert params["lm_head"]["embedding"].addressable_shards[0].data.shape == (48, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [["--dtype=bfloat16"], ["--dtype=float32", "--shard=300MB"]], ids=["one", "several"]
+)
+def test_a_billion_parameters_load_within_the_bound_on_memory(options: list[str]) -> None:
+    root = pathlib.Path(__file__).parents[1]
+    command = [sys.executable, "-m", "benchmarks.loading", *options]
+    done = subprocess.run(command, cwd=root, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ratio 0." in done.stdout
 
 
 def edit(folder: pathlib.Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
