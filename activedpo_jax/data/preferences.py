@@ -89,7 +89,7 @@ def split_by_prompt(records: Sequence[_Record], fraction: float, seed: int) -> t
     Raises:
       ValueError: there are fewer than two different prompts.
     """
-    keys = [_prompt_key(r.prompt) for r in records]
+    keys = [prompt_key(r.prompt) for r in records]
     prompts = sorted(set(keys), key=lambda key: (uniform(seed, "split", key), key))
     if len(prompts) < 2:
         raise ValueError(
@@ -214,7 +214,7 @@ def _rewards(value: Any, count: int, where: str) -> tuple[float, ...]:
     return tuple(check_number(v, f"rewards[{i}]", where) for i, v in enumerate(value))
 
 
-def _prompt_key(prompt: Prompt) -> str:
+def prompt_key(prompt: Prompt) -> str:
     """The same for prompts that differ in surrounding space, or in being a string or a user's message."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     return json.dumps([{**m, "content": m["content"].strip()} for m in messages], sort_keys=True)

@@ -1,0 +1,109 @@
+"""Pools of responses that the model itself has written, as files that grow batch by batch.
+
+    DIR/responses.jsonl    a line for each prompt: `id`, `prompt`, `responses`, as `preferences` reads them; `ended`,
+                           whether each response came to its end before it was cut; `missing`, if any are, how many are
+                           not there because they were empty or equal to another
+    DIR/too_few.jsonl      likewise, prompts with fewer than two responses, of which no pair can be made
+
+Lines are whole or not there, whatever kills the process: a line that was cut is taken away, and its prompt is missing.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from activedpo_jax.data.prompts import PromptRecord
+from activedpo_jax.workdir import write_atomic
+
+if TYPE_CHECKING:
+    from activedpo_jax.generate import Generated
+
+
+class PoolFiles:
+    """The two files of a work directory, and which prompts they lack.
+
+    Args:
+      records: the prompts of the data.
+
+    Raises:
+      ValueError: a line is of no prompt of the data.
+    """
+
+    def __init__(self, folder: pathlib.Path, records: Sequence[PromptRecord]) -> None:
+        self.records = records
+        self.paths = {True: folder / "responses.jsonl", False: folder / "too_few.jsonl"}
+        row_of = {record.id: i for i, record in enumerate(records)}
+        self.missing = set(range(len(records)))  # rows of the data that are in neither file
+        for path in self.paths.values():
+            _cut_unfinished_line(path)
+            for number, line in enumerate(_lines(path), start=1):
+                if (name := json.loads(line)["id"]) not in row_of:
+                    raise ValueError(
+                        f"{path}:{number}: no prompt of the data has the id {name!r}; expected the data that this work "
+                        "directory began with: restore it, or take another --workdir"
+                    )
+                self.missing.discard(row_of[name])
+
+    def add(self, results: Mapping[int, "Generated"]) -> int:
+        """Appends those that are missing, in order; returns how many there were."""
+        new = [row for row in results if row in self.missing]
+        for usable, path in self.paths.items():
+            lines = []
+            for row in new:
+                record, result = self.records[row], results[row]
+                kept = [j for j in range(len(result.texts)) if j not in result.flawed]
+                if (len(kept) >= 2) == usable:
+                    fields = {"id": record.id, "prompt": record.prompt, "responses": [result.texts[j] for j in kept]}
+                    fields |= {"ended": [result.ended[j] for j in kept]}
+                    fields |= {"missing": len(result.texts) - len(kept)} if result.flawed else {}
+                    lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
+            if lines:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write("".join(lines))
+                    file.flush()
+                    os.fsync(file.fileno())
+        self.missing -= set(new)
+        return len(new)
+
+    def finish(self, responses: int, max_new_tokens: int, resamples: int) -> str:
+        """Puts the lines into the order of the data; returns what there is to report."""
+        place = {record.id: i for i, record in enumerate(self.records)}
+        rows: dict[bool, list[dict[str, Any]]] = {}
+        for usable, path in self.paths.items():
+            lines = sorted(_lines(path), key=lambda line: place[json.loads(line)["id"]])
+            rows[usable] = [json.loads(line) for line in lines]
+            if lines:
+                write_atomic(path, "".join(line + "\n" for line in lines))
+        good, bad = rows[True], rows[False]
+        ended = [end for row in good + bad for end in row["ended"]]
+        report = [
+            f"{self.paths[True]}: {len(good)} prompts; {ended.count(False)} of {len(ended)} responses were cut after "
+            f"{max_new_tokens} tokens"
+        ]
+        after = f"empty or equal still after {resamples} more attempts"
+        short = [row["id"] for row in good if "missing" in row]
+        for path, names, what in (
+            (self.paths[True], short, f"with fewer than {responses} responses, the others being {after}"),
+            (self.paths[False], [row["id"] for row in bad], f"with fewer than two, the others being {after}"),
+        ):
+            if names:
+                report.append(
+                    f"{path}: {len(names)} prompts {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+                )
+        return "\n".join(report)
+
+
+def _lines(path: pathlib.Path) -> Iterator[str]:
+    if path.exists():
+        with open(path, encoding="utf-8", newline="\n") as file:  # U+2028 in a response is no end of line
+            yield from (line.removesuffix("\n") for line in file)
+
+
+def _cut_unfinished_line(path: pathlib.Path) -> None:
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
