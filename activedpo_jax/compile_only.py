@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from activedpo_jax import evaluate, main, stages, train
+from activedpo_jax import base, evaluate, main, stages, train
 from activedpo_jax import mesh as meshes
 from activedpo_jax import round as rounds
 from activedpo_jax import task as tasks
@@ -33,7 +33,11 @@ def compile_for(config: ml_collections.ConfigDict, topology: str) -> None:
       SystemExit: libtpu is not installed, or does not know the topology.
     """
     # Otherwise libtpu looks for the TPU machine that this is not, and takes minutes to give up.
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is touched, so two may compile at a time
+    }.items():
         os.environ.setdefault(name, value)
     try:
         devices: list[Any] = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -43,7 +47,7 @@ def compile_for(config: ml_collections.ConfigDict, topology: str) -> None:
             "(pip install 'activedpo_jax[tpu]')"
         ) from error
     mesh = meshes.make_mesh(config.mesh, devices)
-    task = tasks.load(config, config.seeds[0], mesh, None, "tpu")
+    task = tasks.load(config, config.seeds[0], mesh, None)
     print(f"{devices[0].device_kind} × {len(devices)}, mesh {dict(mesh.shape)}, weights {task.decoder.dtype}")
     print(f"{'program':<44}{'arguments':>12}{'temporary':>12}{'output':>12}{'FLOPs':>12}   per device")
     for name, function, arguments in programs(config, task, mesh):
@@ -58,16 +62,17 @@ def programs(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) ->
     """The programs of a run on abstract arguments."""
     like = lambda tree: _abstract(tree, meshes.replicated(mesh))  # noqa: E731
     spec = main.round_spec(config, config.strategies[0], task, mesh)
-    lora = _weights(mesh, jax.eval_shape(lambda: main.initial_lora_values(task.decoder, 0)))
+    lora = _weights(mesh, jax.eval_shape(lambda: base.fresh_lora(task.decoder, 0)))
     params = task.params_shape
     key, seed = like(jax.eval_shape(lambda: jax.random.key(0))), like(jnp.uint32(0))
     lam, number = like(jnp.float32(0)), like(jnp.int32(0))
 
     if task.base_model == tasks.SYNTHETIC:
         optimiser = tasks.scratch_optimiser(config)
-        opt_state = jax.eval_shape(lambda p: train.init_optimiser(optimiser, p), params)
+        weights = tasks.params_shape(task.decoder, mesh, jnp.float32, "none")
+        opt_state = jax.eval_shape(lambda p: train.init_optimiser(optimiser, p), weights)
         batch = _groups(mesh, task.buckets[0], meshes.round_up(config.scratch.batch_size, mesh), 2)
-        arguments: tuple[Any, ...] = (task.decoder, optimiser, params, like(opt_state), batch, lam)
+        arguments: tuple[Any, ...] = (task.decoder, optimiser, weights, like(opt_state), batch, lam)
         yield "base model step", tasks.language_model_step, arguments
 
     for bucket in task.buckets:

@@ -18,7 +18,9 @@ def default() -> ml_collections.ConfigDict:
     config.model.path = ""  # a Hugging Face directory or Hub name; empty: the synthetic task's own tiny decoder
     config.model.revision = ""  # Hub branch, tag or commit; empty: the default branch
     config.model.dtype = "auto"  # base weights and compute: auto (float32 on CPU, else bfloat16), float32, bfloat16
+    config.model.quantisation = "none"  # base weights of the linear maps: none, int8, nf4 (pip install '.[quant]')
     config.model.remat = "dots"  # the backward pass recomputes: none, dots (all but the linear maps), full
+    config.model.attention = "auto"  # splash (TPU), cudnn (NVIDIA), xla; auto: by platform, where it can run
     config.model.logits_chunk = 512  # tokens whose logits exist at a time
 
     config.lora = ml_collections.ConfigDict()
@@ -26,6 +28,8 @@ def default() -> ml_collections.ConfigDict:
     config.lora.alpha = 512.0
     config.lora.target_modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     config.lora.rslora = False
+    config.lora.path = ""  # start from this PEFT adapter, of the shape above: directory or Hub name; empty: a fresh one
+    config.lora.revision = ""
 
     config.data = ml_collections.ConfigDict()
     config.data.train = ""  # JSONL or Parquet file, or a `datasets` name; `synthetic` for the procedural task
@@ -62,6 +66,22 @@ def default() -> ml_collections.ConfigDict:
     config.scratch.examples = 2048
     config.scratch.learning_rate = 3e-3
 
+    config.sft = ml_collections.ConfigDict()  # supervised fine-tuning, before the first round or alone
+    config.sft.data = ""  # prompts with completions, or preferences, whose chosen response is learnt; empty: no SFT
+    config.sft.split = "train"  # split of a `datasets` name
+    config.sft.limit = 0  # use this many examples, drawn by seed; 0: all
+    config.sft.weights = "lora"  # what is trained: lora (the adapter, which the rounds go on with), full (all weights)
+    config.sft.learning_rate = 2e-5
+    config.sft.epochs = 1
+    config.sft.batch_size = 8  # examples an optimiser step, whose loss is the mean over its completion tokens
+    config.sft.examples_per_chunk = 8  # examples whose activations exist at a time; a chunk is of one bucket
+    config.sft.schedule = "linear"  # after the warm-up: linear, cosine, constant
+    config.sft.warmup_fraction = 0.1
+    config.sft.weight_decay = 0.0  # of everything that is trained, norms included
+    config.sft.max_grad_norm = 1.0
+    config.sft.heldout_fraction = 0.0  # share of the prompts that the loss is measured on, not learnt; 0: none
+    config.sft.checkpoint_every = 100  # steps
+
     config.features = ml_collections.ConfigDict()
     config.features.dim = 8192  # D
     config.features.normalisation = "response"  # response, none
@@ -96,6 +116,20 @@ def default() -> ml_collections.ConfigDict:
 
     config.evaluation = ml_collections.ConfigDict()
     config.evaluation.pairs_per_chunk = 16
+
+    config.export = ml_collections.ConfigDict()
+    config.export.merged = False  # beside `adapter/` write `merged/`, a whole Hugging Face checkpoint
+
+    config.generation = ml_collections.ConfigDict()  # responses to prompts: `python -m activedpo_jax.generate`
+    config.generation.prompts = ""  # JSONL or Parquet file, or a `datasets` name, with prompts or preferences
+    config.generation.split = "train"  # split of a `datasets` name
+    config.generation.responses = 3  # different ones to each prompt; m
+    config.generation.temperature = 1.0
+    config.generation.top_k = 0  # sample among the k likeliest tokens; 0: all
+    config.generation.top_p = 1.0  # among the fewest likeliest tokens that have this probability between them; 1: all
+    config.generation.max_new_tokens = 128
+    config.generation.resamples = 3  # attempts to replace responses that are empty, or the same as another
+    config.generation.prompts_per_chunk = 8
 
     config.mesh = ml_collections.ConfigDict()  # devices along each axis; -1: all that are left
     config.mesh.data = -1

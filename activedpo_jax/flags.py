@@ -30,11 +30,15 @@ python -m activedpo_jax.main --config FILE --compile_only=PLATFORM:TOPOLOGY    (
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.quantisation": ("none", "int8", "nf4"),
     "model.remat": ("none", "dots", "full"),
+    "model.attention": ("auto", "xla", "cudnn", "splash"),
     "data.template": ("auto", "chat", "plain"),
     "features.normalisation": ("response", "none"),
     "selection.posterior": ("refreshed", "frozen"),
     "oracle.noise": ("none", "flip", "bradley_terry"),
+    "sft.weights": ("lora", "full"),
+    "sft.schedule": ("linear", "cosine", "constant"),
     "dpo.schedule": ("linear", "cosine", "constant"),
     "dpo.train_on": ("all", "newest"),
     "dpo.start_from": ("sft", "current"),
@@ -66,7 +70,6 @@ _RULES: dict[str, _Rule] = {
         lambda value: _several(value) and set(value) <= set(_MODULES),
         f"some of {', '.join(_MODULES)}, each once",
     ),
-    "data.train": (lambda value: value != "", "a file, the name of a data set, or synthetic"),
     "data.heldout_fraction": (lambda value: 0 < value < 1, "a number between 0 and 1"),
     "data.train_limit": _NOT_NEGATIVE,
     "data.heldout_limit": _NOT_NEGATIVE,
@@ -75,10 +78,18 @@ _RULES: dict[str, _Rule] = {
         "pairs of (prompt, response) tokens such as ((128, 128), (256, 512)), each once",
     ),
     "synthetic.purity": _SHARE,
+    "sft.limit": _NOT_NEGATIVE,
+    "sft.warmup_fraction": _SHARE,
+    "sft.weight_decay": _NOT_NEGATIVE,
+    "sft.heldout_fraction": (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
     "oracle.flip_probability": _SHARE,
     "dpo.label_smoothing": (lambda value: 0 <= value < 0.5, "a number from 0 to below 0.5"),
     "dpo.warmup_fraction": _SHARE,
     "dpo.weight_decay": _NOT_NEGATIVE,
+    "generation.responses": (lambda value: value >= 2, "2 or more, of which pairs are made"),
+    "generation.top_k": _NOT_NEGATIVE,
+    "generation.top_p": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
+    "generation.resamples": _NOT_NEGATIVE,
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
     "mesh.tensor": _AXIS,
@@ -221,6 +232,28 @@ def validate(config: ml_collections.ConfigDict, strategies: Collection[str]) -> 
 
 def _check_together(config: ml_collections.ConfigDict) -> None:
     """What no option can be checked for alone.  An option that would be ignored is an error, too."""
+    if not (config.data.train or config.sft.data or config.generation.prompts):  # SFT and generation need no pool
+        raise UsageError("config.data.train: got '', expected a file, the name of a data set, or synthetic")
+    if config.sft.data and not config.model.path:
+        raise UsageError(
+            f"config.sft.data: got {config.sft.data!r} without config.model.path; expected a Hugging Face directory "
+            "or name there, whose tokenizer makes tokens of the texts"
+        )
+    if config.sft.data and config.sft.weights == "full" and config.lora.path:
+        raise UsageError(
+            f"config.lora.path: got {config.lora.path!r} with sft.weights='full', which changes the base weights "
+            "that the adapter was made for; expected an empty lora.path, or sft.weights='lora'"
+        )
+    if config.model.quantisation != "none" and config.sft.data and config.sft.weights == "full":
+        raise UsageError(
+            f"config.model.quantisation: got {config.model.quantisation!r} with sft.weights='full', which trains the "
+            "weights themselves; expected 'none', or sft.weights='lora'"
+        )
+    if config.export.merged and not config.model.path:
+        raise UsageError(
+            "config.export.merged: got True without config.model.path; expected a Hugging Face directory or name there, "
+            "into whose weights the adapter can be merged"
+        )
     noise = config.oracle.noise
     if config.oracle.flip_probability and noise != "flip":
         raise UsageError(

@@ -6,6 +6,7 @@ The same command on the same work directory goes on where it stopped.  With `--c
 programs of the run for that TPU topology, prints what they need, and stops.
 """
 
+import dataclasses
 import pathlib
 import sys
 import time
@@ -18,16 +19,15 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from activedpo_jax import checkpoint, compare, evaluate, flags, metrics, report, stages
+from activedpo_jax import base, checkpoint, compare, evaluate, flags, metrics, report, sft, stages
 from activedpo_jax import mesh as meshes
 from activedpo_jax import round as rounds
 from activedpo_jax import task as tasks
 from activedpo_jax import workdir as workdirs
 from activedpo_jax.data.groups import PairPool, assign_buckets, pad_groups
 from activedpo_jax.features import FeatureSpec
-from activedpo_jax.models import peft
-from activedpo_jax.models.decoder import Decoder
-from activedpo_jax.models.lora import Lora, init_lora
+from activedpo_jax.models import export, peft
+from activedpo_jax.models.lora import Lora
 from activedpo_jax.oracles.dataset import answers
 from activedpo_jax.selection.posterior import information_gain
 from activedpo_jax.selection.strategies import STRATEGIES
@@ -53,17 +53,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     summaries = []
     for seed in config.seeds:
         with flags.clean_errors():
-            task = tasks.load(config, seed, mesh, folder, jax.default_backend())
+            task = tasks.load(config, seed, mesh, folder)
             for name, pool in (("pool", task.pool), ("held-out set", task.heldout)):
                 for note in pool.notes:
                     print(f"{name}: {note}")
-            params = task.load_params()
-        sft_lora = initial_lora(task.decoder, mesh, seed)
+        task, params, sft_lora = starting_point(config, task, mesh, seed, folder)
         judge = evaluator(config, task, params, sft_lora, mesh, seed)
         for strategy in config.strategies:
             place = workdirs.run_folder(folder, config, strategy, seed)
             summaries.append(run(config, strategy, seed, task, params, sft_lora, judge, mesh, place))
     finish(folder, summaries)
+
+
+def starting_point(
+    config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh, seed: int, folder: pathlib.Path
+) -> tuple[tasks.Task, Any, Lora]:
+    """The base weights and the adapter that all runs of a seed begin with, and that are π_ref: after SFT, if asked for.
+
+    Returns:
+      the task too, whose base model is another one after SFT of all weights.
+    """
+    place = folder / "sft" / f"seed{seed}"
+    with flags.clean_errors():
+        params = task.load_params()
+        lora = base.initial_lora(config, task.decoder, mesh, seed)
+        if not config.sft.data:
+            return task, params, lora
+        examples = sft.load(config, seed)
+    params, lora = sft.run(config, seed, examples, task.decoder, params, lora, mesh, place)
+    if config.sft.weights == "full":
+        task = dataclasses.replace(task, base_model=str(sft.result_folder(config, place)))
+    return task, params, lora
 
 
 def run(
@@ -143,6 +163,10 @@ def run(
             print(report.round_line(strategy, seed, config.rounds, entry), flush=True)
     store.close()
     peft.save_adapter(lora, task.decoder.lora, task.base_model, folder / "adapter")
+    if config.export.merged and not (folder / "merged").exists():
+        decoder, model = task.decoder, task.base_model
+        revision = config.model.revision if model == config.model.path else ""
+        export.save_merged(params, lora, decoder.lora, model, revision, folder / "merged", decoder.dtype)
     return summary
 
 
@@ -199,16 +223,6 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: tasks.Tas
         train_on_newest=dpo.train_on == "newest",
         start_from_sft=dpo.start_from == "sft",
     )
-
-
-def initial_lora_values(decoder: Decoder, seed: int) -> Lora:
-    return init_lora(decoder.config, decoder.lora, jax.random.fold_in(jax.random.key(seed), 0))
-
-
-def initial_lora(decoder: Decoder, mesh: Mesh, seed: int) -> Lora:
-    """The adapter that the first round, and with `start_from=sft` every round, trains from."""
-    lora = initial_lora_values(decoder, seed)
-    return jax.device_put(lora, meshes.weight_shardings(mesh, lora))
 
 
 def is_fused(config: ml_collections.ConfigDict, task: tasks.Task, spec: rounds.RoundSpec) -> bool:

@@ -1,6 +1,7 @@
 """What a run works on: a model, a pool to label from, a held-out set, made from the options."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +13,16 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from activedpo_jax import checkpoint, train
+from activedpo_jax import base, checkpoint, train
 from activedpo_jax import mesh as meshes
 from activedpo_jax.data.groups import Bucket, Groups, PairPool, pad_groups
 from activedpo_jax.data.preferences import limit, read_records, split_by_prompt
 from activedpo_jax.data.synthetic import SyntheticTask
 from activedpo_jax.data.tokenize import tokenize
 from activedpo_jax.models import hf
-from activedpo_jax.models.config import LoraConfig, ModelConfig
+from activedpo_jax.models.config import ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
+from activedpo_jax.models.quantise import quantise_params
 
 SYNTHETIC = "synthetic"
 
@@ -38,41 +40,33 @@ class Task:
     buckets: tuple[Bucket, ...]
 
 
-def load(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: pathlib.Path | None, platform: str) -> Task:
+def load(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: pathlib.Path | None) -> Task:
     """The task of one seed.
 
     Args:
       cache: where a model trained from nothing is kept for the other runs of the seed and for going on.
-      platform: that the programs are for (`cpu`, `gpu`, `tpu`); decides what dtype `auto` is.
     """
-    dtype = jnp.dtype(config.model.dtype if config.model.dtype != "auto" else _AUTO_DTYPE.get(platform, "bfloat16"))
     if config.data.train == SYNTHETIC:
-        return _synthetic(config, seed, mesh, cache, dtype)
-    return _from_files(config, seed, mesh, dtype)
+        return _synthetic(config, seed, mesh, cache)
+    return _from_files(config, seed, mesh)
 
 
-_AUTO_DTYPE = {"cpu": "float32"}
+def params_shape(decoder: Decoder, mesh: Mesh, dtype: Any, quantisation: str) -> Params:
+    """The decoder's parameters as `jax.ShapeDtypeStruct`s with shardings."""
 
+    def init() -> Params:
+        params = jax.tree.map(lambda x: x.astype(dtype), init_params(decoder, jax.random.key(0)))
+        return quantise_params(params, quantisation)
 
-def lora_config(config: ml_collections.ConfigDict) -> LoraConfig:
-    lora = config.lora
-    return LoraConfig(lora.rank, float(lora.alpha), tuple(lora.target_modules), lora.rslora)
-
-
-def _decoder(config: ml_collections.ConfigDict, model: ModelConfig, dtype: Any) -> Decoder:
-    return Decoder(model, lora_config(config), dtype, config.model.remat, config.model.logits_chunk)
-
-
-def _params_shape(decoder: Decoder, mesh: Mesh, dtype: Any) -> Params:
-    shapes = jax.eval_shape(lambda: init_params(decoder, jax.random.key(0)))
+    shapes = jax.eval_shape(init)
     return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
         meshes.weight_shardings(mesh, shapes),
     )
 
 
-def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, dtype: Any) -> Task:
+def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> Task:
     data, path, revision = config.data, config.model.path, config.model.revision
     buckets = tuple(sorted(Bucket(*b) for b in data.buckets))
     train_records = read_records(data.train, data.train_split)
@@ -94,21 +88,17 @@ def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, dtype:
     pool = tokenize(train_records, tokenizer, data.template, *longest, seed)
     heldout = tokenize(heldout_records, tokenizer, data.template, *longest, seed)
     heldout = dataclasses.replace(heldout, notes=(*heldout.notes, *notes))
-    decoder = _decoder(config, hf.load_config(path, revision), dtype)
-
-    def load_params() -> Params:
-        return hf.load_model(path, revision, dtype, lambda shapes: meshes.weight_shardings(mesh, shapes))[1]
-
-    return Task(decoder, path, _params_shape(decoder, mesh, dtype), load_params, pool, heldout, buckets)
+    decoder = base.load_decoder(config, mesh)
+    load_params = functools.partial(base.load_params, config, mesh, decoder.dtype)
+    shape = params_shape(decoder, mesh, decoder.dtype, config.model.quantisation)
+    return Task(decoder, path, shape, load_params, pool, heldout, buckets)
 
 
-def _synthetic(
-    config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: pathlib.Path | None, dtype: Any
-) -> Task:
+def _synthetic(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: pathlib.Path | None) -> Task:
     options = config.synthetic.to_dict()
     pool_pairs, heldout_pairs = options.pop("pool_pairs"), options.pop("heldout_pairs")
     task, scratch = SyntheticTask(**options), config.scratch
-    decoder = _decoder(
+    decoder = base.make_decoder(
         config,
         ModelConfig(
             vocab_size=task.vocab_size,
@@ -119,18 +109,23 @@ def _synthetic(
             num_kv_heads=scratch.num_kv_heads,
             head_dim=scratch.hidden_size // scratch.num_heads,
         ),
-        dtype,
+        mesh,
     )
-    shape = _params_shape(decoder, mesh, jnp.float32)
+    trained = params_shape(decoder, mesh, jnp.float32, "none")
+    shape = params_shape(decoder, mesh, jnp.float32, config.model.quantisation)
+
+    def quantised(params: Params) -> Params:
+        shardings = jax.tree.map(lambda x: x.sharding, shape)
+        return jax.device_put(quantise_params(params, config.model.quantisation), shardings)
 
     def load_params() -> Params:
         path = None if cache is None else cache / "base" / f"seed{seed}"
         if path is not None and path.exists():
-            return checkpoint.restore_tree(path, shape)
+            return quantised(checkpoint.restore_tree(path, trained))
         params = _train_from_scratch(config, task, decoder, mesh, seed)
         if path is not None:
             checkpoint.save_tree(path, params)
-        return params
+        return quantised(params)
 
     return Task(
         decoder,

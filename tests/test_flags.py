@@ -153,6 +153,7 @@ def test_what_is_typed_arrives(parse: Parse, arguments: tuple[str, ...], name: s
         (["--config.oracle.flip_probability=0.1"], "with oracle.noise='none', which flips nothing"),
         (["--config.oracle.temperature=2"], "with oracle.noise='none', which has no temperature"),
         (["--config.data.train=pairs.jsonl"], "config.model.path: got '' with data.train='pairs.jsonl'"),
+        (["--config.export.merged=true"], "config.export.merged: got True without config.model.path"),
         (
             ["--config.data.train="],
             "config.data.train: got '', expected a file, the name of a data set, or synthetic",

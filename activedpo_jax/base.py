@@ -1,0 +1,73 @@
+"""What every command begins with: a decoder, its base weights, and an adapter, as the options name them."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+
+from activedpo_jax import mesh as meshes
+from activedpo_jax.models import hf, peft
+from activedpo_jax.models.config import LoraConfig, ModelConfig
+from activedpo_jax.models.decoder import Decoder, Params
+from activedpo_jax.models.lora import Lora, init_lora
+
+
+def lora_config(config: ml_collections.ConfigDict) -> LoraConfig:
+    lora = config.lora
+    return LoraConfig(lora.rank, float(lora.alpha), tuple(lora.target_modules), lora.rslora)
+
+
+def make_decoder(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh) -> Decoder:
+    """A decoder of that description with the run's options; the mesh tells the platform, which dtype `auto` asks."""
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    return Decoder(
+        model,
+        lora_config(config),
+        jnp.dtype(dtype),
+        config.model.remat,
+        config.model.logits_chunk,
+        config.model.attention,
+        mesh,
+    )
+
+
+def load_decoder(config: ml_collections.ConfigDict, mesh: Mesh) -> Decoder:
+    """The decoder of `config.model.path`; reads no weights.
+
+    Raises:
+      ValueError: as of `models.hf.load_config`.
+    """
+    return make_decoder(config, hf.load_config(config.model.path, config.model.revision), mesh)
+
+
+def load_params(config: ml_collections.ConfigDict, mesh: Mesh, dtype: Any) -> Params:
+    """The base weights of `config.model.path` on the mesh.
+
+    Raises:
+      ValueError: as of `models.hf.load_model`.
+    """
+    path, revision = config.model.path, config.model.revision
+    shardings = functools.partial(meshes.weight_shardings, mesh)
+    return hf.load_model(path, revision, dtype, shardings, config.model.quantisation)[1]
+
+
+def fresh_lora(decoder: Decoder, seed: int) -> Lora:
+    return init_lora(decoder.config, decoder.lora, jax.random.fold_in(jax.random.key(seed), 0))
+
+
+def initial_lora(config: ml_collections.ConfigDict, decoder: Decoder, mesh: Mesh, seed: int) -> Lora:
+    """The adapter to start from, on the mesh: that of `config.lora.path`, or a fresh one by the seed.
+
+    Raises:
+      ValueError: as of `models.peft.load_adapter`.
+    """
+    shardings = functools.partial(meshes.weight_shardings, mesh)
+    if config.lora.path:
+        return peft.load_adapter(config.lora.path, config.lora.revision, decoder.config, decoder.lora, shardings)
+    lora = fresh_lora(decoder, seed)
+    return jax.device_put(lora, shardings(lora))
