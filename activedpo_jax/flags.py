@@ -251,8 +251,8 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
         )
     if config.export.merged and not config.model.path:
         raise UsageError(
-            "config.export.merged: got True without config.model.path; expected a Hugging Face directory or name there, "
-            "into whose weights the adapter can be merged"
+            "config.export.merged: got True without config.model.path; expected a Hugging Face directory or name "
+            "there, into whose weights the adapter can be merged"
         )
     noise = config.oracle.noise
     if config.oracle.flip_probability and noise != "flip":
