@@ -58,17 +58,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "olmo2": {},
 }
 WITHOUT: dict[str, list[dict[str, Any]]] = {
-    "llama": [{"rope": Rope(500.0)}, {"activation": "gelu_tanh"}],
-    "mistral": [{"window": None}, {"window": WINDOW + 1}],
+    "llama": [{"rope": Rope(500.0)}],
+    "mistral": [{"window": WINDOW + 1}],
     "qwen2": [{"qkv_bias": False}, {"window": None}, {"local": ()}],
-    "qwen3": [{"qk_norm": "none"}, {"window": None}, {"local": ()}],
+    "qwen3": [{"qk_norm": "none"}, {"local": ()}],
     "gemma": [{"norm_offset": 0.0}, {"scale_embeddings": False}, {"activation": "silu"}],
     "gemma2": [
         {"attention_softcap": None},
         {"logit_softcap": None},
         {"query_scale": None},
         {"norms": "pre"},
-        {"norms": "post"},
         {"window": None},
         {"local": ()},
     ],
@@ -80,7 +79,7 @@ WITHOUT: dict[str, list[dict[str, Any]]] = {
         {"rope": Rope(500.0)},
         {"rope": Rope(20.0, factor=4.0)},
     ],
-    "smollm3": [{"unrotated": ()}, {"unrotated": (True,) * 4}, {"window": None}, {"local": ()}],
+    "smollm3": [{"unrotated": ()}, {"window": None}, {"local": ()}],
     "olmo2": [{"norms": "pre"}, {"norms": "both"}, {"qk_norm": "none"}],
 }
 
