@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from activedpo_jax import dpo, train
+from activedpo_jax import base, dpo, flags, main, train
 from activedpo_jax import mesh as meshes
+from activedpo_jax import task as tasks
+from activedpo_jax.config import default
 from activedpo_jax.features import FeatureSpec, pair_features, reference_gradients, response_features, sketch_gradients
 from activedpo_jax.models import hf, quantise
-from activedpo_jax.models.decoder import Decoder, Params
+from activedpo_jax.models.decoder import Decoder, Params, unstack
 from activedpo_jax.models.lora import Lora
-from tests import tiny
+from tests import test_round, tiny
 from tests.tiny_hf import tiny_llama
 
 qwix = pytest.importorskip("qwix", reason="needs qwix: pip install '.[quant]'")
@@ -134,6 +136,19 @@ def test_the_base_model_alone() -> None:
     assert tiny.relative_error(log_probs(quantised), log_probs(plain)) < 1e-6
 
 
+def test_sampling_sees_the_same_model() -> None:
+    decoder, quantised, plain, lora = quantised_model("nf4")
+    prompt = tiny.groups(0, 4, 2)
+    unrolled = decoder.clone(unrolled=True)
+
+    @jax.jit
+    def prefill(params: Params) -> jax.Array:
+        variables = {"params": unstack(params), "lora": unstack(lora)}
+        return unrolled.apply(variables, prompt.prompt_ids, prompt.prompt_len, method="prefill")[0]
+
+    assert tiny.relative_error(prefill(quantised), prefill(plain)) < 1e-6
+
+
 @functools.cache
 def expected_features(form: str) -> np.ndarray:
     decoder, params, _, lora = quantised_model(form)
@@ -237,6 +252,41 @@ def test_loading_quantises_each_tensor_as_the_whole_tree(form: str, tmp_path: pa
         jax.tree.map(np.testing.assert_array_equal, got, expected)
     same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), got, shardings(expected))
     assert jax.tree.all(same)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_whole_round(form: str, tmp_path: pathlib.Path) -> None:
+    config = test_round.options()
+    config.model.quantisation = form
+    config.rounds, config.scratch.steps, config.scratch.examples = 1, 2, 64
+    mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
+    task = tasks.load(config, 0, mesh, tmp_path)
+    params = task.load_params()
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), task.params_shape
+    )
+    jax.tree.map(np.testing.assert_array_equal, task.load_params(), params)  # kept as trained, quantised anew
+    lora = base.initial_lora(config, task.decoder, mesh, 0)
+    judge = main.evaluator(config, task, params, lora, mesh, 0)
+    summary = main.run(config, "activedpo", 0, task, params, lora, judge, mesh, tmp_path)
+    assert [r["labels"] for r in summary["rounds"]] == [0, 6]
+    assert summary["rounds"][1]["score_min"] > 0 and summary["rounds"][1]["loss"] < np.log(2)
+
+
+def test_training_all_weights_is_refused() -> None:
+    decoder, params, _, _ = quantised_model("int8")
+    with pytest.raises(ValueError, match="config.model.quantisation=none"):
+        train.completion_gradient(decoder, params, None, tiny.groups(0, 2, 1), jnp.float32(1))
+
+
+def test_sft_of_all_weights_is_refused_before_anything_is_loaded() -> None:
+    config = default()
+    config.data.train, config.model.path = "pairs.jsonl", "model"
+    config.sft.data, config.sft.weights, config.model.quantisation = "sft.jsonl", "full", "nf4"
+    with pytest.raises(flags.UsageError, match="config.model.quantisation: got 'nf4' with sft.weights='full'"):
+        flags.validate(config, {"activedpo"})
+    config.sft.weights = "lora"
+    flags.validate(config, {"activedpo"})
 
 
 def test_without_qwix_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
