@@ -248,7 +248,6 @@ def test_loading_quantises_each_tensor_as_the_whole_tree(form: str, tmp_path: pa
     shardings = functools.partial(meshes.weight_shardings, mesh)
     for place in (None, shardings):
         _, got = hf.load_model(str(tmp_path), shardings=place, quantisation=form)
-        assert jax.tree.structure(got) == jax.tree.structure(expected)
         jax.tree.map(np.testing.assert_array_equal, got, expected)
     same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), got, shardings(expected))
     assert jax.tree.all(same)
@@ -262,15 +261,16 @@ def test_a_whole_round(form: str, tmp_path: pathlib.Path) -> None:
     mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
     task = tasks.load(config, 0, mesh, tmp_path)
     params = task.load_params()
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), task.params_shape
-    )
+    same = jax.tree.map(lambda x, y: x.shape == y.shape and x.dtype == y.dtype, params, task.params_shape)
+    assert jax.tree.all(same)
     jax.tree.map(np.testing.assert_array_equal, task.load_params(), params)  # kept as trained, quantised anew
     lora = base.initial_lora(config, task.decoder, mesh, 0)
     judge = main.evaluator(config, task, params, lora, mesh, 0)
     summary = main.run(config, "activedpo", 0, task, params, lora, judge, mesh, tmp_path)
     assert [r["labels"] for r in summary["rounds"]] == [0, 6]
-    assert summary["rounds"][1]["score_min"] > 0 and summary["rounds"][1]["loss"] < np.log(2)
+    score, loss = summary["rounds"][1]["score_min"], summary["rounds"][1]["loss"]
+    assert score is not None and score > 0
+    assert loss is not None and loss < np.log(2)
 
 
 def test_training_all_weights_is_refused() -> None:
