@@ -76,6 +76,8 @@ def respond(spec: DecodingSpec, params: Params, lora: Lora | None, requests: Req
     groups, m = samples.shape
     stop = jnp.asarray(spec.stop, jnp.int32)
 
+    logits: Any
+    prompt: Any
     logits, prompt = decoder.apply(variables, prompt_ids, prompt_len, method="prefill")
     empty = Responses(
         tokens=batch(jnp.zeros((groups, m, length), jnp.int32)),
@@ -97,6 +99,8 @@ def respond(spec: DecodingSpec, params: Params, lora: Lora | None, requests: Req
         return token, running & ~ends, responses
 
     def step(state: _State) -> _State:
+        logits: Any
+        cache: Any
         logits, cache = decoder.apply(
             variables, state.last, state.place - 1, prompt_len, prompt, state.cache, method="decode"
         )

@@ -83,7 +83,7 @@ def theirs(model: Any, prompts: np.ndarray, new_tokens: int, cache: str) -> np.n
             cache_implementation=cache,
             pad_token_id=0,
         )
-    return out[:, prompts.shape[1] :].numpy()  # type: ignore[no-any-return]
+    return out[:, prompts.shape[1] :].numpy()
 
 
 def main() -> None:

@@ -55,7 +55,11 @@ class PoolFiles:
                 record, result = self.records[row], results[row]
                 kept = [j for j in range(len(result.texts)) if j not in result.flawed]
                 if (len(kept) >= 2) == usable:
-                    fields = {"id": record.id, "prompt": record.prompt, "responses": [result.texts[j] for j in kept]}
+                    fields: dict[str, Any] = {
+                        "id": record.id,
+                        "prompt": record.prompt,
+                        "responses": [result.texts[j] for j in kept],
+                    }
                     fields |= {"ended": [result.ended[j] for j in kept]}
                     fields |= {"missing": len(result.texts) - len(kept)} if result.flawed else {}
                     lines.append(json.dumps(fields, ensure_ascii=False) + "\n")

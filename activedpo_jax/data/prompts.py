@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from typing import Any
 
 from activedpo_jax.data.fields import Prompt, check_prompt
 from activedpo_jax.data.preferences import parse_record, prompt_key
@@ -38,9 +39,9 @@ def read_prompts(source: str, split: str = "train") -> list[PromptRecord]:
     found: dict[str, PromptRecord] = {}
     ids: dict[str, str] = {}
     for where, row in read_rows(source, split, "config.generation.prompts and config.generation.split"):
+        id_: Any = None
         if row.get("chosen") is not None or row.get("rejected") is not None or row.get("responses") is not None:
-            record = parse_record(row, where)
-            prompt, id_ = record.prompt, ""  # an id there is that of a pair
+            prompt = parse_record(row, where).prompt  # an id there is that of the pair
         elif row.get("prompt") is not None:
             prompt, id_ = check_prompt(row["prompt"], where), row.get("id")
             if id_ is not None and (isinstance(id_, bool) or not isinstance(id_, str | int) or id_ == ""):
@@ -50,7 +51,7 @@ def read_prompts(source: str, split: str = "train") -> list[PromptRecord]:
         key = prompt_key(prompt)
         if key in found:
             continue
-        name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest() if id_ in (None, "") else str(id_)
+        name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest() if id_ is None else str(id_)
         if name in ids:
             fail(where, f"id {name!r} was given to {ids[name]} already", "every id once")
         ids[name] = where

@@ -178,7 +178,7 @@ class Decoder(nn.Module):
         if self.remat != "none":
             layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         if self.unrolled:
-            self.layers = [layer(*arguments) for _ in range(config.num_layers)]
+            self.layers: Any = [layer(*arguments) for _ in range(config.num_layers)]
         else:
             self.layers = nn.scan(
                 layer,
@@ -266,7 +266,7 @@ class Decoder(nn.Module):
         windows, frequencies = attention.windows(self.config), attention.rope_frequencies(self.config)
         if not self.unrolled:
             per_layer = PerLayer(jnp.arange(count), jnp.asarray(windows), jnp.asarray(frequencies))
-            return self.layers(blocks, per_layer, places, probe)  # type: ignore[operator, no-any-return]
+            return self.layers(blocks, per_layer, places, probe)
         kept = []
         nothing = [None] * count
         for i, (layer, *its) in enumerate(zip(self.layers, prompt or nothing, cache or nothing, strict=True)):
