@@ -55,12 +55,12 @@ def how(scale: float, softcap: float | None, window: int | None, mixed: bool = F
     return Rule(scale, softcap, traced, (window, None) if mixed else (window,))
 
 
-def random(seed: int, *shape: int) -> jax.Array:
+def random(seed: int, *shape: int) -> Any:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
 def compare(
-    function: Callable[..., jax.Array], reference: Callable[..., jax.Array], arrays: list[jax.Array], seen: Any
+    function: Callable[..., jax.Array], reference: Callable[..., jax.Array], arrays: list[Any], seen: Any
 ) -> None:
     """Outputs where `seen` [..., T] is true, and gradients with respect to the arrays of what is read there."""
 
@@ -91,12 +91,12 @@ def test_prompt_equals_xla(kernel: str, name: str) -> None:
     rule = RULES[name]
     if kernel == "cudnn" and rule.softcap is not None:
         pytest.skip("cuDNN has none")
-    prompt_len = np.array([1, 2, 39, 40, 41, 77, 127, 128], np.int32)
+    prompt_len: Any = np.array([1, 2, 39, 40, 41, 77, 127, 128], np.int32)
     arrays = [random(i, len(prompt_len), LENGTH, heads, 16) for i, heads in enumerate((4, 2, 2))]
     backend = Backend(kernel, mesh_of(1, 1, 1))
     compare(
-        lambda *qkv: kernels.prompt_attention(*qkv, prompt_len, rule, backend),
-        lambda *qkv: attention.prompt_attention(*qkv, prompt_len, rule),
+        lambda q, k, v: kernels.prompt_attention(q, k, v, prompt_len, rule, backend),
+        lambda q, k, v: attention.prompt_attention(q, k, v, prompt_len, rule),
         arrays,
         np.arange(LENGTH) >= LENGTH - prompt_len[:, None],
     )
@@ -106,20 +106,20 @@ def test_prompt_equals_xla(kernel: str, name: str) -> None:
 def test_responses_equal_xla(kernel: str, rule: Rule) -> None:
     if kernel == "cudnn" and rule.softcap is not None:
         pytest.skip("cuDNN has none")
-    prompt_len = np.array([1, 40, 177, 256], np.int32)
+    prompt_len: Any = np.array([1, 40, 177, 256], np.int32)
     shapes = [(4, 2, LENGTH, 4), (4, 2, LENGTH, 2), (4, 2, LENGTH, 2), (4, 2 * LENGTH, 2), (4, 2 * LENGTH, 2)]
     arrays = [random(i, *shape, 16) for i, shape in enumerate(shapes)]
     backend = Backend(kernel, mesh_of(1, 1, 1))
     compare(
-        lambda *qkv: kernels.response_attention(*qkv, prompt_len, rule, backend),
-        lambda *qkv: attention.response_attention(*qkv, prompt_len, rule),
+        lambda q, k, v, *prompt: kernels.response_attention(q, k, v, prompt[0], prompt[1], prompt_len, rule, backend),
+        lambda q, k, v, *prompt: attention.response_attention(q, k, v, prompt[0], prompt[1], prompt_len, rule),
         arrays,
         np.ones((4, 2, LENGTH), bool),
     )
 
 
 def test_prompts_of_every_length(kernel: str) -> None:
-    prompt_len = np.arange(1, LENGTH + 1, dtype=np.int32)
+    prompt_len: Any = np.arange(1, LENGTH + 1, dtype=np.int32)
     backend, rule = Backend(kernel, mesh_of(1, 1, 1)), how(0.5, None, None)
     q, k, v, own_q, own_k, own_v = (random(i, LENGTH, LENGTH, 1, 8) for i in range(6))
     own = [x[:, None] for x in (own_q, own_k, own_v)]
@@ -130,8 +130,8 @@ def test_prompts_of_every_length(kernel: str) -> None:
         return (
             kernels.prompt_attention(q, k, v, prompt_len, rule, backend),
             attention.prompt_attention(q, k, v, prompt_len, rule),
-            kernels.response_attention(*own, k, v, prompt_len, rule, backend),
-            attention.response_attention(*own, k, v, prompt_len, rule),
+            kernels.response_attention(own[0], own[1], own[2], k, v, prompt_len, rule, backend),
+            attention.response_attention(own[0], own[1], own[2], k, v, prompt_len, rule),
         )
 
     prompt, prompt_expected, response, response_expected = map(np.asarray, outputs())
@@ -142,7 +142,7 @@ def test_prompts_of_every_length(kernel: str) -> None:
 
 def test_padding_is_never_seen(kernel: str) -> None:
     """Other keys and values of padding leave every output as it was."""
-    prompt_len = np.array([5, 100], np.int32)
+    prompt_len: Any = np.array([5, 100], np.int32)
     pad = (np.arange(LENGTH) < LENGTH - prompt_len[:, None])[..., None, None]
     q, k, v = (random(i, 2, LENGTH, 2, 8) for i in range(3))
     own = [random(i, 2, 1, LENGTH, 2, 8) for i in range(3, 6)]
@@ -152,7 +152,7 @@ def test_padding_is_never_seen(kernel: str) -> None:
     def outputs(filler: jax.Array) -> Any:
         keys, values = jnp.where(pad, filler, k), jnp.where(pad, -filler, v)
         prompt = kernels.prompt_attention(q, keys, values, prompt_len, rule, backend)
-        return prompt, kernels.response_attention(*own, keys, values, prompt_len, rule, backend)
+        return prompt, kernels.response_attention(own[0], own[1], own[2], keys, values, prompt_len, rule, backend)
 
     (prompt, response), (other_prompt, other_response) = outputs(jnp.float32(0)), outputs(jnp.float32(1e3))
     seen = np.arange(LENGTH) >= LENGTH - prompt_len[:, None]
@@ -163,11 +163,14 @@ def test_padding_is_never_seen(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", ["splash"], indirect=True)
 def test_bfloat16_is_as_exact_as_xla(kernel: str) -> None:
     """Scores and sums are float32, so that the error against float32 is that of the inputs' rounding."""
-    prompt_len, rule = np.full(4, LENGTH, np.int32), how(0.3, None, None)
+    prompt_len: Any = np.full(4, LENGTH, np.int32)
+    rule = how(0.3, None, None)
     rounded = [random(i, 4, LENGTH, heads, 16).astype(jnp.bfloat16) for i, heads in enumerate((4, 2, 2))]
-    exact = attention.prompt_attention(*(x.astype(jnp.float32) for x in rounded), prompt_len, rule)
-    plain = attention.prompt_attention(*rounded, prompt_len, rule)
-    fused = kernels.prompt_attention(*rounded, prompt_len, rule, Backend(kernel, mesh_of(1, 1, 1)))
+    q, k, v = rounded
+    wide = [x.astype(jnp.float32) for x in rounded]
+    exact = attention.prompt_attention(wide[0], wide[1], wide[2], prompt_len, rule)
+    plain = attention.prompt_attention(q, k, v, prompt_len, rule)
+    fused = kernels.prompt_attention(q, k, v, prompt_len, rule, Backend(kernel, mesh_of(1, 1, 1)))
     assert fused.dtype == jnp.bfloat16
     fused_error, plain_error = (float(jnp.mean(jnp.abs(x.astype(jnp.float32) - exact))) for x in (fused, plain))
     assert 0 < fused_error < 1.5 * plain_error
@@ -180,13 +183,15 @@ def test_bfloat16_is_as_exact_as_xla(kernel: str) -> None:
 def test_on_a_mesh(kernel: str, heads: int, kv_heads: int) -> None:
     """Rows over `data` and `fsdp`; heads over `tensor` if each of the two devices can have whole ones of its own."""
     mesh, rule = mesh_of(2, 2, 2), how(0.3, None, 40, mixed=True)
-    prompt_len = np.array([1, 40, 77, 128], np.int32)
-    shapes = [(4, 1, LENGTH, heads), (4, 1, LENGTH, kv_heads), (4, 1, LENGTH, kv_heads)]
+    prompt_len: Any = np.array([1, 40, 77, 128], np.int32)
+    shapes: list[tuple[int, ...]] = [(4, 1, LENGTH, heads), (4, 1, LENGTH, kv_heads), (4, 1, LENGTH, kv_heads)]
     shapes += [(4, LENGTH, h) for h in (kv_heads, kv_heads)]
     arrays = [jax.device_put(random(i, *shape, 8), meshes.batch(mesh)) for i, shape in enumerate(shapes)]
     compare(
-        lambda *qkv: kernels.response_attention(*qkv, prompt_len, rule, Backend(kernel, mesh)),
-        lambda *qkv: attention.response_attention(*qkv, prompt_len, rule),
+        lambda q, k, v, *prompt: kernels.response_attention(
+            q, k, v, prompt[0], prompt[1], prompt_len, rule, Backend(kernel, mesh)
+        ),
+        lambda q, k, v, *prompt: attention.response_attention(q, k, v, prompt[0], prompt[1], prompt_len, rule),
         arrays,
         np.ones((4, 1, LENGTH), bool),
     )
@@ -217,7 +222,9 @@ def gradients(kernel: str, shape: tuple[int, ...], remat: str) -> tuple[Any, str
     return traced.lower().compile()(lora, batch), str(traced.jaxpr)
 
 
-@pytest.mark.parametrize(("shape", "remat"), [((1, 1, 1), "dots"), ((2, 2, 2), "full")])
+@pytest.mark.parametrize(
+    ("shape", "remat"), [((1, 1, 1), "dots"), pytest.param((2, 2, 2), "full", marks=pytest.mark.slow)]
+)
 def test_decoder_and_features_equal_xla(kernel: str, shape: tuple[int, ...], remat: str) -> None:
     expected, _ = gradients("xla", (1, 1, 1), "none")
     got, program = gradients(kernel, shape, remat)
@@ -323,7 +330,8 @@ def feature_program(kernel_mesh: Mesh, head_dim: int) -> Any:
     params = abstract(jax.eval_shape(lambda: init_params(decoder, jax.random.key(0))), jnp.bfloat16)
     lora = abstract(jax.eval_shape(lambda: init_lora(config, tiny.LORA, jax.random.key(0))))
     shapes: list[tuple[int, ...]] = [(4, LENGTH), (4,), (4, 2, LENGTH), (4, 2)]
-    groups = Groups(*(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch) for shape in shapes))
+    arrays: list[Any] = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch) for shape in shapes]
+    groups = Groups(*arrays)
 
     def compute(params: Any, lora: Any, groups: Groups) -> Any:
         features = response_features(decoder, params, lora, groups, 64, jnp.uint32(3))
@@ -332,7 +340,7 @@ def feature_program(kernel_mesh: Mesh, head_dim: int) -> Any:
     return jax.jit(compute), (params, lora, groups)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_splash_compiles_for_tpu(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> None:
     pytest.importorskip("libtpu", reason="needs libtpu: pip install '.[tpu]'")
     for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
