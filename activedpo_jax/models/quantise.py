@@ -110,14 +110,15 @@ def refuse_quantised(params: dict[str, Any], use: str) -> None:
 
 def dequantise(kernel: "qwix.QArray", dtype: Any) -> jax.Array:
     """The weights that a quantised kernel stands for: [..., tiles, in/tiles, out]."""
-    codes, scale = kernel.qvalue, kernel.scale.astype(jnp.float32)
-    values = _nf4_values(codes) if codes.dtype == jnp.uint4 else codes.astype(jnp.float32)
-    return (values * scale).astype(dtype)
+    if kernel.qvalue.dtype == jnp.uint4:
+        # Not in float32 where `dtype` is bfloat16: on TPU that is written to memory.  nf4 itself is far coarser.
+        return _nf4_values(kernel.qvalue, dtype) * kernel.scale.astype(dtype)
+    return (kernel.qvalue.astype(jnp.float32) * kernel.scale).astype(dtype)
 
 
-def _nf4_values(codes: jax.Array) -> jax.Array:
+def _nf4_values(codes: jax.Array, dtype: Any) -> jax.Array:
     codes = codes.astype(jnp.int8)
-    values: list[Any] = [jnp.float32(value) for value in NF4]
+    values: list[Any] = [jnp.asarray(value, dtype) for value in NF4]
     for bit in range(4):
         is_set = (codes >> bit) & 1 == 1
         values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
