@@ -129,12 +129,14 @@ def is_done(config: ml_collections.ConfigDict, folder: pathlib.Path) -> bool:
 
 def _in_words(records: Sequence[dict[str, Any]]) -> str:
     steps = [r for r in records if "sft/loss" in r]
+    losses = [r["sft/loss"] for r in steps]
+    quarter = -(-len(losses) // 4)  # one batch's loss says little
     held_out = [r["sft/heldout_loss"] for r in records if "sft/heldout_loss" in r]
-    change = lambda figures: f"{figures[0]:.3f} → {figures[-1]:.3f} nats a token"  # noqa: E731
     speed = statistics.median(r["sft/tokens_per_second"] for r in steps)
     return (
-        f"{len(steps)} steps, loss of a batch {change([r['sft/loss'] for r in steps])}"
-        + (f", held-out {change(held_out)}" if held_out else "")
+        f"{len(steps)} steps, loss {statistics.mean(losses[:quarter]):.3f} nats a token in the first quarter of them "
+        f"and {statistics.mean(losses[-quarter:]):.3f} in the last"
+        + (f", held-out {held_out[0]:.3f} before and {held_out[-1]:.3f} after" if held_out else "")
         + f", {speed:.0f} tokens/s"
     )
 
