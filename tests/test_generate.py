@@ -163,6 +163,7 @@ def test_equally_likely_tokens_stay_together() -> None:
 
 def greedy_of_transformers(model: Any, prompts: list[np.ndarray], length: int) -> np.ndarray:
     rows = []
+    model.generation_config.eos_token_id = None  # else `min_new_tokens` would forbid what ours may write
     for prompt in prompts:
         ids = torch.tensor(prompt[None], dtype=torch.long)
         kwargs = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "pad_token_id": 0}
