@@ -146,7 +146,9 @@ def compile_only(args: argparse.Namespace) -> dict[str, Any]:
     """Bytes a device needs for the feature step of Llama-2-7B's shape."""
     from jax.experimental import topologies
 
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+    # See `activedpo_jax.compile_only`.
+    settings = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
     platform, shape = args.compile_only.split(":")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=f"{platform}:{shape}").devices
