@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from activedpo_jax import base, evaluate, main, stages, train
+from activedpo_jax import base, evaluate, finetune, main, sft, stages, train
 from activedpo_jax import mesh as meshes
 from activedpo_jax import round as rounds
 from activedpo_jax import task as tasks
@@ -74,6 +74,23 @@ def programs(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) ->
         batch = _groups(mesh, task.buckets[0], meshes.round_up(config.scratch.batch_size, mesh), 2)
         arguments: tuple[Any, ...] = (task.decoder, optimiser, weights, like(opt_state), batch, lam)
         yield "base model step", tasks.language_model_step, arguments
+
+    if config.sft.data:
+        recipe, full = sft.recipe(config, mesh), config.sft.weights == "full"
+        trained: Any = lora
+        if full:
+            trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), params)
+        for bucket in task.buckets:
+            groups = _groups(mesh, bucket, recipe.microbatch, 1)
+            arguments = (task.decoder, mesh, None if full else params, trained, (trained, lam), groups, lam)
+            yield f"SFT gradient {tuple(bucket)}", finetune.gradient_program, arguments
+        opt_state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            jax.eval_shape(lambda w: train.init_optimiser(recipe.optimiser, w), trained),
+            train.optimiser_shardings(recipe.optimiser, mesh, trained),
+        )
+        arguments = (recipe.optimiser, mesh, trained, opt_state, trained, number, number)
+        yield "SFT update", finetune.update_program, arguments
 
     for bucket in task.buckets:
         pairs = _groups(mesh, bucket, meshes.round_up(config.evaluation.pairs_per_chunk, mesh), 2)

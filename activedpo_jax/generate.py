@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"config.{missing} is empty; expected prompts and a model to respond to them: set it")
         if len(config.seeds) > 1:
             raise ValueError(f"config.seeds: got {tuple(config.seeds)}, expected one seed: a pool is sampled once")
-        workdirs.open_workdir(folder, config)
+        workdirs.open_workdir(folder, config, "generate")
         mesh = meshes.make_mesh(config.mesh)
         records = read_prompts(options.prompts, options.split)
         tokenizer = hf.load_tokenizer(model.path, model.revision)

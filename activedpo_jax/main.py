@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     assert folder is not None
     with flags.clean_errors():
-        workdirs.open_workdir(folder, config)
+        workdirs.open_workdir(folder, config, "main")
         mesh = meshes.make_mesh(config.mesh)
     summaries = []
     for seed in config.seeds:
@@ -73,15 +73,20 @@ def starting_point(
     Returns:
       the task too, whose base model is another one after SFT of all weights.
     """
-    place = folder / "sft" / f"seed{seed}"
+    place, full = folder / "sft" / f"seed{seed}", config.sft.weights == "full"
     with flags.clean_errors():
-        params = task.load_params()
         lora = base.initial_lora(config, task.decoder, mesh, seed)
         if not config.sft.data:
-            return task, params, lora
+            return task, task.load_params(), lora
         examples = sft.load(config, seed)
+        # All weights are trained in float32, and are read from the stage's result once that is there.
+        params: Any = {}
+        if not full:
+            params = task.load_params()
+        elif not sft.is_done(config, place):
+            params = base.load_params(config, mesh, jnp.float32)
     params, lora = sft.run(config, seed, examples, task.decoder, params, lora, mesh, place)
-    if config.sft.weights == "full":
+    if full:
         task = dataclasses.replace(task, base_model=str(sft.result_folder(config, place)))
     return task, params, lora
 

@@ -151,9 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with flags.clean_errors():
         if not config.sft.data:
             raise ValueError("config.sft.data is empty; expected a file or a `datasets` name to learn from: set it")
-        if (folder / "summary.json").exists():
-            raise ValueError(f"{folder} is the work directory of a run of activedpo_jax.main: give another --workdir")
-        workdirs.open_workdir(folder, config)
+        workdirs.open_workdir(folder, config, "sft")
         mesh = meshes.make_mesh(config.mesh)
     for seed in config.seeds:
         place = folder if len(config.seeds) == 1 else folder / f"seed{seed}"

@@ -1,6 +1,6 @@
 """The work directory of a command, and how files get into it in one piece.
 
-    DIR/config.json                the options, written at the start and compared on going on
+    DIR/config.json                the command and its options, written at the start and compared on going on
     DIR/<strategy>/seed<seed>/     one folder a run, where there are several; else the run lies in DIR
         rounds/NNN/selected.jsonl  the pairs picked in round NNN, in pick order, with their labels
         metrics.jsonl, tensorboard/, checkpoints, adapter/
@@ -126,16 +126,20 @@ def flatten(options: Mapping[str, Any] | ml_collections.ConfigDict, prefix: str 
     return flat
 
 
-def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Makes the work directory of a new command, or checks that an old one began with the same options.
+def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: str) -> None:
+    """Makes the work directory of a new command, or checks that an old one began as the same, with the same options.
+
+    Args:
+      command: the module that is run: `main`, `sft` or `generate`.
 
     Raises:
       ValueError: if `config.json` is there with other options; names each of them with both values.
     """
     path = workdir / "config.json"
-    now = flatten(plain(config))
+    record = plain({"command": command, **config.to_dict()})
+    now = flatten(record)
     if not path.exists():
-        write_json(path, config)
+        write_json(path, record)
         return
     before = flatten(read_json(path))
     absent = object()

@@ -387,12 +387,3 @@ def test_mistakes_get_one_line(
         sft.main(["sft", "--config=configs/sft_smollm2.py", f"--workdir={tmp_path}", *arguments])
     error = capsys.readouterr().err
     assert raised.value.code == 2 and message in error and error.count("\n") == 1
-
-
-def test_the_work_directory_of_another_run_is_left_alone(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "summary.json").write_text("{}")
-    with pytest.raises(SystemExit):
-        sft.main(["sft", "--config=configs/sft_smollm2.py", f"--workdir={tmp_path}"])
-    assert "is the work directory of a run of activedpo_jax.main" in capsys.readouterr().err

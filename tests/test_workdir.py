@@ -90,16 +90,19 @@ def test_plain_takes_what_a_run_holds() -> None:
 
 def test_same_options_go_on_and_others_are_named(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "runs" / "a"
-    workdir.open_workdir(folder, options.default())
+    workdir.open_workdir(folder, options.default(), "main")
     written = (folder / "config.json").read_bytes()
     assert json.loads(written)["data"]["buckets"] == [[128, 128], [256, 512]]
-    workdir.open_workdir(folder, options.default())
+    workdir.open_workdir(folder, options.default(), "main")
+
+    with pytest.raises(ValueError, match=r'other options: command \(was "main", now "sft"\); .*--workdir'):
+        workdir.open_workdir(folder, options.default(), "sft")
 
     other = options.default()
     other.dpo.beta = 0.2
     other.seeds = (0, 1)
     with pytest.raises(ValueError) as raised:
-        workdir.open_workdir(folder, other)
+        workdir.open_workdir(folder, other, "main")
     message = str(raised.value)
     assert str(folder / "config.json") in message
     assert "dpo.beta (was 0.1, now 0.2)" in message and "seeds (was [0], now [0, 1])" in message
@@ -111,13 +114,13 @@ def test_same_options_go_on_and_others_are_named(tmp_path: pathlib.Path) -> None
     old["dpo"]["gone"] = "x"
     workdir.write_json(folder / "config.json", old)
     with pytest.raises(ValueError, match=r"dpo.epochs \(was absent, now 4\).*dpo.gone \(was \"x\", now absent\)"):
-        workdir.open_workdir(folder, options.default())
+        workdir.open_workdir(folder, options.default(), "main")
 
 
 def test_a_file_that_is_not_json_is_named(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text('{\n"rounds": \n}')
     with pytest.raises(ValueError, match=r"config\.json:3: not JSON"):
-        workdir.open_workdir(tmp_path, options.default())
+        workdir.open_workdir(tmp_path, options.default(), "main")
 
 
 def test_run_folders(tmp_path: pathlib.Path) -> None:
