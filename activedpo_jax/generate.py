@@ -8,7 +8,7 @@ where it stopped.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -85,8 +85,9 @@ def generate(
     seeds: np.ndarray,
     widths: Sequence[int],
     text_of: Callable[[np.ndarray], str],
-) -> list[Generated]:
-    """Responses to prompts of all lengths, with a progress bar.
+    wanted: Collection[int],
+) -> Iterator[dict[int, Generated]]:
+    """Responses to prompts of all lengths, batch by batch, with a progress bar.
 
     Args:
       params, lora: as `models.decoder.unstack` gives them.
@@ -94,29 +95,22 @@ def generate(
       seeds: [n] uint32, one a prompt.
       widths: that prompts are padded to, each prompt to the smallest that holds it; one compiled program each.
       text_of: the text of a response's tokens.
+      wanted: which of the prompts.  A batch with one of these is made as a whole, so that its numbers are the same
+        whatever else is wanted.
 
-    Returns:
-      One for each prompt.  After `spec.resamples` attempts some may still be `flawed`: they are counted in a line that
-      is printed, and up to the caller.
+    Yields:
+      The responses of a batch by the row of their prompt.  After `spec.resamples` attempts some may still be `flawed`.
 
     Raises:
       ValueError: a prompt is longer than the widest of `widths`.
     """
-    out: list[Any] = [None] * len(prompts)
-    batches = plan(prompts, widths, spec)
-    with tqdm(total=len(prompts), desc="generating", unit="prompt", leave=False) as bar:
-        for width, rows in batches:
-            results = respond_to(spec, params, lora, [prompts[i] for i in rows], seeds[rows], width, text_of)
-            for i, result in zip(rows, results, strict=True):
-                out[i] = result
-            bar.update(len(rows))
-    flawed = [i for i, result in enumerate(out) if result.flawed]
-    if flawed:
-        print(
-            f"{len(flawed)} of {len(out)} prompts have empty or equal responses still, after {spec.resamples} more "
-            f"attempts: {', '.join(map(str, flawed[:10]))}{', ...' if len(flawed) > 10 else ''}"
-        )
-    return out
+    with tqdm(total=len(prompts), initial=len(prompts) - len(wanted), desc="generating", unit="prompt") as bar:
+        for width, rows in plan(prompts, widths, spec):
+            asked = set(wanted).intersection(rows.tolist())
+            if asked:
+                results = respond_to(spec, params, lora, [prompts[i] for i in rows], seeds[rows], width, text_of)
+                yield dict(zip(rows.tolist(), results, strict=True))
+                bar.update(len(asked))
 
 
 def plan(prompts: Sequence[np.ndarray], widths: Sequence[int], spec: GenerationSpec) -> list[tuple[int, np.ndarray]]:
@@ -227,8 +221,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         stop = stop_tokens(model.path, model.revision, tokenizer, config.data.template)
         decoder = base.load_decoder(config, mesh)
         spec = make_spec(config, decoder, stop, mesh)
-        batches = plan(texts.prompt_tokens, widths, spec)
         files = PoolFiles(folder, records)
+        params: Params = {}
+        lora = None
         if files.missing:
             on_cpu = mesh.devices.flat[0].platform == "cpu"
             take_apart = jax.jit(unstack, static_argnums=1)
@@ -240,14 +235,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
     seeds = np.array([uniform(config.seeds[0], "generation", r.id) * 2**32 for r in records]).astype(np.uint32)
-    with tqdm(total=len(records), initial=len(records) - len(files.missing), desc="generating", unit="prompt") as bar:
-        for width, rows in batches:
-            # A batch that was cut short is made anew as a whole, so that its numbers are those of the whole.
-            if files.missing.isdisjoint(rows.tolist()):
-                continue
-            prompts = [texts.prompt_tokens[i] for i in rows]
-            results = respond_to(spec, params, lora, prompts, seeds[rows], width, text_of)
-            bar.update(files.add(dict(zip(rows.tolist(), results, strict=True))))
+    for results in generate(spec, params, lora, texts.prompt_tokens, seeds, widths, text_of, files.missing):
+        files.add(results)
     print(files.finish(options.responses, options.max_new_tokens, options.resamples))
 
 

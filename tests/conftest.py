@@ -10,3 +10,16 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"  # elsewhere an installed libtpu looks for its TPU first
+
+from collections.abc import Iterator  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_module_at_a_time() -> Iterator[None]:
+    """Every compiled program has memory maps of its own, and a process that is given no more of them (65,530 on Linux)
+    dies in the compiler."""
+    yield
+    jax.clear_caches()

@@ -20,7 +20,7 @@ from activedpo_jax.data.groups import Groups
 from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.models.lora import Lora
 from tests import tiny
-from tests.test_hf import load_decoder, tiny_llama
+from tests.tiny_hf import load_decoder, tiny_llama
 from tests.tiny_tokenizer import CHATML, make_tokenizer
 
 RANK, ALPHA = 4, 8.0

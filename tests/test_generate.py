@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -21,8 +22,9 @@ from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogi
 
 from activedpo_jax import mesh as meshes
 from activedpo_jax.data.groups import Groups
+from activedpo_jax.data.pool_files import PoolFiles
 from activedpo_jax.data.preferences import read_records
-from activedpo_jax.data.prompts import read_prompts
+from activedpo_jax.data.prompts import PromptRecord, read_prompts
 from activedpo_jax.decoding import DecodingSpec, Requests, respond
 from activedpo_jax.generate import GenerationSpec, generate, stop_tokens
 from activedpo_jax.models import hf
@@ -173,12 +175,18 @@ def greedy_of_transformers(model: Any, prompts: list[np.ndarray], length: int) -
     return np.stack(rows)
 
 
+def in_order(batches: Iterable[dict[int, Any]]) -> list[Any]:
+    results = {row: result for batch in batches for row, result in batch.items()}
+    return [results[row] for row in range(len(results))]
+
+
 def our_greedy(folder: pathlib.Path, prompts: list[np.ndarray], length: int) -> np.ndarray:
     config, params = hf.load_model(str(folder))
     how = GenerationSpec(spec(Decoder(config, LoraConfig()), length, temperature=0.0), 1, 0, 4)
     widths = [8, max(map(len, prompts))]
     text = lambda tokens: " ".join(map(str, tokens))  # noqa: E731
-    out = generate(how, unstack(params, True), None, prompts, np.zeros(len(prompts), np.uint32), widths, text)
+    seeds = np.zeros(len(prompts), np.uint32)
+    out = in_order(generate(how, unstack(params, True), None, prompts, seeds, widths, text, range(len(prompts))))
     return np.stack([one.tokens[0] for one in out])
 
 
@@ -281,18 +289,16 @@ def sample_texts(resamples: int, text_of: Any, m: int = 4, count: int = 6) -> li
     how = GenerationSpec(spec(decoder, 3), m, resamples, 4)
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, VOCABULARY, 3 + i).astype(np.int32) for i in range(count)]
-    return generate(how, unstack(params), None, prompts, np.arange(count, dtype=np.uint32), [4, 16], text_of)
+    seeds = np.arange(count, dtype=np.uint32)
+    return in_order(generate(how, unstack(params), None, prompts, seeds, [4, 16], text_of, range(count)))
 
 
-def test_empty_and_equal_responses_are_sampled_anew(capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_and_equal_responses_are_sampled_anew() -> None:
     def text_of(tokens: np.ndarray) -> str:  # a third is empty, and the others are of eight kinds
         return "" if tokens[0] % 3 == 0 else "  "[: tokens[1] % 3] + f"kind {tokens[0] % 8}"
 
     once, again = sample_texts(0, text_of), sample_texts(20, text_of)
-    report = capsys.readouterr().out
     assert sum(bool(one.flawed) for one in once) > 3
-    assert f"{sum(bool(one.flawed) for one in once)} of 6 prompts have empty or equal responses still" in report
-    assert "after 20 more" not in report
     for before, after in zip(once, again, strict=True):
         assert not after.flawed and len({text.strip() for text in after.texts} - {""}) == 4
         for j in set(range(4)) - set(before.flawed):  # what was good stays
@@ -301,11 +307,23 @@ def test_empty_and_equal_responses_are_sampled_anew(capsys: pytest.CaptureFixtur
             assert text == text_of(tokens) and len(logps) == len(tokens)
 
 
-def test_what_cannot_be_mended_is_kept_and_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    out = sample_texts(2, lambda tokens: "always the same")
-    assert all(one.flawed == [1, 2, 3] and len(one.tokens) == 4 for one in out)
-    report = capsys.readouterr().out
-    assert "6 of 6 prompts have empty or equal responses still, after 2 more attempts: 0, 1, 2" in report
+def test_what_cannot_be_mended_is_kept_and_reported(tmp_path: pathlib.Path) -> None:
+    def text_of(tokens: np.ndarray) -> str:  # no prompt has more than two different responses
+        return f"kind {tokens[0] % 2}"
+
+    none, some = sample_texts(2, lambda tokens: "always the same"), sample_texts(9, text_of)
+    assert all(one.flawed == [1, 2, 3] and len(one.tokens) == 4 for one in none)
+    assert all(len(one.flawed) == 2 for one in some)
+    records = [PromptRecord(f"id{i}", f"prompt {i}", "") for i in range(12)]
+    files = PoolFiles(tmp_path, records)
+    files.add(dict(enumerate([*none, *some])))
+    report = files.finish(4, 3, 2)
+    assert "responses.jsonl: 6 prompts; " in report
+    assert "responses.jsonl: 6 prompts with fewer than 4 responses, the others being empty or equal still" in report
+    assert "too_few.jsonl: 6 prompts with fewer than two" in report and "id0, id1, id2, id3, id4, id5" in report
+    rows = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
+    assert [row["missing"] for row in rows] == [2] * 6
+    assert all(sorted(row["responses"]) == ["kind 0", "kind 1"] for row in rows)
 
 
 def test_several_greedy_responses_are_refused() -> None:

@@ -32,8 +32,8 @@ from activedpo_jax.finetune import Examples, Recipe
 from activedpo_jax.metrics import read_metrics
 from activedpo_jax.train import OptimiserSpec
 from tests import tiny
-from tests.test_hf import tiny_llama
 from tests.test_resume import finish, kill_when
+from tests.tiny_hf import tiny_llama
 from tests.tiny_tokenizer import make_tokenizer
 
 ROWS = [

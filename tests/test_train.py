@@ -17,7 +17,7 @@ from activedpo_jax.data.groups import Groups
 from activedpo_jax.models.families import FAMILIES
 from activedpo_jax.train import DpoSpec, OptimiserSpec
 from tests import tiny
-from tests.test_hf import load_decoder, tiny_llama
+from tests.tiny_hf import load_decoder, tiny_llama
 
 TOTAL = 40
 

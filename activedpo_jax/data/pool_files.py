@@ -46,8 +46,8 @@ class PoolFiles:
                     )
                 self.missing.discard(row_of[name])
 
-    def add(self, results: Mapping[int, "Generated"]) -> int:
-        """Appends those that are missing, in order; returns how many there were."""
+    def add(self, results: Mapping[int, "Generated"]) -> None:
+        """Appends those that are missing, in order."""
         new = [row for row in results if row in self.missing]
         for usable, path in self.paths.items():
             lines = []
@@ -69,7 +69,6 @@ class PoolFiles:
                     file.flush()
                     os.fsync(file.fileno())
         self.missing -= set(new)
-        return len(new)
 
     def finish(self, responses: int, max_new_tokens: int, resamples: int) -> str:
         """Puts the lines into the order of the data; returns what there is to report."""

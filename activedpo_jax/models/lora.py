@@ -154,8 +154,6 @@ class LoraLinear(nn.Module):
     def _kernel(self, d_in: int) -> quantise.Kernel:
         if self.has_variable("params", "kernel"):
             kernel: quantise.Kernel = self.get_variable("params", "kernel")
-            if quantise.is_quantised(kernel) or isinstance(
-                kernel, OutputsFirst
-            ):  # not of the shape that `param` holds it to
-                return kernel
+            if quantise.is_quantised(kernel) or isinstance(kernel, OutputsFirst):
+                return kernel  # no array, which `param` would expect
         return self.param("kernel", nn.initializers.normal(0.02), (d_in, self.features)).astype(self.dtype)
