@@ -3,6 +3,7 @@
     python -m benchmarks.features                                  # SmolLM2-135M's shape, random weights
     python -m benchmarks.features --dtype bfloat16 --groups 32     # on a GPU
     python -m benchmarks.features --no-torch                       # without PEFT and traker (the extra `bench`)
+    python -m benchmarks.features --no-project                     # without traker alone, which takes ten minutes on CPU
 
 Measured, each on the same groups of one prompt and two responses:
 
@@ -183,6 +184,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--project", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=pathlib.Path, help="write the raw times here, as JSON")
     args = parser.parse_args()
 
@@ -191,7 +193,8 @@ def main() -> None:
     once: dict[str, Callable[[], Any]] = {}  # too slow to repeat
     if args.torch:
         contenders["peft, no projection"] = torch_contender(args, groups, project=False)
-        once["peft + traker"] = torch_contender(args, groups, project=True)
+        if args.project:
+            once["peft + traker"] = torch_contender(args, groups, project=True)
     times: dict[str, list[float]] = {name: [] for name in (*contenders, *once)}
 
     def timed(name: str, run: Callable[[], Any]) -> None:
