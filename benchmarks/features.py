@@ -3,7 +3,7 @@
     python -m benchmarks.features                                  # SmolLM2-135M's shape, random weights
     python -m benchmarks.features --dtype bfloat16 --groups 32     # on a GPU
     python -m benchmarks.features --no-torch                       # without PEFT and traker (the extra `bench`)
-    python -m benchmarks.features --no-project                     # without traker alone, which takes ten minutes on CPU
+    python -m benchmarks.features --no-project                     # without traker, which takes ten minutes on CPU
 
 Measured, each on the same groups of one prompt and two responses:
 
