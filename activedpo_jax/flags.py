@@ -26,6 +26,8 @@ from activedpo_jax.workdir import flatten
 _USAGE = """\
 python -m activedpo_jax.main --config FILE --workdir DIR [--config.OPTION=VALUE ...]
 python -m activedpo_jax.main --config FILE --compile_only=PLATFORM:TOPOLOGY    (v5e:4x4, for instance)
+python -m activedpo_jax.sft --config FILE --workdir DIR [...]         supervised fine-tuning alone: config.sft
+python -m activedpo_jax.generate --config FILE --workdir DIR [...]    responses to prompts: config.generation
 """
 
 _CHOICES: dict[str, tuple[str, ...]] = {
