@@ -129,7 +129,6 @@ def torch_contender(args: argparse.Namespace, groups: Groups, project: bool) -> 
     import peft
     import torch
     import transformers
-    from trak.projectors import BasicProjector, ProjectionType
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     c = SMOLLM2_135M
@@ -151,6 +150,8 @@ def torch_contender(args: argparse.Namespace, groups: Groups, project: bool) -> 
     size = sum(p.numel() for p in weights)
     projector = None
     if project:
+        from trak.projectors import BasicProjector, ProjectionType
+
         projector = BasicProjector(size, args.dim, 0, ProjectionType.rademacher, torch.device(device))
 
     def one(prompt: Any, response: Any) -> Any:
