@@ -30,22 +30,9 @@ def compile_for(config: ml_collections.ConfigDict, topology: str) -> None:
       topology: as TPUs are ordered: `v5e:4x4`, `v5p:2x2x1`, `v6e:4x4`.
 
     Raises:
-      SystemExit: libtpu is not installed, or does not know the topology.
+      SystemExit: as of `tpu_devices`.
     """
-    # Otherwise libtpu looks for the TPU machine that this is not, and takes minutes to give up.
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is touched, so two may compile at a time
-    }.items():
-        os.environ.setdefault(name, value)
-    try:
-        devices: list[Any] = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:
-        raise SystemExit(
-            f"error: --compile_only={topology}: {error}; expected a topology such as v5e:4x4, and libtpu "
-            "(pip install 'activedpo_jax[tpu]')"
-        ) from error
+    devices = tpu_devices(topology)
     mesh = meshes.make_mesh(config.mesh, devices)
     task = tasks.load(config, config.seeds[0], mesh, None)
     print(f"{devices[0].device_kind} × {len(devices)}, mesh {dict(mesh.shape)}, weights {task.decoder.dtype}")
@@ -56,6 +43,28 @@ def compile_for(config: ml_collections.ConfigDict, topology: str) -> None:
         sizes = (memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes)
         columns = "".join(f"{_bytes(size):>12}" for size in sizes)
         print(f"{name:<44}{columns}{cost.get('flops', float('nan')):>12.3g}", flush=True)
+
+
+def tpu_devices(topology: str) -> list[Any]:
+    """The devices of a TPU topology, to compile for.
+
+    Raises:
+      SystemExit: libtpu is not installed, or does not know the topology.
+    """
+    # Otherwise libtpu looks for the TPU machine that this is not, and takes minutes to give up.
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is touched, so two may compile at a time
+    }.items():
+        os.environ.setdefault(name, value)
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:
+        raise SystemExit(
+            f"error: --compile_only={topology}: {error}; expected a topology such as v5e:4x4, and libtpu "
+            "(pip install 'activedpo_jax[tpu]')"
+        ) from error
 
 
 def programs(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) -> Iterator[Program]:

@@ -27,7 +27,7 @@ class DpoMetrics(NamedTuple):
 
 
 def response_logps(decoder: Decoder, params: Params, lora: Lora | None, groups: Groups) -> jax.Array:
-    """log π_θ(y|x), summed over the response's tokens: [G, m] float32.  `lora=None` gives log π_ref."""
+    """log π_θ(y|x), summed over the response's tokens: [G, m] float32; `lora=None`: of the base weights."""
     variables = {"params": params} if lora is None else {"params": params, "lora": lora}
     return jnp.sum(decoder.apply(variables, groups), axis=-1)  # type: ignore[arg-type]
 

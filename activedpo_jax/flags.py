@@ -125,6 +125,15 @@ def read_config(argv: Sequence[str], strategies: Collection[str]) -> Command:
         fail(error)
 
 
+def read_plain_run(argv: Sequence[str], strategies: Collection[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
+    """As `read_config`, for commands that only run: options and work directory."""
+    command = read_config(argv, strategies)
+    if command.compile_only:
+        fail("--compile_only is an option of activedpo_jax.main; leave it out")
+    assert command.workdir is not None
+    return command.config, command.workdir
+
+
 @contextlib.contextmanager
 def clean_errors() -> Iterator[None]:
     """Around what reads the user's files and options, whose ValueErrors say what to change: exits with code 2."""

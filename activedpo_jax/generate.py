@@ -198,11 +198,7 @@ def make_spec(config: ml_collections.ConfigDict, decoder: Any, stop: tuple[int, 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command = flags.read_config(sys.argv if argv is None else argv, STRATEGIES)
-    config, folder = command.config, command.workdir
-    if command.compile_only:
-        flags.fail("--compile_only is an option of activedpo_jax.main; leave it out")
-    assert folder is not None
+    config, folder = flags.read_plain_run(sys.argv if argv is None else argv, STRATEGIES)
     options, model = config.generation, config.model
     with flags.clean_errors():
         if not options.prompts or not model.path:

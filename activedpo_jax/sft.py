@@ -143,11 +143,7 @@ def _in_words(records: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: the stage alone, once for every seed."""
-    command = flags.read_config(sys.argv if argv is None else argv, STRATEGIES)
-    config, folder = command.config, command.workdir
-    if command.compile_only:
-        flags.fail("--compile_only is an option of activedpo_jax.main; leave it out")
-    assert folder is not None
+    config, folder = flags.read_plain_run(sys.argv if argv is None else argv, STRATEGIES)
     with flags.clean_errors():
         if not config.sft.data:
             raise ValueError("config.sft.data is empty; expected a file or a `datasets` name to learn from: set it")

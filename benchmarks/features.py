@@ -124,6 +124,23 @@ def jax_contenders(args: argparse.Namespace, groups: Groups) -> dict[str, Callab
     return contenders
 
 
+def transformers_config() -> Any:
+    """SmolLM2-135M's shape for transformers."""
+    import transformers
+
+    c = SMOLLM2_135M
+    return transformers.LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope.theta},
+        tie_word_embeddings=True,
+    )
+
+
 def torch_contender(args: argparse.Namespace, groups: Groups, project: bool) -> Callable[[], Any]:
     """One response at a time through PEFT, the flattened gradient projected by traker's BasicProjector."""
     import peft
@@ -131,19 +148,8 @@ def torch_contender(args: argparse.Namespace, groups: Groups, project: bool) -> 
     import transformers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    c = SMOLLM2_135M
-    config = transformers.LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
-        rope_theta=c.rope.theta,
-        tie_word_embeddings=True,
-    )
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).to(device, getattr(torch, args.dtype))
+    model = transformers.LlamaForCausalLM(transformers_config()).to(device, getattr(torch, args.dtype))
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = peft.get_peft_model(model, peft.LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=targets))
     weights = [p for p in model.parameters() if p.requires_grad]

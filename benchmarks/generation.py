@@ -33,24 +33,13 @@ from activedpo_jax.models import hf
 from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.models.decoder import Decoder, unstack
 from activedpo_jax.sampling import Sampling
-from benchmarks.features import SMOLLM2_135M
+from benchmarks.features import transformers_config
 
 
 def random_model(folder: str) -> str:
     """A checkpoint of SmolLM2-135M's shape with random weights."""
-    c = SMOLLM2_135M
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope.theta},
-        tie_word_embeddings=True,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.LlamaForCausalLM(transformers_config()).save_pretrained(folder)
     return folder
 
 

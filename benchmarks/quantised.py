@@ -16,7 +16,6 @@ and prints what a device must hold.  Needs the extra `quant`; the second `tpu`, 
 import argparse
 import functools
 import json
-import os
 import pathlib
 import statistics
 import time
@@ -31,6 +30,7 @@ import scipy.stats
 
 from activedpo_jax import dpo
 from activedpo_jax import mesh as meshes
+from activedpo_jax.compile_only import tpu_devices
 from activedpo_jax.data.groups import Bucket, Groups, pad_groups
 from activedpo_jax.data.preferences import limit, read_records
 from activedpo_jax.data.tokenize import tokenize
@@ -144,14 +144,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def compile_only(args: argparse.Namespace) -> dict[str, Any]:
     """Bytes a device needs for the feature step of Llama-2-7B's shape."""
-    from jax.experimental import topologies
-
-    # See `activedpo_jax.compile_only`.
-    settings = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
-    platform, shape = args.compile_only.split(":")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=f"{platform}:{shape}").devices
+    devices = tpu_devices(args.compile_only)
     devices = devices[: args.devices or len(devices)]
     axes = ml_collections.ConfigDict({"data": -1, "fsdp": args.fsdp, "tensor": 1})
     mesh = meshes.make_mesh(axes, devices)

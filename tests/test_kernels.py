@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from activedpo_jax import mesh as meshes
+from activedpo_jax.compile_only import tpu_devices
 from activedpo_jax.data.groups import Groups
 from activedpo_jax.dpo import response_logps
 from activedpo_jax.features import response_features
@@ -341,12 +341,9 @@ def feature_program(kernel_mesh: Mesh, head_dim: int) -> Any:
 
 
 @pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow)])
-def test_splash_compiles_for_tpu(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> None:
+def test_splash_compiles_for_tpu(head_dim: int) -> None:
     pytest.importorskip("libtpu", reason="needs libtpu: pip install '.[tpu]'")
-    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-    devices: Any = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    devices = tpu_devices("v5e:2x2")
     mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 1, "tensor": 2}), devices)
     program, arguments = feature_program(mesh, head_dim)
     compiled = program.lower(*arguments).compile()

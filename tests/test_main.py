@@ -10,7 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from activedpo_jax import main
+from activedpo_jax import flags, main
+from activedpo_jax import mesh as meshes
+from activedpo_jax import task as tasks
+from activedpo_jax.compile_only import programs
+from activedpo_jax.selection.strategies import STRATEGIES
 from tests.tiny_hf import tiny_llama
 from tests.tiny_tokenizer import CHATML, make_tokenizer
 
@@ -41,8 +45,8 @@ def command(tmp_path: pathlib.Path) -> list[str]:
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "config.py").write_text(CONFIG)
     data = str(tmp_path / "pairs.jsonl")
-    flags = {"model.path": str(tmp_path / "base"), "data.train": data, "data.heldout": data, "sft.data": data}
-    return ["main", "--config", str(tmp_path / "config.py"), *(f"--config.{name}={v}" for name, v in flags.items())]
+    options = {"model.path": str(tmp_path / "base"), "data.train": data, "data.heldout": data, "sft.data": data}
+    return ["main", "--config", str(tmp_path / "config.py"), *(f"--config.{name}={v}" for name, v in options.items())]
 
 
 @pytest.mark.parametrize("weights", ["lora", "full"])
@@ -102,12 +106,26 @@ def test_a_start_from_an_adapter_goes_on_from_it(command: list[str], tmp_path: p
     np.testing.assert_allclose(logps(after, tmp_path / "base"), before, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_every_program_of_such_a_run_can_be_made_from_shapes_alone(command: list[str], weights: str) -> None:
+    """What `--compile_only` compiles, SFT included, but for the compiling."""
+    argv = [*command, "--workdir=unused", f"--config.sft.weights={weights}", "--config.round.mode=staged"]
+    config = flags.read_config(argv, STRATEGIES).config
+    mesh = meshes.make_mesh(config.mesh)
+    names = []
+    for name, program, arguments in programs(config, tasks.load(config, 0, mesh, None), mesh):
+        program.lower(*arguments)
+        names.append(name)
+    assert "SFT gradient (32, 16)" in names and "SFT update" in names
+    assert "features (32, 16)" in names and "training update, activedpo" in names
+
+
 def test_another_shape_than_the_adapters_names_the_flags(
     command: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without_sft = [flag for flag in command if "sft.data" not in flag]
     main.main([*without_sft, "--workdir", str(tmp_path / "one"), "--config.rounds=1"])
     with pytest.raises(SystemExit):
-        flags = [f"--config.lora.path={tmp_path / 'one' / 'adapter'}", "--config.lora.rank=8"]
-        main.main([*without_sft, "--workdir", str(tmp_path / "two"), *flags])
+        other = [f"--config.lora.path={tmp_path / 'one' / 'adapter'}", "--config.lora.rank=8"]
+        main.main([*without_sft, "--workdir", str(tmp_path / "two"), *other])
     assert "--config.lora.rank=4" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """Linear maps of few tokens on CPU, where reading the weights is what takes time.
 
-XLA's product of [tokens, in] and [in, out] reads 9 GB/s on a core that can do 20, the product of [out, in] and
-[in, tokens] 12 (SmolLM2-135M's shapes, 8 tokens, jax 0.10).  The barriers keep XLA from turning one into the other.
+XLA (jax 0.10) reads them more slowly in the product of [tokens, in] and [in, out] than in that of [out, in] and
+[in, tokens]; `benchmarks.generation` shows what it comes to.  The barriers keep XLA from turning one into the other.
 """
 
 import dataclasses
