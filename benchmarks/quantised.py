@@ -54,6 +54,9 @@ LLAMA_2_7B = ModelConfig(
 )
 
 
+_OF_COMPILING = ("groups", "prompt", "response", "remat", "compile_only", "devices", "fsdp")
+
+
 def device_bytes(tree: Any) -> int:
     """Of arrays on a device, where two codes of 4 bits share a byte."""
     bits = lambda x: 4 if x.dtype == jnp.uint4 else 8 * x.dtype.itemsize  # noqa: E731
@@ -204,9 +207,10 @@ def main() -> None:
     if not args.compile_only and args.pairs is None:
         parser.error("--pairs: expected a pool of preferences, or --compile_only")
     record = compile_only(args) if args.compile_only else measure(args)
+    arguments = {name: value for name, value in vars(args).items() if not args.compile_only or name in _OF_COMPILING}
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"arguments": vars(args), **record}, indent=1, default=str) + "\n")
+        args.out.write_text(json.dumps({"arguments": arguments, **record}, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":
