@@ -10,7 +10,7 @@ The kernel [in, out] of each of the layers' linear maps becomes a `qwix.QArray` 
 Embeddings, norms and biases stay as they are.  `qwix` (the extra `quant`) makes the codes and the scales; a product
 with them is written here.  The tiles have an axis of their own, and the codebook is a tree of selections, because then
 XLA fuses both into a product on TPU.  `qwix.dequantize` of an nf4 kernel [4096, 11008] there gathers each weight from
-a table: 541 MB beside the product, and a minute to compile.
+a table: 541 MB beside the product, and 24 s to compile for 3 (v5e, 256 tokens).
 """
 
 from typing import TYPE_CHECKING, Any, TypeAlias
