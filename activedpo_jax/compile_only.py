@@ -14,11 +14,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from activedpo_jax import base, evaluate, finetune, main, sft, stages, train
-from activedpo_jax import mesh as meshes
-from activedpo_jax import round as rounds
-from activedpo_jax import task as tasks
+from activedpo_jax import layout, main, sft, start, tasks
 from activedpo_jax.data.groups import Bucket, Groups
+from activedpo_jax.evaluation import heldout
+from activedpo_jax.rounds import fused, staged
+from activedpo_jax.training import finetune, optimiser
 
 Program = tuple[str, Any, tuple[Any, ...]]  # name, jitted function, arguments
 
@@ -33,7 +33,7 @@ def compile_for(config: ml_collections.ConfigDict, topology: str) -> None:
       SystemExit: as of `tpu_devices`.
     """
     devices = tpu_devices(topology)
-    mesh = meshes.make_mesh(config.mesh, devices)
+    mesh = layout.make_mesh(config.mesh, devices)
     task = tasks.load(config, config.seeds[0], mesh, None)
     print(f"{devices[0].device_kind} × {len(devices)}, mesh {dict(mesh.shape)}, weights {task.decoder.dtype}")
     print(f"{'program':<44}{'arguments':>12}{'temporary':>12}{'output':>12}{'FLOPs':>12}   per device")
@@ -69,19 +69,19 @@ def tpu_devices(topology: str) -> list[Any]:
 
 def programs(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) -> Iterator[Program]:
     """The programs of a run on abstract arguments."""
-    like = lambda tree: _abstract(tree, meshes.replicated(mesh))  # noqa: E731
+    like = lambda tree: _abstract(tree, layout.replicated(mesh))  # noqa: E731
     spec = main.round_spec(config, config.strategies[0], task, mesh)
-    lora = _weights(mesh, jax.eval_shape(lambda: base.fresh_lora(task.decoder, 0)))
+    lora = _weights(mesh, jax.eval_shape(lambda: start.fresh_lora(task.decoder, 0)))
     params = task.params_shape
     key, seed = like(jax.eval_shape(lambda: jax.random.key(0))), like(jnp.uint32(0))
     lam, number = like(jnp.float32(0)), like(jnp.int32(0))
 
     if task.base_model == tasks.SYNTHETIC:
-        optimiser = tasks.scratch_optimiser(config)
+        scratch = tasks.scratch_optimiser(config)
         weights = tasks.params_shape(task.decoder, mesh, jnp.float32, "none")
-        opt_state = jax.eval_shape(lambda p: train.init_optimiser(optimiser, p), weights)
-        batch = _groups(mesh, task.buckets[0], meshes.round_up(config.scratch.batch_size, mesh), 2)
-        arguments: tuple[Any, ...] = (task.decoder, optimiser, weights, like(opt_state), batch, lam)
+        opt_state = jax.eval_shape(lambda p: optimiser.init_optimiser(scratch, p), weights)
+        batch = _groups(mesh, task.buckets[0], layout.round_up(config.scratch.batch_size, mesh), 2)
+        arguments: tuple[Any, ...] = (task.decoder, scratch, weights, like(opt_state), batch, lam)
         yield "base model step", tasks.language_model_step, arguments
 
     if config.sft.data:
@@ -95,57 +95,57 @@ def programs(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) ->
             yield f"SFT gradient {tuple(bucket)}", finetune.gradient_program, arguments
         opt_state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            jax.eval_shape(lambda w: train.init_optimiser(recipe.optimiser, w), trained),
-            train.optimiser_shardings(recipe.optimiser, mesh, trained),
+            jax.eval_shape(lambda w: optimiser.init_optimiser(recipe.optimiser, w), trained),
+            optimiser.optimiser_shardings(recipe.optimiser, mesh, trained),
         )
         arguments = (recipe.optimiser, mesh, trained, opt_state, trained, number, number)
         yield "SFT update", finetune.update_program, arguments
 
     for bucket in task.buckets:
-        pairs = _groups(mesh, bucket, meshes.round_up(config.evaluation.pairs_per_chunk, mesh), 2)
+        pairs = _groups(mesh, bucket, layout.round_up(config.evaluation.pairs_per_chunk, mesh), 2)
         yield (
             f"evaluation {tuple(bucket)}",
-            evaluate.score,
+            heldout.score,
             (task.decoder, params, lora, pairs),
         )
 
     m = task.pool.responses_per_group
     for strategy in config.strategies:
         spec = main.round_spec(config, strategy, task, mesh)
-        labelled = like(jax.eval_shape(lambda spec=spec: rounds.no_labels(spec)))
+        labelled = like(jax.eval_shape(lambda spec=spec: fused.no_labels(spec)))
         if main.is_fused(config, task, spec):
             bucket = task.buckets[0]
             chunks = -(-task.pool.num_groups // spec.chunk)
             groups = jax.tree.map(
                 lambda x, spec=spec, chunks=chunks: jax.ShapeDtypeStruct(
-                    (chunks, *x.shape), x.dtype, sharding=meshes.chunks(mesh)
+                    (chunks, *x.shape), x.dtype, sharding=layout.chunks(mesh)
                 ),
                 _groups(mesh, bucket, spec.chunk, m),
             )
             n = task.pool.num_pairs
-            pool = rounds.DevicePool(groups, like(np.zeros((n, 3), np.int32)), like(np.zeros(n, np.int32)))
+            pool = fused.DevicePool(groups, like(np.zeros((n, 3), np.int32)), like(np.zeros(n, np.int32)))
             schedule = like(spec.schedule(config.labels_per_round, 0))
             arguments = (spec, params, lora, labelled, lora, pool, schedule, key, seed, lam)
-            yield f"round, {strategy}", rounds.compiled_round, arguments
+            yield f"round, {strategy}", fused.compiled_round, arguments
             continue
-        opt_state = jax.eval_shape(lambda w, spec=spec: train.init_optimiser(spec.dpo.optimiser, w), lora)
-        gradient = (lora, like(jax.eval_shape(train.no_gradient, lora)[1]))
+        opt_state = jax.eval_shape(lambda w, spec=spec: optimiser.init_optimiser(spec.dpo.optimiser, w), lora)
+        gradient = (lora, like(jax.eval_shape(optimiser.no_gradient, lora)[1]))
         schedule = spec.schedule(config.labels_per_round, 0)
         for bucket in task.buckets:
             groups, pairs = _groups(mesh, bucket, spec.chunk, m), _groups(mesh, bucket, spec.microbatch, 2)
             if spec.needs_features:
-                yield f"features {tuple(bucket)}", stages.features_program, (spec, params, lora, groups, seed)
+                yield f"features {tuple(bucket)}", staged.features_program, (spec, params, lora, groups, seed)
             part = like((schedule.slots[0][: spec.microbatch], schedule.weight[0][: spec.microbatch]))
             arguments = (spec, params, lora, gradient, pairs, labelled, *part)
-            yield f"training gradient {tuple(bucket)}, {strategy}", stages.gradient_program, arguments
+            yield f"training gradient {tuple(bucket)}, {strategy}", staged.gradient_program, arguments
         arguments = (spec, lora, like(opt_state), lora, number, number)
-        yield f"training update, {strategy}", stages.update_program, arguments
+        yield f"training update, {strategy}", staged.update_program, arguments
         features = None
         if spec.needs_features:
             shape = (-(-task.pool.num_pairs // mesh.size) * mesh.size, spec.features.dim)
-            features = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=meshes.rows(mesh))
+            features = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout.rows(mesh))
         rows = task.pool.num_pairs if features is None else features.shape[0]
-        yield f"selection, {strategy}", stages.select_program, (spec, features, labelled, rows, key, lam)
+        yield f"selection, {strategy}", staged.select_program, (spec, features, labelled, rows, key, lam)
 
 
 def _abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -154,13 +154,13 @@ def _abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
 
 def _weights(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, meshes.weight_shardings(mesh, tree)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout.weight_shardings(mesh, tree)
     )
 
 
 def _groups(mesh: Mesh, bucket: Bucket, size: int, m: int) -> Groups:
     def abstract(shape: tuple[int, ...]) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=meshes.batch(mesh))
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.batch(mesh))
 
     shapes: tuple[tuple[int, ...], ...] = ((size, bucket.prompt), (size,), (size, m, bucket.response), (size, m))
     return Groups(*(abstract(s) for s in shapes))

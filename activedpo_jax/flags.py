@@ -20,8 +20,8 @@ import ml_collections
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from activedpo_jax import config as options
-from activedpo_jax.workdir import flatten
+from activedpo_jax import config
+from activedpo_jax.record.folders import flatten
 
 _USAGE = """\
 python -m activedpo_jax.main --config FILE --workdir DIR [--config.OPTION=VALUE ...]
@@ -117,7 +117,7 @@ def read_config(argv: Sequence[str], strategies: Collection[str]) -> Command:
     """
     if {"-h", "--help"} & set(argv[1:]):
         print(f"{_USAGE}\nOPTION is one of these, from activedpo_jax/config.py:\n")
-        print(inspect.getsource(options.default))
+        print(inspect.getsource(config.default))
         sys.exit(0)
     try:
         return parse(argv, strategies)
@@ -220,7 +220,7 @@ def validate(config: ml_collections.ConfigDict, strategies: Collection[str]) -> 
     Raises:
       UsageError: for the first option that is wrong: its name, what it is, and what was expected.
     """
-    known, values = flatten(options.default()), flatten(config)
+    known, values = flatten(config.default()), flatten(config)
     for name in values:
         if name not in known:
             raise UsageError(_no_such_option(name, known))
@@ -302,7 +302,7 @@ def _take_config_file(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _check_names(arguments: Sequence[str]) -> None:
-    known = flatten(options.default())
+    known = flatten(config.default())
     for argument in arguments:
         override = re.match(r"--?(?:no)?config\.([^=]*)", argument)
         if override and override[1] not in known:
@@ -331,12 +331,12 @@ def _wrong_value(message: str) -> UsageError:
     found = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
     if not found:
         return UsageError(" ".join(message.split()))
-    return UsageError(_expected(found[1], found[2], _type_in_words(flatten(options.default())[found[1]])))
+    return UsageError(_expected(found[1], found[2], _type_in_words(flatten(config.default())[found[1]])))
 
 
 def _tidy_tuples(config: ml_collections.ConfigDict) -> None:
     """Tuples as they were meant: names without quotes, which arrive as one text `a,b`, and a single pair."""
-    for name, default in flatten(options.default()).items():
+    for name, default in flatten(config.default()).items():
         if not isinstance(default, tuple):
             continue
         *groups, last = name.split(".")

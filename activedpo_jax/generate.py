@@ -16,20 +16,19 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from activedpo_jax import base, flags
-from activedpo_jax import mesh as meshes
-from activedpo_jax import workdir as workdirs
+from activedpo_jax import flags, layout, start
 from activedpo_jax.data.groups import Bucket, Texts, assign_buckets, microbatches, pad_groups
 from activedpo_jax.data.pool_files import PoolFiles
 from activedpo_jax.data.preferences import uniform
 from activedpo_jax.data.prompts import read_prompts
 from activedpo_jax.data.templates import make_template
 from activedpo_jax.data.tokenize import tokenize_texts
-from activedpo_jax.decoding import DecodingSpec, Requests, respond
-from activedpo_jax.models import hf
+from activedpo_jax.generation.decoding import DecodingSpec, Requests, respond
+from activedpo_jax.generation.sampling import Sampling
+from activedpo_jax.huggingface import loading
 from activedpo_jax.models.decoder import Params, unstack
 from activedpo_jax.models.lora import Lora
-from activedpo_jax.sampling import Sampling
+from activedpo_jax.record import folders
 from activedpo_jax.selection.strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -135,7 +134,7 @@ def respond_to(
     depend on what it shares the batch with.
     """
     m, mesh = spec.responses, spec.decoding.mesh
-    size = meshes.round_up(spec.chunk, mesh)
+    size = layout.round_up(spec.chunk, mesh)
     texts = Texts(prompt_tokens=prompts, response_tokens=[[np.zeros(0, np.int32)]] * len(prompts))
     padded = pad_groups(texts, np.arange(len(prompts)), Bucket(width, spec.decoding.length), size)
     seeds = np.pad(np.asarray(seeds, np.uint32), (0, size - len(prompts)))
@@ -144,7 +143,7 @@ def respond_to(
         samples = np.full((size, m), -1, np.int32)
         samples[list(wanted)] = attempt * m + np.arange(m)
         requests = Requests(padded.prompt_ids, padded.prompt_len, seeds, samples)
-        requests = jax.device_put(requests, meshes.batch(mesh))
+        requests = jax.device_put(requests, layout.batch(mesh))
         tokens, lengths, ended, logps = jax.device_get(respond(spec.decoding, params, lora, requests))
 
         def one(g: int) -> Generated:
@@ -206,16 +205,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"config.{missing} is empty; expected prompts and a model to respond to them: set it")
         if len(config.seeds) > 1:
             raise ValueError(f"config.seeds: got {tuple(config.seeds)}, expected one seed: a pool is sampled once")
-        workdirs.open_workdir(folder, config, "generate")
-        mesh = meshes.make_mesh(config.mesh)
+        folders.open_workdir(folder, config, "generate")
+        mesh = layout.make_mesh(config.mesh)
         records = read_prompts(options.prompts, options.split)
-        tokenizer = hf.load_tokenizer(model.path, model.revision)
+        tokenizer = loading.load_tokenizer(model.path, model.revision)
         widths = [prompt for prompt, _ in config.data.buckets]
         texts = tokenize_texts(records, tokenizer, config.data.template, max(widths), options.max_new_tokens)
         for note in texts.notes:
             print(f"prompts: {note}")
         stop = stop_tokens(model.path, model.revision, tokenizer, config.data.template)
-        decoder = base.load_decoder(config, mesh)
+        decoder = start.load_decoder(config, mesh)
         spec = make_spec(config, decoder, stop, mesh)
         files = PoolFiles(folder, records)
         params: Params = {}
@@ -223,8 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if files.missing:
             on_cpu = mesh.devices.flat[0].platform == "cpu"
             take_apart = jax.jit(unstack, static_argnums=1)
-            params = take_apart(base.load_params(config, mesh, decoder.dtype), on_cpu)
-            lora = unstack(base.initial_lora(config, decoder, mesh, config.seeds[0])) if config.lora.path else None
+            params = take_apart(start.load_params(config, mesh, decoder.dtype), on_cpu)
+            lora = unstack(start.initial_lora(config, decoder, mesh, config.seeds[0])) if config.lora.path else None
 
     def text_of(tokens: np.ndarray) -> str:
         ids = tokens[:-1] if len(tokens) and tokens[-1] in stop else tokens

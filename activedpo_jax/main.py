@@ -19,19 +19,18 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from activedpo_jax import base, checkpoint, compare, evaluate, flags, metrics, report, sft, stages
-from activedpo_jax import mesh as meshes
-from activedpo_jax import round as rounds
-from activedpo_jax import task as tasks
-from activedpo_jax import workdir as workdirs
+from activedpo_jax import flags, layout, sft, start, tasks
 from activedpo_jax.data.groups import PairPool, assign_buckets, pad_groups
-from activedpo_jax.features import FeatureSpec
-from activedpo_jax.models import export, peft
+from activedpo_jax.evaluation import heldout
+from activedpo_jax.evidence.gradients import FeatureSpec
+from activedpo_jax.huggingface import adapters, merged
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.oracles.dataset import answers
+from activedpo_jax.record import checkpoints, comparison, folders, metrics, report
+from activedpo_jax.rounds import fused, staged
 from activedpo_jax.selection.posterior import information_gain
 from activedpo_jax.selection.strategies import STRATEGIES
-from activedpo_jax.train import DpoSpec, OptimiserSpec
+from activedpo_jax.training.optimiser import DpoSpec, OptimiserSpec
 
 # A fused round shows no progress while it runs, so `auto` takes it where it is short: up to so many
 # token-times-parameter products in the pool, about a minute on two CPU cores.
@@ -48,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     assert folder is not None
     with flags.clean_errors():
-        workdirs.open_workdir(folder, config, "main")
-        mesh = meshes.make_mesh(config.mesh)
+        folders.open_workdir(folder, config, "main")
+        mesh = layout.make_mesh(config.mesh)
     summaries = []
     for seed in config.seeds:
         with flags.clean_errors():
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         task, params, sft_lora = starting_point(config, task, mesh, seed, folder)
         judge = evaluator(config, task, params, sft_lora, mesh, seed)
         for strategy in config.strategies:
-            place = workdirs.run_folder(folder, config, strategy, seed)
+            place = folders.run_folder(folder, config, strategy, seed)
             summaries.append(run(config, strategy, seed, task, params, sft_lora, judge, mesh, place))
     finish(folder, summaries)
 
@@ -75,7 +74,7 @@ def starting_point(
     """
     place, full = folder / "sft" / f"seed{seed}", config.sft.weights == "full"
     with flags.clean_errors():
-        lora = base.initial_lora(config, task.decoder, mesh, seed)
+        lora = start.initial_lora(config, task.decoder, mesh, seed)
         if not config.sft.data:
             return task, task.load_params(), lora
         examples = sft.load(config, seed)
@@ -84,7 +83,7 @@ def starting_point(
         if not full:
             params = task.load_params()
         elif not sft.is_done(config, place):
-            params = base.load_params(config, mesh, jnp.float32)
+            params = start.load_params(config, mesh, jnp.float32)
     params, lora = sft.run(config, seed, examples, task.decoder, params, lora, mesh, place)
     if full:
         task = dataclasses.replace(task, base_model=str(sft.result_folder(config, place)))
@@ -98,35 +97,35 @@ def run(
     task: tasks.Task,
     params: Any,
     sft_lora: Lora,
-    judge: evaluate.Evaluator,
+    judge: heldout.Evaluator,
     mesh: Mesh,
     folder: pathlib.Path,
-) -> workdirs.RunSummary:
+) -> folders.RunSummary:
     """One strategy on one seed: rounds of features, selection, labels, DPO and evaluation, from where it stopped."""
     oracle = config.oracle
     with flags.clean_errors():
         spec = round_spec(config, strategy, task, mesh)
         preferences = answers(task.pool, oracle.noise, oracle.flip_probability, oracle.temperature, seed)
-        fused = is_fused(config, task, spec)
+        one_program = is_fused(config, task, spec)
     lam, key, sketch_seed = jnp.float32(config.selection.lam), jax.random.key(seed), jnp.uint32(seed)
 
-    lora, labelled = jax.tree.map(jnp.copy, sft_lora), jax.device_put(rounds.no_labels(spec), meshes.replicated(mesh))
-    store = checkpoint.Checkpoints(folder)
+    lora, labelled = jax.tree.map(jnp.copy, sft_lora), jax.device_put(fused.no_labels(spec), layout.replicated(mesh))
+    store = checkpoints.Checkpoints(folder)
     done = store.latest
     if done is not None:
         lora, labelled = store.restore(done, (lora, labelled))
     summary = resumed_summary(folder, strategy, seed, done)
 
-    pool = on_device(spec, task, preferences) if fused else None
+    pool = on_device(spec, task, preferences) if one_program else None
 
     with metrics.MetricsWriter(folder, 0 if done is None else done + 1) as writer:
         if done is None:
             summary["rounds"] = [round_zero(judge.untrained())]
             writer.write(0, 0, scalars(summary["rounds"][0]))
-            workdirs.write_json(folder / "summary.json", summary)
+            folders.write_json(folder / "summary.json", summary)
             store.save(0, (lora, labelled))  # last: whatever is in a checkpoint is on record
         for number in range((done or 0) + 1, config.rounds + 1):
-            start = time.perf_counter()
+            clock = time.perf_counter()
             labels = number * config.labels_per_round
             schedule = spec.schedule(labels, seed * 1_000_003 + number)
             round_key = jax.random.fold_in(key, number)
@@ -134,16 +133,16 @@ def run(
 
             def record(picks: Any, answered: np.ndarray, number: int = number) -> None:
                 rows = selected(spec, task.pool, picks, answered, f"dataset ({oracle.noise} noise)", number)
-                workdirs.write_selected(folder, number, rows)
+                folders.write_selected(folder, number, rows)
 
             if pool is not None:
                 lora, labelled, result = jax.block_until_ready(
-                    rounds.compiled_round(spec, params, lora, labelled, sft_lora, pool, *inputs)
+                    fused.compiled_round(spec, params, lora, labelled, sft_lora, pool, *inputs)
                 )
                 record(result.picks, np.asarray(result.preferences))
-                seconds = {"round": time.perf_counter() - start}
+                seconds = {"round": time.perf_counter() - clock}
             else:
-                lora, labelled, result, seconds = stages.staged_round(
+                lora, labelled, result, seconds = staged.staged_round(
                     spec,
                     params,
                     lora,
@@ -163,41 +162,41 @@ def run(
             entry = round_summary(spec, number, labels, result, scores, seconds)
             summary["rounds"].append(entry)
             writer.write(number, labels, scalars(entry))
-            workdirs.write_json(folder / "summary.json", summary)
+            folders.write_json(folder / "summary.json", summary)
             store.save(number, (lora, labelled))
             print(report.round_line(strategy, seed, config.rounds, entry), flush=True)
     store.close()
-    peft.save_adapter(lora, task.decoder.lora, task.base_model, folder / "adapter")
+    adapters.save_adapter(lora, task.decoder.lora, task.base_model, folder / "adapter")
     if config.export.merged and not (folder / "merged").exists():
         decoder, model = task.decoder, task.base_model
         revision = config.model.revision if model == config.model.path else ""
-        export.save_merged(params, lora, decoder.lora, model, revision, folder / "merged", decoder.dtype)
+        merged.save_merged(params, lora, decoder.lora, model, revision, folder / "merged", decoder.dtype)
     return summary
 
 
 def evaluator(
     config: ml_collections.ConfigDict, task: tasks.Task, params: Any, sft_lora: Lora, mesh: Mesh, seed: int
-) -> evaluate.Evaluator:
+) -> heldout.Evaluator:
     """The judge of a seed's runs: the held-out pairs, with the labels that the data has, without noise."""
     with flags.clean_errors():
         truth = answers(task.heldout, "none", 0.0, 1.0, seed)
     every = np.arange(task.heldout.num_pairs)
-    batches = evaluate.Batches(task.heldout, every, task.buckets, config.evaluation.pairs_per_chunk, mesh)
+    batches = heldout.Batches(task.heldout, every, task.buckets, config.evaluation.pairs_per_chunk, mesh)
     dpo = config.dpo
-    return evaluate.Evaluator(
+    return heldout.Evaluator(
         task.decoder, params, sft_lora, task.heldout, truth, batches, dpo.beta, dpo.label_smoothing
     )
 
 
-def finish(folder: pathlib.Path, summaries: Sequence[workdirs.RunSummary]) -> None:
+def finish(folder: pathlib.Path, summaries: Sequence[folders.RunSummary]) -> None:
     """The table and the picture of all runs; of several runs their comparison in `summary.json`, too."""
     if len(summaries) > 1:
-        workdirs.write_json(folder / "summary.json", {**compare.compare(summaries), "runs": list(summaries)})
+        folders.write_json(folder / "summary.json", {**comparison.compare(summaries), "runs": list(summaries)})
     report.plot_curves(summaries, folder / "curves.png", folder.resolve().name)
     print(f"\n{report.final_table(summaries)}\n\n{folder / 'curves.png'}")
 
 
-def round_spec(config: ml_collections.ConfigDict, strategy: str, task: tasks.Task, mesh: Mesh) -> rounds.RoundSpec:
+def round_spec(config: ml_collections.ConfigDict, strategy: str, task: tasks.Task, mesh: Mesh) -> fused.RoundSpec:
     """The options of a round, as its programs take them.
 
     Raises:
@@ -211,7 +210,7 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: tasks.Tas
         )
     dpo = config.dpo
     optimiser = OptimiserSpec(dpo.learning_rate, dpo.schedule, dpo.warmup_fraction, dpo.weight_decay, dpo.max_grad_norm)
-    return rounds.RoundSpec(
+    return fused.RoundSpec(
         decoder=task.decoder,
         mesh=mesh,
         features=FeatureSpec(config.features.dim, config.features.normalisation),
@@ -221,16 +220,16 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: tasks.Tas
         labels_per_round=config.labels_per_round,
         capacity=capacity,
         block=config.selection.block,
-        chunk=meshes.round_up(config.features.groups_per_chunk, mesh),
+        chunk=layout.round_up(config.features.groups_per_chunk, mesh),
         epochs=dpo.epochs,
         batch_size=dpo.batch_size,
-        microbatch=meshes.round_up(min(dpo.pairs_per_chunk, dpo.batch_size), mesh),
+        microbatch=layout.round_up(min(dpo.pairs_per_chunk, dpo.batch_size), mesh),
         train_on_newest=dpo.train_on == "newest",
         start_from_sft=dpo.start_from == "sft",
     )
 
 
-def is_fused(config: ml_collections.ConfigDict, task: tasks.Task, spec: rounds.RoundSpec) -> bool:
+def is_fused(config: ml_collections.ConfigDict, task: tasks.Task, spec: fused.RoundSpec) -> bool:
     """Whether rounds run as one program.
 
     Raises:
@@ -253,23 +252,23 @@ def is_fused(config: ml_collections.ConfigDict, task: tasks.Task, spec: rounds.R
     return one_shape and tokens * parameters < _SHORT_ROUND
 
 
-def on_device(spec: rounds.RoundSpec, task: tasks.Task, preferences: np.ndarray) -> rounds.DevicePool:
+def on_device(spec: fused.RoundSpec, task: tasks.Task, preferences: np.ndarray) -> fused.DevicePool:
     """The pool of a fused round, padded to whole chunks."""
     bucket = task.buckets[int(assign_buckets(task.pool, task.buckets)[0])]
     count = task.pool.num_groups
     groups = pad_groups(task.pool, np.arange(count), bucket, -(-count // spec.chunk) * spec.chunk)
-    return rounds.device_pool(spec, groups, task.pool.pairs, preferences)
+    return fused.device_pool(spec, groups, task.pool.pairs, preferences)
 
 
 def selected(
-    spec: rounds.RoundSpec, pool: PairPool, picks: Any, preferences: np.ndarray, source: str, number: int
-) -> list[workdirs.Selected]:
+    spec: fused.RoundSpec, pool: PairPool, picks: Any, preferences: np.ndarray, source: str, number: int
+) -> list[folders.Selected]:
     """The picks of a round as a person reads them."""
     out = []
     for row, score, preference in zip(np.asarray(picks.rows), np.asarray(picks.scores), preferences, strict=True):
         group, first, second = pool.pairs[row]
         out.append(
-            workdirs.Selected(
+            folders.Selected(
                 pair_id=pool.pair_ids[row],
                 prompt=pool.prompt_texts[group],
                 first=pool.response_texts[group][first],
@@ -283,7 +282,7 @@ def selected(
     return out
 
 
-def check_finite(result: rounds.RoundResult, number: int) -> None:
+def check_finite(result: fused.RoundResult, number: int) -> None:
     """Stops a run that has diverged, before its state is saved.
 
     Raises:
@@ -302,14 +301,14 @@ def check_finite(result: rounds.RoundResult, number: int) -> None:
 
 def on_record(pool: PairPool, folder: pathlib.Path, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Rows, scores and preferences of a round whose labels came in before the process was killed."""
-    if not workdirs.selected_path(folder, number).exists():
+    if not folders.selected_path(folder, number).exists():
         return None
-    lines = workdirs.read_selected(folder, number)
+    lines = folders.read_selected(folder, number)
     row_of = {name: row for row, name in enumerate(pool.pair_ids)}
     unknown = [line.pair_id for line in lines if line.pair_id not in row_of]
     if unknown:
         raise ValueError(
-            f"{workdirs.selected_path(folder, number)}: pair {unknown[0]!r} is not in the pool; "
+            f"{folders.selected_path(folder, number)}: pair {unknown[0]!r} is not in the pool; "
             "the data has changed since: restore it, or start with another --workdir"
         )
     rows = np.array([row_of[line.pair_id] for line in lines], np.int32)
@@ -317,21 +316,21 @@ def on_record(pool: PairPool, folder: pathlib.Path, number: int) -> tuple[np.nda
     return rows, scores, np.array([line.preference == "second" for line in lines], np.int32)
 
 
-def resumed_summary(folder: pathlib.Path, strategy: str, seed: int, done: int | None) -> workdirs.RunSummary:
+def resumed_summary(folder: pathlib.Path, strategy: str, seed: int, done: int | None) -> folders.RunSummary:
     """The summary up to the last round that was saved."""
     if done is None:
         return {"strategy": strategy, "seed": seed, "rounds": []}
-    summary = workdirs.read_json(folder / "summary.json")
+    summary = folders.read_json(folder / "summary.json")
     summary["rounds"] = summary["rounds"][: done + 1]
     return summary
 
 
-def scalars(entry: workdirs.RoundSummary) -> dict[str, float]:
+def scalars(entry: folders.RoundSummary) -> dict[str, float]:
     """A round's figures under TensorBoard's names, `seconds/features` say."""
-    return {name.replace(".", "/"): value for name, value in workdirs.flatten(entry).items() if name != "round"}
+    return {name.replace(".", "/"): value for name, value in folders.flatten(entry).items() if name != "round"}
 
 
-def round_zero(scores: dict[str, float]) -> workdirs.RoundSummary:
+def round_zero(scores: dict[str, float]) -> folders.RoundSummary:
     return {
         "round": 0,
         "labels": 0,
@@ -343,15 +342,15 @@ def round_zero(scores: dict[str, float]) -> workdirs.RoundSummary:
 
 
 def round_summary(
-    spec: rounds.RoundSpec,
+    spec: fused.RoundSpec,
     number: int,
     labels: int,
-    result: rounds.RoundResult,
+    result: fused.RoundResult,
     scores: dict[str, float],
     seconds: dict[str, float],
-) -> workdirs.RoundSummary:
+) -> folders.RoundSummary:
     """What `summary.json` and `metrics.jsonl` say of one round."""
-    entry: workdirs.RoundSummary = {
+    entry: folders.RoundSummary = {
         "round": number,
         "labels": labels,
         "accuracy": scores["accuracy"],

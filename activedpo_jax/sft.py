@@ -19,18 +19,18 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from activedpo_jax import base, flags, metrics, train
-from activedpo_jax import mesh as meshes
-from activedpo_jax import workdir as workdirs
+from activedpo_jax import flags, layout, start
 from activedpo_jax.data.completions import Completion, limit, read_completions
 from activedpo_jax.data.groups import Bucket, assign_buckets
 from activedpo_jax.data.preferences import split_by_prompt
 from activedpo_jax.data.tokenize import tokenize_texts
-from activedpo_jax.finetune import Examples, Recipe, fit
-from activedpo_jax.models import export, hf, peft
+from activedpo_jax.huggingface import adapters, loading, merged
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
+from activedpo_jax.record import folders, metrics
 from activedpo_jax.selection.strategies import STRATEGIES
+from activedpo_jax.training import optimiser
+from activedpo_jax.training.finetune import Examples, Recipe, fit
 
 
 def load(config: ml_collections.ConfigDict, seed: int) -> Examples:
@@ -48,7 +48,7 @@ def load(config: ml_collections.ConfigDict, seed: int) -> Examples:
         completions, held_out = split_by_prompt(completions, sft.heldout_fraction, seed)
     buckets = tuple(sorted(Bucket(*b) for b in data.buckets))
     longest = max(b.prompt for b in buckets), max(b.response for b in buckets)
-    tokenizer = hf.load_tokenizer(config.model.path, config.model.revision)
+    tokenizer = loading.load_tokenizer(config.model.path, config.model.revision)
     texts = [tokenize_texts(part, tokenizer, data.template, *longest) for part in (completions, held_out) if part]
     for part in texts:
         assign_buckets(part, buckets)  # complains of buckets that are no ladder, before a model is loaded
@@ -58,10 +58,12 @@ def load(config: ml_collections.ConfigDict, seed: int) -> Examples:
 def recipe(config: ml_collections.ConfigDict, mesh: Mesh) -> Recipe:
     sft = config.sft
     return Recipe(
-        train.OptimiserSpec(sft.learning_rate, sft.schedule, sft.warmup_fraction, sft.weight_decay, sft.max_grad_norm),
+        optimiser.OptimiserSpec(
+            sft.learning_rate, sft.schedule, sft.warmup_fraction, sft.weight_decay, sft.max_grad_norm
+        ),
         sft.epochs,
         sft.batch_size,
-        meshes.round_up(min(sft.examples_per_chunk, sft.batch_size), mesh),
+        layout.round_up(min(sft.examples_per_chunk, sft.batch_size), mesh),
         sft.checkpoint_every,
     )
 
@@ -92,24 +94,24 @@ def run(
     full = config.sft.weights == "full"
     result = result_folder(config, folder)
     base_model, revision = config.model.path, config.model.revision
-    shardings = functools.partial(meshes.weight_shardings, mesh)
+    shardings = functools.partial(layout.weight_shardings, mesh)
     for name, texts in (("SFT data", examples.train), ("held-out SFT data", examples.heldout)):
         for note in texts.notes if texts is not None else ():
             print(f"{name}: {note}")
     if is_done(config, folder):
         if full:
-            params = hf.load_model(str(result), "", decoder.dtype, shardings)[1]
+            params = loading.load_model(str(result), "", decoder.dtype, shardings)[1]
         else:
-            lora = peft.load_adapter(str(result), "", decoder.config, decoder.lora, shardings)
+            lora = adapters.load_adapter(str(result), "", decoder.config, decoder.lora, shardings)
     elif full:
         weights = jax.tree.map(lambda x: x.astype(jnp.float32), params)
         weights = fit(recipe(config, mesh), decoder, None, weights, examples, mesh, seed, folder)
         params = jax.tree.map(lambda x: x.astype(decoder.dtype), weights)
-        export.save_merged(params, None, decoder.lora, base_model, revision, result, decoder.dtype)
+        merged.save_merged(params, None, decoder.lora, base_model, revision, result, decoder.dtype)
     else:
         weights = jax.tree.map(jnp.copy, lora)
         lora = fit(recipe(config, mesh), decoder, params, weights, examples, mesh, seed, folder)
-        peft.save_adapter(lora, decoder.lora, base_model, result)
+        adapters.save_adapter(lora, decoder.lora, base_model, result)
     # The result is whole; what it took to get there is several times as large.
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     print(f"SFT, seed {seed}: {_in_words(metrics.read_metrics(folder / 'metrics.jsonl'))}")
@@ -147,18 +149,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     with flags.clean_errors():
         if not config.sft.data:
             raise ValueError("config.sft.data is empty; expected a file or a `datasets` name to learn from: set it")
-        workdirs.open_workdir(folder, config, "sft")
-        mesh = meshes.make_mesh(config.mesh)
+        folders.open_workdir(folder, config, "sft")
+        mesh = layout.make_mesh(config.mesh)
     for seed in config.seeds:
         place = folder if len(config.seeds) == 1 else folder / f"seed{seed}"
         result = result_folder(config, place)
         if not is_done(config, place):
             with flags.clean_errors():
                 examples = load(config, seed)
-                decoder = base.load_decoder(config, mesh)
+                decoder = start.load_decoder(config, mesh)
                 stored = jnp.float32 if config.sft.weights == "full" else decoder.dtype
-                params = base.load_params(config, mesh, stored)
-                lora = base.initial_lora(config, decoder, mesh, seed)
+                params = start.load_params(config, mesh, stored)
+                lora = start.initial_lora(config, decoder, mesh, seed)
             run(config, seed, examples, decoder, params, lora, mesh, place)
         print(f"{result}: go on from it with --config.{_OPTION[config.sft.weights]}={result}")
 

@@ -31,9 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activedpo_jax import dpo
 from activedpo_jax.data.groups import Groups
-from activedpo_jax.features import (
+from activedpo_jax.evidence.gradients import (
     FeatureSpec,
     normalise,
     pair_features,
@@ -44,6 +43,7 @@ from activedpo_jax.features import (
 from activedpo_jax.models.config import LoraConfig, ModelConfig, Rope
 from activedpo_jax.models.decoder import Decoder, init_params
 from activedpo_jax.models.lora import init_lora
+from activedpo_jax.training import losses
 
 SMOLLM2_135M = ModelConfig(
     vocab_size=49152,
@@ -94,7 +94,7 @@ def jax_contenders(args: argparse.Namespace, groups: Groups) -> dict[str, Callab
     signs = jnp.array([1.0, -1.0])
 
     def summed(params: Any, lora: Any, groups: Groups) -> Any:
-        return jax.grad(lambda w: jnp.sum(dpo.response_logps(decoder, params, w, groups) * signs))(lora)
+        return jax.grad(lambda w: jnp.sum(losses.response_logps(decoder, params, w, groups) * signs))(lora)
 
     def features(normalisation: str) -> Callable[..., Any]:
         spec = FeatureSpec(args.dim, normalisation)

@@ -27,12 +27,12 @@ import numpy as np
 import torch
 import transformers
 
-from activedpo_jax import mesh as meshes
-from activedpo_jax.decoding import DecodingSpec, Requests, respond
-from activedpo_jax.models import hf
+from activedpo_jax import layout
+from activedpo_jax.generation.decoding import DecodingSpec, Requests, respond
+from activedpo_jax.generation.sampling import Sampling
+from activedpo_jax.huggingface import loading
 from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.models.decoder import Decoder, unstack
-from activedpo_jax.sampling import Sampling
 from benchmarks.features import transformers_config
 
 
@@ -45,8 +45,8 @@ def random_model(folder: str) -> str:
 
 def ours(path: str, prompts: np.ndarray, new_tokens: int) -> tuple[Callable[[], np.ndarray], float]:
     """What generates [batch, new tokens], and the seconds that it took to compile."""
-    mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
-    config, params = hf.load_model(path)
+    mesh = layout.make_mesh(ml_collections.ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
+    config, params = loading.load_model(path)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     params = jax.jit(unstack, static_argnums=1)(params, on_cpu)
     batch, width = prompts.shape
@@ -88,7 +88,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = random_model(folder) if args.random else args.model
-        vocabulary = hf.load_config(path).vocab_size
+        vocabulary = loading.load_config(path).vocab_size
         prompts = np.random.default_rng(0).integers(0, vocabulary, (args.batch, args.prompt)).astype(np.int32)
         run, compile_seconds = ours(path, prompts, args.new_tokens)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

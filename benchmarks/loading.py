@@ -3,8 +3,8 @@
     python -m benchmarks.loading --dtype bfloat16 --shard 500MB
 
 A checkpoint of Llama 3.2 1B's shape (1.24 billion parameters, bfloat16) is made of random numbers in a temporary
-directory, and a fresh process loads it with `hf.load_model`.  Printed are the bytes that the device holds at the end,
-and the peak of the process's resident memory beside them and beside what it had after its imports, as a share of the
+directory, and a fresh process loads it with `loading.load_model`.  Printed are the bytes that the device holds at the
+end, and the peak of the process's resident memory beside them and beside what it had after its imports, as a share of the
 largest file.  (On CPU, what the device holds is resident memory too.)
 """
 
@@ -22,7 +22,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from activedpo_jax.models import hf
+from activedpo_jax.huggingface import loading
 
 BOUND = 1.2
 CONFIG = {
@@ -106,7 +106,7 @@ def load(folder: pathlib.Path, dtype: str) -> dict[str, float]:
     jax.devices()
     before = resident("VmRSS")
     start = time.perf_counter()
-    _, params = hf.load_model(str(folder), dtype=np.dtype(dtype))
+    _, params = loading.load_model(str(folder), dtype=np.dtype(dtype))
     seconds = time.perf_counter() - start
     largest = max(file.stat().st_size for file in folder.glob("*.safetensors"))
     held = sum(x.nbytes for x in jax.tree.leaves(params))

@@ -28,19 +28,19 @@ import ml_collections
 import numpy as np
 import scipy.stats
 
-from activedpo_jax import dpo
-from activedpo_jax import mesh as meshes
+from activedpo_jax import layout
 from activedpo_jax.compile_only import tpu_devices
 from activedpo_jax.data.groups import Bucket, Groups, pad_groups
 from activedpo_jax.data.preferences import limit, read_records
 from activedpo_jax.data.tokenize import tokenize
-from activedpo_jax.features import FeatureSpec, pair_features
-from activedpo_jax.models import hf
+from activedpo_jax.evidence.gradients import FeatureSpec, pair_features
+from activedpo_jax.huggingface import loading
 from activedpo_jax.models.config import LoraConfig, ModelConfig
 from activedpo_jax.models.decoder import Decoder, init_params
 from activedpo_jax.models.lora import init_lora
 from activedpo_jax.models.quantise import FORMATS, quantise_params
 from activedpo_jax.selection.greedy import greedy
+from activedpo_jax.training import losses
 
 LLAMA_2_7B = ModelConfig(
     vocab_size=32000,
@@ -71,18 +71,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The three formats side by side."""
     bucket = Bucket(args.prompt, args.response)
     records = limit(read_records(str(args.pairs)), args.pool, 0)
-    pool = tokenize(records, hf.load_tokenizer(args.model), "auto", *bucket, 0)
+    pool = tokenize(records, loading.load_tokenizer(args.model), "auto", *bucket, 0)
     count = pool.num_groups // args.groups * args.groups
     chunks = [
         jax.device_put(pad_groups(pool, np.arange(i, i + args.groups), bucket)) for i in range(0, count, args.groups)
     ]
-    config, lora_config, seed = hf.load_config(args.model), LoraConfig(args.rank, 2.0 * args.rank), jnp.uint32(0)
+    config, lora_config, seed = loading.load_config(args.model), LoraConfig(args.rank, 2.0 * args.rank), jnp.uint32(0)
     decoder = Decoder(config, lora_config, jnp.dtype(args.dtype), args.remat)
     lora, spec = init_lora(config, lora_config, jax.random.key(0)), FeatureSpec(args.dim)
     features_of = jax.jit(lambda params, groups: pair_features(decoder, params, lora, groups, spec, seed))
-    log_probs_of = jax.jit(lambda params, groups: dpo.response_logps(decoder, params, None, groups))
+    log_probs_of = jax.jit(lambda params, groups: losses.response_logps(decoder, params, None, groups))
 
-    loaded = {f: hf.load_model(args.model, dtype=jnp.dtype(args.dtype), quantisation=f)[1] for f in FORMATS}
+    loaded = {f: loading.load_model(args.model, dtype=jnp.dtype(args.dtype), quantisation=f)[1] for f in FORMATS}
     programs: dict[str, Callable[[Groups], Any]] = {}
     for name, params in loaded.items():
         programs[name] = functools.partial(features_of, params)
@@ -102,7 +102,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         print(f"chunk {i + 1} of {len(chunks)}", flush=True)
 
     tokens = np.concatenate([np.asarray(c.response_len) for c in chunks]).ravel()
-    mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
+    mesh = layout.make_mesh(ml_collections.ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
     results: dict[str, Any] = {}
     reference: dict[str, Any] = {}
     for name in FORMATS:
@@ -150,7 +150,7 @@ def compile_only(args: argparse.Namespace) -> dict[str, Any]:
     devices = tpu_devices(args.compile_only)
     devices = devices[: args.devices or len(devices)]
     axes = ml_collections.ConfigDict({"data": -1, "fsdp": args.fsdp, "tensor": 1})
-    mesh = meshes.make_mesh(axes, devices)
+    mesh = layout.make_mesh(axes, devices)
     decoder = Decoder(LLAMA_2_7B, LoraConfig(128, 512.0), jnp.bfloat16, args.remat)
 
     def initial(quantisation: str) -> Any:
@@ -159,14 +159,14 @@ def compile_only(args: argparse.Namespace) -> dict[str, Any]:
 
     def abstract(function: Callable[[], Any]) -> Any:
         shapes = jax.eval_shape(function)
-        shardings = meshes.weight_shardings(mesh, shapes)
+        shardings = layout.weight_shardings(mesh, shapes)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
     def integers(*dimensions: int) -> Any:
-        return jax.ShapeDtypeStruct(dimensions, jnp.int32, sharding=meshes.batch(mesh))
+        return jax.ShapeDtypeStruct(dimensions, jnp.int32, sharding=layout.batch(mesh))
 
     lora = abstract(lambda: init_lora(LLAMA_2_7B, decoder.lora, jax.random.key(0)))
-    count = meshes.round_up(args.groups, mesh)
+    count = layout.round_up(args.groups, mesh)
     groups = Groups(
         integers(count, args.prompt), integers(count), integers(count, 2, args.response), integers(count, 2)
     )

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import strategies as st
 from scipy import stats
 
-from activedpo_jax import compare
-from activedpo_jax.workdir import RoundSummary, RunSummary
+from activedpo_jax.record import comparison
+from activedpo_jax.record.folders import RoundSummary, RunSummary
 
 LABELS = (0, 10, 20, 40)
 
@@ -40,23 +40,23 @@ def noisy_runs(gain: float, seeds: int = 5) -> list[RunSummary]:
 def test_intervals_and_p_values_are_scipys(values: list[float]) -> None:
     array = np.array(values)
     hypothesis.assume(array.std() > 1e-3)
-    found = compare.mean_interval(array)
+    found = comparison.mean_interval(array)
     truth = stats.ttest_1samp(array, 0)
     low, high = truth.confidence_interval(0.95)
     np.testing.assert_allclose([found.mean, found.low, found.high], [array.mean(), low, high], rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(compare.p_value(array), truth.pvalue, rtol=1e-9)
+    np.testing.assert_allclose(comparison.p_value(array), truth.pvalue, rtol=1e-9)
 
 
 def test_differences_that_do_not_vary() -> None:
-    assert compare.p_value(np.zeros(4)) == 1
-    assert compare.p_value(np.full(4, 0.25)) == 0
-    assert math.isnan(compare.p_value(np.array([0.3])))
+    assert comparison.p_value(np.zeros(4)) == 1
+    assert comparison.p_value(np.full(4, 0.25)) == 0
+    assert math.isnan(comparison.p_value(np.array([0.3])))
 
 
 def test_area_of_hand_made_curves() -> None:
     labels = np.array([0.0, 10, 30])
     # (0.5 + 0.7)/2 over 10 labels, then (0.7 + 0.9)/2 over 20: (6 + 16)/30.
-    np.testing.assert_allclose(compare.area(labels, np.array([[0.5, 0.7, 0.9], [0.6, 0.6, 0.6]])), [22 / 30, 0.6])
+    np.testing.assert_allclose(comparison.area(labels, np.array([[0.5, 0.7, 0.9], [0.6, 0.6, 0.6]])), [22 / 30, 0.6])
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,12 @@ def test_area_of_hand_made_curves() -> None:
     ],
 )
 def test_labels_to_reach(accuracy: list[float], target: float, expected: float | None) -> None:
-    found = compare.labels_to_reach(np.array(LABELS, float), np.array(accuracy), target)
+    found = comparison.labels_to_reach(np.array(LABELS, float), np.array(accuracy), target)
     assert found == (None if expected is None else pytest.approx(expected))
 
 
 def test_labels_needed_of_means_and_of_seeds() -> None:
-    found = compare.compare(
+    found = comparison.compare(
         [
             run("activedpo", 0, [0.5, 0.7, 0.7, 0.9]),
             run("activedpo", 1, [0.5, 0.5, 0.5, 0.5]),
@@ -92,18 +92,18 @@ def test_labels_needed_of_means_and_of_seeds() -> None:
 
 def test_random_that_passes_its_own_end_early_is_told() -> None:
     summaries = [run("activedpo", 0, [0.5, 0.6, 0.7, 0.8]), run("random", 0, [0.5, 0.8, 0.7, 0.65])]
-    found = compare.compare(summaries)
+    found = comparison.compare(summaries)
     assert found["labels_needed"]["random"]["labels"] == pytest.approx(5)
-    assert "random: reaches random's final accuracy of 0.650 (after 40 labels) with 5 labels, 12%" in compare.table(
+    assert "random: reaches random's final accuracy of 0.650 (after 40 labels) with 5 labels, 12%" in comparison.table(
         found
     )
 
 
 def test_random_that_learns_nothing_is_no_target() -> None:
-    found = compare.compare([run("activedpo", 0, [0.5, 0.6, 0.7, 0.8]), run("random", 0, [0.5, 0.6, 0.6, 0.5])])
+    found = comparison.compare([run("activedpo", 0, [0.5, 0.6, 0.7, 0.8]), run("random", 0, [0.5, 0.6, 0.6, 0.5])])
     assert found["labels_needed"]["activedpo"]["status"] == "no gain"
     assert found["labels_needed"]["activedpo"]["share"] is None
-    assert "is no better than without labels" in compare.table(found)
+    assert "is no better than without labels" in comparison.table(found)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_random_that_learns_nothing_is_no_target() -> None:
 )
 def test_verdict_comes_from_paired_seeds(gain: float, verdict: str) -> None:
     runs = noisy_runs(gain)
-    found = compare.compare(runs)["differences"]["activedpo"]
+    found = comparison.compare(runs)["differences"]["activedpo"]
     widths = np.array([10, 10, 20]) / 40
     areas = {"random": [], "activedpo": []}  # type: dict[str, list[float]]
     for summary in runs:
@@ -125,48 +125,48 @@ def test_verdict_comes_from_paired_seeds(gain: float, verdict: str) -> None:
     truth = stats.ttest_rel(areas["activedpo"], areas["random"])
     low, high = truth.confidence_interval(0.95)
     assert (found["low"], found["high"], found["p_value"]) == pytest.approx((low, high, truth.pvalue))
-    assert found["verdict"] == verdict and verdict in compare.table(compare.compare(runs))
+    assert found["verdict"] == verdict and verdict in comparison.table(comparison.compare(runs))
     if gain:  # what the pairing is for: the seeds' own spread hides the gain
         assert stats.ttest_ind(areas["activedpo"], areas["random"]).pvalue > 0.05
 
 
 def test_only_shared_seeds_are_paired() -> None:
     alone = run("activedpo", 9, [0.9, 0.9, 0.9, 0.9])
-    found, without = compare.compare([*noisy_runs(0.02), alone]), compare.compare(noisy_runs(0.02))
+    found, without = comparison.compare([*noisy_runs(0.02), alone]), comparison.compare(noisy_runs(0.02))
     assert found["differences"] == without["differences"] and found["labels_needed"] == without["labels_needed"]
     assert found["strategies"]["activedpo"]["seeds"] == [0, 1, 2, 3, 4, 9]
-    assert "mean of 5 or 6 seeds" in compare.table(found)
+    assert "mean of 5 or 6 seeds" in comparison.table(found)
 
 
 def test_single_seed_makes_no_claim() -> None:
-    found = compare.compare(noisy_runs(0.05, seeds=1))
+    found = comparison.compare(noisy_runs(0.05, seeds=1))
     assert found["differences"]["activedpo"]["low"] is None and found["differences"]["activedpo"]["p_value"] is None
-    text = compare.table(found)
+    text = comparison.table(found)
     assert "no conclusion" in text and "±" not in text and "better" not in text
 
 
 def test_without_random_there_is_a_table_and_no_difference() -> None:
-    found = compare.compare([run("activedpo", 0, [0.5, 0.6, 0.7, 0.8]), run("margin", 0, [0.5, 0.5, 0.5, 0.5])])
+    found = comparison.compare([run("activedpo", 0, [0.5, 0.6, 0.7, 0.8]), run("margin", 0, [0.5, 0.5, 0.5, 0.5])])
     assert found["baseline"] is None and found["differences"] == {} and found["labels_needed"] == {}
-    assert "activedpo" in compare.table(found) and "less" not in compare.table(found)
+    assert "activedpo" in comparison.table(found) and "less" not in comparison.table(found)
 
 
 def test_result_is_json() -> None:
     for runs in (noisy_runs(0.05), noisy_runs(0.05, seeds=1)):
-        found = compare.compare(runs)
+        found = comparison.compare(runs)
         assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
 def test_table_shows_means_and_half_widths() -> None:
     runs = [run("activedpo", seed, [0.5, 0.6, 0.7, 0.8 + seed / 10]) for seed in (0, 1)]
     half_width = stats.t.ppf(0.975, 1) * stats.sem([0.8, 0.9])
-    last = compare.table(compare.compare(runs)).splitlines()[6]
+    last = comparison.table(comparison.compare(runs)).splitlines()[6]
     assert last.split() == ["40", "0.850", "±", f"{half_width:.3f}"]
 
 
 def test_runs_that_cannot_be_compared_are_refused() -> None:
     good = run("activedpo", 0, [0.5, 0.6, 0.7, 0.8])
     with pytest.raises(ValueError, match="two runs of activedpo, seed 0"):
-        compare.compare([good, good])
+        comparison.compare([good, good])
     with pytest.raises(ValueError, match=r"random, seed 3, evaluated after \[0, 10\] labels, activedpo, seed 0"):
-        compare.compare([good, run("random", 3, [0.5, 0.6], labels=(0, 10))])
+        comparison.compare([good, run("random", 3, [0.5, 0.6], labels=(0, 10))])

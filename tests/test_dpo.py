@@ -15,10 +15,10 @@ import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from activedpo_jax import dpo
 from activedpo_jax.data.groups import Groups
 from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.models.lora import Lora
+from activedpo_jax.training import losses
 from tests import tiny
 from tests.tiny_hf import load_decoder, tiny_llama
 from tests.tiny_tokenizer import CHATML, make_tokenizer
@@ -123,12 +123,12 @@ def test_loss_and_gradient_are_those_of_trl(theirs: tuple[float, Trl], preferenc
     decoder = decoder.clone(lora=LoraConfig(RANK, ALPHA))
     groups = swap(trl_.groups) if preference else trl_.groups
     n = len(RECORDS)
-    pairs = dpo.Preferences(
-        jnp.full(n, preference), dpo.response_logps(decoder, params, None, groups), jnp.full(n, 1 / n)
+    pairs = losses.Preferences(
+        jnp.full(n, preference), losses.response_logps(decoder, params, None, groups), jnp.full(n, 1 / n)
     )
 
-    def loss(lora: Lora) -> tuple[jax.Array, dpo.DpoMetrics]:
-        return dpo.loss(decoder, params, lora, groups, pairs, beta, 0.0)
+    def loss(lora: Lora) -> tuple[jax.Array, losses.DpoMetrics]:
+        return losses.loss(decoder, params, lora, groups, pairs, beta, 0.0)
 
     (ours, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(trl_.lora)
     assert abs(trl_.loss - np.log(2)) > 0.01  # or nothing would be compared
@@ -147,21 +147,21 @@ FLOATS = st.floats(-50, 50, width=32)
 
 
 @st.composite
-def batches(draw: Any) -> tuple[np.ndarray, dpo.Preferences]:
+def batches(draw: Any) -> tuple[np.ndarray, losses.Preferences]:
     """Log-probs of 1 to 5 pairs, their reference's, preferences, and equal shares."""
     n = draw(st.integers(1, 5))
     logps, ref = (np.array(draw(st.lists(FLOATS, min_size=2 * n, max_size=2 * n)), np.float32) for _ in range(2))
     preference = np.array(draw(st.lists(st.integers(0, 1), min_size=n, max_size=n)))
-    return logps.reshape(n, 2), dpo.Preferences(preference, ref.reshape(n, 2), np.full(n, 1 / n, np.float32))
+    return logps.reshape(n, 2), losses.Preferences(preference, ref.reshape(n, 2), np.full(n, 1 / n, np.float32))
 
 
-def values(logps: Any, pairs: dpo.Preferences, beta: float = 0.1, smoothing: float = 0.0) -> np.ndarray:
-    return np.array(dpo.metrics(jnp.asarray(logps), jax.tree.map(jnp.asarray, pairs), beta, smoothing))
+def values(logps: Any, pairs: losses.Preferences, beta: float = 0.1, smoothing: float = 0.0) -> np.ndarray:
+    return np.array(losses.metrics(jnp.asarray(logps), jax.tree.map(jnp.asarray, pairs), beta, smoothing))
 
 
 @settings(deadline=None, max_examples=30)
 @given(batches(), st.floats(0.01, 2), st.floats(0, 0.4))
-def test_loss_is_the_papers(batch: tuple[np.ndarray, dpo.Preferences], beta: float, smoothing: float) -> None:
+def test_loss_is_the_papers(batch: tuple[np.ndarray, losses.Preferences], beta: float, smoothing: float) -> None:
     logps, pairs = batch
     n, wide = np.arange(len(logps)), lambda x: np.asarray(x, np.float64)
     rewards = beta * (wide(logps) - wide(pairs.ref_logps))
@@ -175,7 +175,7 @@ def test_loss_is_the_papers(batch: tuple[np.ndarray, dpo.Preferences], beta: flo
 
 @settings(deadline=None, max_examples=30)
 @given(batches())
-def test_the_side_does_not_matter(batch: tuple[np.ndarray, dpo.Preferences]) -> None:
+def test_the_side_does_not_matter(batch: tuple[np.ndarray, losses.Preferences]) -> None:
     logps, pairs = batch
     other = pairs._replace(preference=1 - pairs.preference, ref_logps=pairs.ref_logps[:, ::-1])
     np.testing.assert_allclose(values(logps[:, ::-1], other), values(logps, pairs), atol=1e-5)
@@ -183,28 +183,28 @@ def test_the_side_does_not_matter(batch: tuple[np.ndarray, dpo.Preferences]) -> 
 
 @settings(deadline=None, max_examples=30)
 @given(batches(), st.data())
-def test_parts_add_up_and_padding_is_nothing(batch: tuple[np.ndarray, dpo.Preferences], data: Any) -> None:
+def test_parts_add_up_and_padding_is_nothing(batch: tuple[np.ndarray, losses.Preferences], data: Any) -> None:
     logps, pairs = batch
     cut = data.draw(st.integers(0, len(logps)))
-    parts = [(logps[s], dpo.Preferences(*(x[s] for x in pairs))) for s in (slice(0, cut), slice(cut, None))]
+    parts = [(logps[s], losses.Preferences(*(x[s] for x in pairs))) for s in (slice(0, cut), slice(cut, None))]
     together = sum(values(*part) for part in parts if len(part[0]))
     np.testing.assert_allclose(together, values(logps, pairs), rtol=1e-5, atol=1e-5)
 
     pad = lambda x, value: np.concatenate([x, np.full((2, *x.shape[1:]), value, x.dtype)])  # noqa: E731
-    padded = dpo.Preferences(pad(pairs.preference, 1), pad(pairs.ref_logps, -3.0), pad(pairs.weight, 0.0))
+    padded = losses.Preferences(pad(pairs.preference, 1), pad(pairs.ref_logps, -3.0), pad(pairs.weight, 0.0))
     np.testing.assert_allclose(values(pad(logps, 7.0), padded), values(logps, pairs), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
 def test_the_reference_model_knows_nothing(beta: float) -> None:
     logps = np.array([[-3.0, -5.0], [-2.0, -2.0]], np.float32)
-    pairs = dpo.Preferences(np.array([0, 1]), logps, np.full(2, 0.5, np.float32))
+    pairs = losses.Preferences(np.array([0, 1]), logps, np.full(2, 0.5, np.float32))
     np.testing.assert_allclose(values(logps, pairs, beta), [np.log(2), 0.5, 0.0], atol=1e-7)
 
 
 @pytest.mark.parametrize("epsilon", [0.1, 0.3])
 def test_smoothing_stops_at_a_finite_margin(epsilon: float) -> None:
     at = np.log((1 - epsilon) / epsilon)
-    slope = jax.vmap(jax.grad(lambda margin: dpo.sigmoid_loss(margin, epsilon)))
+    slope = jax.vmap(jax.grad(lambda margin: losses.sigmoid_loss(margin, epsilon)))
     below, here, above = slope(jnp.array([at - 0.5, at, at + 0.5]))
     assert below < -0.01 and above > 0.01 and abs(here) < 1e-6

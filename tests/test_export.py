@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from activedpo_jax import mesh as meshes
-from activedpo_jax.models import export, hf
+from activedpo_jax import layout
+from activedpo_jax.huggingface import loading, merged
 from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.models.lora import Lora, init_lora
 from activedpo_jax.models.quantise import quantise_params
@@ -55,7 +55,7 @@ def tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
 def test_transformers_gives_the_same_log_probs(
     tmp_path: pathlib.Path, model_type: str, changes: dict[str, Any], config: LoraConfig, size: int | str
 ) -> None:
-    base, merged = tmp_path / "base", tmp_path / "merged"
+    base, result = tmp_path / "base", tmp_path / "merged"
     tiny_model(base, model_type, **changes)
     decoder, params = load_decoder(base)
     lora = random_adapter(decoder.config, config)
@@ -65,20 +65,20 @@ def test_transformers_gives_the_same_log_probs(
     nothing = jax.tree.map(np.zeros_like, lora)
     assert np.abs(ours - apply({"params": params, "lora": nothing}, batch)).max() > 0.1
 
-    export.save_merged(params, lora, config, str(base), "", merged, jnp.float32, size)
-    files = list(merged.glob("*.safetensors"))
+    merged.save_merged(params, lora, config, str(base), "", result, jnp.float32, size)
+    files = list(result.glob("*.safetensors"))
     if size == "5GB":
         assert [file.name for file in files] == ["model.safetensors"]
     else:
-        assert len(files) > 3 and (merged / "model.safetensors.index.json").exists()
+        assert len(files) > 3 and (result / "model.safetensors.index.json").exists()
     model, report = AutoModelForCausalLM.from_pretrained(
-        merged, dtype="auto", attn_implementation="eager", output_loading_info=True
+        result, dtype="auto", attn_implementation="eager", output_loading_info=True
     )
     assert not any(report.values())  # neither missing nor unexpected
     assert type(model).__name__ == json.loads((base / "config.json").read_text())["architectures"][0]
     np.testing.assert_allclose(ours, torch_logps(model.eval(), batch), rtol=0, atol=1e-4)
 
-    reloaded = hf.load_model(str(merged))[1]
+    reloaded = loading.load_model(str(result))[1]
     again = np.asarray(apply({"params": reloaded, "lora": nothing}, batch))
     np.testing.assert_allclose(ours, again, rtol=0, atol=1e-4)
 
@@ -91,7 +91,7 @@ def test_quantised_weights_are_merged_as_what_they_stand_for(tmp_path: pathlib.P
     params, lora = quantise_params(params, quantisation), random_adapter(decoder.config, LORA)
     batch = tiny.groups(seed=1, count=4, m=2)
     ours = np.asarray(jax.jit(decoder.clone(lora=LORA).apply)({"params": params, "lora": lora}, batch))
-    export.save_merged(params, lora, LORA, str(tmp_path / "base"), "", tmp_path / "out", jnp.float32, "10KB")
+    merged.save_merged(params, lora, LORA, str(tmp_path / "base"), "", tmp_path / "out", jnp.float32, "10KB")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     np.testing.assert_allclose(ours, torch_logps(model, batch), rtol=0, atol=1e-4)
 
@@ -108,7 +108,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @functools.cache
 def loaded(base: pathlib.Path) -> tuple[Any, Any, Lora]:
-    config, params = hf.load_model(str(base))
+    config, params = loading.load_model(str(base))
     return config, params, random_adapter(config, LORA)
 
 
@@ -116,8 +116,8 @@ def loaded(base: pathlib.Path) -> tuple[Any, Any, Lora]:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_parameters_as_they_are(tmp_path: pathlib.Path, tied: bool, size: str) -> None:
     model = tiny_llama(tmp_path / "base", tie_word_embeddings=tied)
-    params = hf.load_model(str(tmp_path / "base"))[1]
-    export.save_merged(params, None, LORA, str(tmp_path / "base"), "", tmp_path / "out", jnp.float32, size)
+    params = loading.load_model(str(tmp_path / "base"))[1]
+    merged.save_merged(params, None, LORA, str(tmp_path / "base"), "", tmp_path / "out", jnp.float32, size)
     # As transformers writes them: tied embeddings once.
     written, expected = tensors(tmp_path / "out"), tensors(tmp_path / "base")
     assert ("lm_head.weight" in written) == (not tied)
@@ -128,7 +128,7 @@ def test_parameters_as_they_are(tmp_path: pathlib.Path, tied: bool, size: str) -
 
 def test_shards(tmp_path: pathlib.Path, base: pathlib.Path) -> None:
     _, params, lora = loaded(base)
-    export.save_merged(params, lora, LORA, str(base), "", tmp_path / "out", jnp.float32, 10_000)
+    merged.save_merged(params, lora, LORA, str(base), "", tmp_path / "out", jnp.float32, 10_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
@@ -148,7 +148,7 @@ def test_the_sum_is_rounded_once(tmp_path: pathlib.Path, base: pathlib.Path, dty
     config, params, lora = loaded(base)
     coarse = jax.tree.map(lambda x: x.astype(dtype), params)
     small = jax.tree.map(lambda x: x * 0.05, lora)
-    export.save_merged(coarse, small, LORA, str(base), "", tmp_path / "out", dtype)
+    merged.save_merged(coarse, small, LORA, str(base), "", tmp_path / "out", dtype)
     written = tensors(tmp_path / "out")
     assert {x.dtype.name for x in written.values()} == {dtype}
     half_a_step = 2.0 ** -{"bfloat16": 8, "float16": 11}[dtype]
@@ -168,10 +168,10 @@ def test_the_sum_is_rounded_once(tmp_path: pathlib.Path, base: pathlib.Path, dty
 
 def test_weights_cut_over_devices(tmp_path: pathlib.Path, base: pathlib.Path) -> None:
     _, params, lora = loaded(base)
-    mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
-    cut_params, cut_lora = (jax.device_put(x, meshes.weight_shardings(mesh, x)) for x in (params, lora))
-    export.save_merged(cut_params, cut_lora, LORA, str(base), "", tmp_path / "cut", jnp.float32)
-    export.save_merged(params, lora, LORA, str(base), "", tmp_path / "whole", jnp.float32)
+    mesh = layout.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+    cut_params, cut_lora = (jax.device_put(x, layout.weight_shardings(mesh, x)) for x in (params, lora))
+    merged.save_merged(cut_params, cut_lora, LORA, str(base), "", tmp_path / "cut", jnp.float32)
+    merged.save_merged(params, lora, LORA, str(base), "", tmp_path / "whole", jnp.float32)
     found, expected = tensors(tmp_path / "cut"), tensors(tmp_path / "whole")
     assert found.keys() == expected.keys()
     for name in found:
@@ -180,8 +180,8 @@ def test_weights_cut_over_devices(tmp_path: pathlib.Path, base: pathlib.Path) ->
 
 def test_what_belongs_to_the_model_comes_along(tmp_path: pathlib.Path, base: pathlib.Path) -> None:
     _, params, lora = loaded(base)
-    export.save_merged(params, lora, LORA, str(base), "", tmp_path / "out", jnp.bfloat16)
-    ours, theirs = hf.load_tokenizer(str(tmp_path / "out")), hf.load_tokenizer(str(base))
+    merged.save_merged(params, lora, LORA, str(base), "", tmp_path / "out", jnp.bfloat16)
+    ours, theirs = loading.load_tokenizer(str(tmp_path / "out")), loading.load_tokenizer(str(base))
     assert ours("What colour is it?")["input_ids"] == theirs("What colour is it?")["input_ids"]
     assert ours.chat_template == CHATML
     assert GenerationConfig.from_pretrained(tmp_path / "out").temperature == 0.7
@@ -199,8 +199,8 @@ def test_a_config_of_older_versions_of_transformers_says_the_same(tmp_path: path
     config = json.loads(file.read_text())
     del config["dtype"]
     file.write_text(json.dumps({**config, "torch_dtype": "float32"}))
-    params = hf.load_model(str(tmp_path / "base"))[1]
-    export.save_merged(params, None, LORA, str(tmp_path / "base"), "", tmp_path / "out", jnp.bfloat16)
+    params = loading.load_model(str(tmp_path / "base"))[1]
+    merged.save_merged(params, None, LORA, str(tmp_path / "base"), "", tmp_path / "out", jnp.bfloat16)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["torch_dtype"] == written["dtype"] == "bfloat16"
 
@@ -215,10 +215,10 @@ def test_hub_names_from_the_cache(tmp_path: pathlib.Path, base: pathlib.Path, mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     _, params, lora = loaded(base)
-    export.save_merged(params, lora, LORA, "someone/tiny", "v1", tmp_path / "out", jnp.float32)
-    assert hf.load_tokenizer(str(tmp_path / "out")).chat_template == CHATML
+    merged.save_merged(params, lora, LORA, "someone/tiny", "v1", tmp_path / "out", jnp.float32)
+    assert loading.load_tokenizer(str(tmp_path / "out")).chat_template == CHATML
     with pytest.raises(ValueError, match=r"someone/tiny \(revision v2\): neither"):
-        export.save_merged(params, lora, LORA, "someone/tiny", "v2", tmp_path / "other", jnp.float32)
+        merged.save_merged(params, lora, LORA, "someone/tiny", "v2", tmp_path / "other", jnp.float32)
     assert not (tmp_path / "other").exists()
 
 
@@ -227,8 +227,8 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(
 ) -> None:
     _, params, lora = loaded(base)
     directory = tmp_path / "runs" / "merged"
-    save = functools.partial(export.save_merged, params, lora, LORA, str(base), "", directory, jnp.float32, 20_000)
-    write, replace = export._write, export.os.replace
+    save = functools.partial(merged.save_merged, params, lora, LORA, str(base), "", directory, jnp.float32, 20_000)
+    write, replace = merged._write, merged.os.replace
     for survived in (0, 2, 7):  # files
 
         def killed(path: pathlib.Path, pieces: Any) -> None:
@@ -237,7 +237,7 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(
             write(path, pieces)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(export, "_write", killed)
+            patch.setattr(merged, "_write", killed)
             save()
         assert not directory.exists()
 
@@ -247,18 +247,18 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(
         replace(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(export.os, "replace", killed_at_last)
+        patch.setattr(merged.os, "replace", killed_at_last)
         save()
     assert not directory.exists()
     save()
     assert [path.name for path in directory.parent.iterdir()] == ["merged"]
-    hf.load_model(str(directory))
+    loading.load_model(str(directory))
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: pathlib.Path, base: pathlib.Path) -> None:
     config, params, lora = loaded(base)
     out = tmp_path / "out"
-    save = functools.partial(export.save_merged, base_model=str(base), revision="", directory=out, dtype=jnp.float32)
+    save = functools.partial(merged.save_merged, base_model=str(base), revision="", directory=out, dtype=jnp.float32)
     other = LoraConfig(8, 16.0, LORA.target_modules)
     with pytest.raises(ValueError, match=r"layers/down_proj/a of the adapter has shape \(3, 4, 48\); .* \(3, 8, 48\)"):
         save(params, lora, other)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoConfig, Gemma3ForCausalLM
 
-from activedpo_jax.models import hf
+from activedpo_jax.huggingface import loading
+from activedpo_jax.huggingface.families import FAMILIES, model_config
 from activedpo_jax.models.config import ModelConfig, Rope
 from activedpo_jax.models.decoder import Decoder
-from activedpo_jax.models.families import FAMILIES, model_config
 from tests import tiny
 from tests.test_features import BOUND, reference, responses_of
 from tests.tiny_hf import load_decoder, pad, tiny_model, torch_logps
@@ -223,7 +223,7 @@ def test_what_the_decoder_does_not_have_is_refused_by_name(
     model_config(config_of("llama" if model_type not in FAMILIES else model_type))  # fine without
     (tmp_path / "config.json").write_text(json.dumps(config_of(model_type, **changes)))
     with pytest.raises(ValueError, match=f"config.json: .*{message}"):
-        hf.load_config(str(tmp_path))
+        loading.load_config(str(tmp_path))
 
 
 # --- Probe features
@@ -271,7 +271,7 @@ def test_gemma3_log_probs_equal_those_of_transformers() -> None:
     folder = os.environ.get("ACTIVEDPO_GEMMA3", "")
     if not pathlib.Path(folder, "config.json").is_file():
         pytest.skip("set ACTIVEDPO_GEMMA3 to a directory that holds Gemma-3-270M")
-    tokenizer: Any = hf.load_tokenizer(folder)
+    tokenizer: Any = loading.load_tokenizer(folder)
     tale = "The fox who lived by the river had never seen so much snow, and she said so to the heron. " * 30
     talks = [
         ("What is the capital of France?", [" The capital of France is Paris.", " I do not know"]),

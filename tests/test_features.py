@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from activedpo_jax.data.groups import Groups
-from activedpo_jax.features import (
+from activedpo_jax.evidence.gradients import (
     FeatureSpec,
     normalise,
     pair_features,

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from activedpo_jax import config as options
-from activedpo_jax import flags
-from activedpo_jax.workdir import flatten
+from activedpo_jax import config, flags
+from activedpo_jax.record.folders import flatten
 
 STRATEGIES = ("activedpo", "random")
 CONFIG = """\
@@ -237,13 +236,13 @@ def test_help_lists_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert raised.value.code == 0
     shown = capsys.readouterr().out
     assert "--config FILE --workdir DIR" in shown
-    for name in flatten(options.default()):
+    for name in flatten(config.default()):
         assert f"config.{name} = " in shown
 
 
 def test_rules_and_defaults_agree() -> None:
     """Every rule is of an option, and holds for its default; `data.train` alone has none."""
-    assert flags._RULES.keys() | flags._CHOICES.keys() <= flatten(options.default()).keys()
-    config = options.default()
-    config.data.train = "synthetic"
-    flags.validate(config, STRATEGIES)
+    assert flags._RULES.keys() | flags._CHOICES.keys() <= flatten(config.default()).keys()
+    options = config.default()
+    options.data.train = "synthetic"
+    flags.validate(options, STRATEGIES)

@@ -20,17 +20,17 @@ import scipy.stats
 import torch
 from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from activedpo_jax import mesh as meshes
+from activedpo_jax import layout
 from activedpo_jax.data.groups import Groups
 from activedpo_jax.data.pool_files import PoolFiles
 from activedpo_jax.data.preferences import read_records
 from activedpo_jax.data.prompts import PromptRecord, read_prompts
-from activedpo_jax.decoding import DecodingSpec, Requests, respond
 from activedpo_jax.generate import GenerationSpec, generate, stop_tokens
-from activedpo_jax.models import hf
+from activedpo_jax.generation.decoding import DecodingSpec, Requests, respond
+from activedpo_jax.generation.sampling import Sampling, truncate
+from activedpo_jax.huggingface import loading
 from activedpo_jax.models.config import LoraConfig, Rope
 from activedpo_jax.models.decoder import Decoder, unstack
-from activedpo_jax.sampling import Sampling, truncate
 from tests import tiny
 from tests.tiny_hf import tiny_model
 from tests.tiny_tokenizer import CHATML, make_tokenizer
@@ -41,7 +41,7 @@ VOCABULARY = tiny.MODEL.vocab_size
 @functools.cache
 def mesh(data: int = 8, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     sizes = ml_collections.ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor})
-    return meshes.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
+    return layout.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
 
 
 def spec(decoder: Decoder, length: int, where: Any = None, stop: tuple[int, ...] = (), **sampling: Any) -> DecodingSpec:
@@ -181,7 +181,7 @@ def in_order(batches: Iterable[dict[int, Any]]) -> list[Any]:
 
 
 def our_greedy(folder: pathlib.Path, prompts: list[np.ndarray], length: int) -> np.ndarray:
-    config, params = hf.load_model(str(folder))
+    config, params = loading.load_model(str(folder))
     how = GenerationSpec(spec(Decoder(config, LoraConfig()), length, temperature=0.0), 1, 0, 4)
     widths = [8, max(map(len, prompts))]
     text = lambda tokens: " ".join(map(str, tokens))  # noqa: E731
@@ -212,7 +212,7 @@ def test_greedy_of_a_real_model_equals_transformers(variable: str) -> None:
     folder = os.environ.get(variable, "")
     if not pathlib.Path(folder, "config.json").is_file():
         pytest.skip(f"set {variable} to the model's directory")
-    tokenizer: Any = hf.load_tokenizer(folder)
+    tokenizer: Any = loading.load_tokenizer(folder)
     texts = ["The capital of France is", "Once upon a time there was a king who", "def fibonacci(n):\n"]
     prompts = [np.array(tokenizer(text)["input_ids"], np.int32) for text in texts]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -226,9 +226,9 @@ def test_greedy_of_a_real_model_equals_transformers(variable: str) -> None:
 
 def sampled(where: Any, batch: Groups, m: int, length: int = 6, seed: int = 0, first: int = 0) -> np.ndarray:
     decoder, params, lora = tiny.model()
-    weights = [jax.device_put(x, meshes.weight_shardings(where, x)) for x in (params, lora)]
+    weights = [jax.device_put(x, layout.weight_shardings(where, x)) for x in (params, lora)]
     weights = [jax.jit(unstack)(x) for x in weights]
-    batch = jax.device_put(requests(batch, m, seed, first), meshes.batch(where))
+    batch = jax.device_put(requests(batch, m, seed, first), layout.batch(where))
     return np.asarray(respond(spec(decoder, length, where, top_p=0.9), *weights, batch).tokens)
 
 
@@ -249,7 +249,7 @@ def test_samples_depend_on_seed_index_and_place_alone() -> None:
 def test_weights_stay_cut_when_they_are_taken_apart() -> None:
     _, params, _ = tiny.model()
     where = mesh(2, 2, 2)
-    apart = jax.jit(unstack)(jax.device_put(params, meshes.weight_shardings(where, params)))
+    apart = jax.jit(unstack)(jax.device_put(params, layout.weight_shardings(where, params)))
     kernel = apart["layers_1"]["q_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (kernel.shape[0] // 2, kernel.shape[1] // 2)
 

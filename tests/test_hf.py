@@ -21,10 +21,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from activedpo_jax import mesh as meshes
-from activedpo_jax.models import hf, tensors
+from activedpo_jax import layout
+from activedpo_jax.huggingface import loading, tensors
+from activedpo_jax.huggingface.families import model_config
 from activedpo_jax.models.config import ModelConfig, RopeScaling
-from activedpo_jax.models.families import model_config
 from tests import tiny
 from tests.tiny_hf import load_decoder, pad, tiny_llama, torch_logps
 from tests.tiny_tokenizer import CHATML, make_tokenizer
@@ -67,7 +67,7 @@ def test_smollm2_log_probs_equal_those_of_transformers() -> None:
     folder = os.environ.get("ACTIVEDPO_SMOLLM2", "")
     if not pathlib.Path(folder, "config.json").is_file():
         pytest.skip("set ACTIVEDPO_SMOLLM2 to a directory that holds SmolLM2-135M-Instruct")
-    tokenizer: Any = hf.load_tokenizer(folder)
+    tokenizer: Any = loading.load_tokenizer(folder)
     talks = [
         ("What is the capital of France?", ["The capital of France is Paris.", "I do not know"]),
         ("Name three animals, and say of each in one sentence where it lives.", ["A cat. " * 20, "Dog, cow"]),
@@ -93,7 +93,7 @@ def test_smollm2_log_probs_equal_those_of_transformers() -> None:
 def test_every_tensor_comes_to_its_place(tmp_path: pathlib.Path, tied: bool, shard: str) -> None:
     model = tiny_llama(tmp_path, shard, tie_word_embeddings=tied)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 3) == (shard == "10KB")
-    config, params = hf.load_model(str(tmp_path))
+    config, params = loading.load_model(str(tmp_path))
     tensors = {name: t.numpy() for name, t in model.state_dict().items()}
 
     def stacked(name: str) -> np.ndarray:
@@ -121,7 +121,7 @@ def test_every_tensor_comes_to_its_place(tmp_path: pathlib.Path, tied: bool, sha
 def test_bfloat16_checkpoints(tmp_path: pathlib.Path, dtype: str) -> None:
     model = tiny_llama(tmp_path)
     model.to(torch.bfloat16).save_pretrained(tmp_path)
-    _, params = hf.load_model(str(tmp_path), dtype=jnp.dtype(dtype))
+    _, params = loading.load_model(str(tmp_path), dtype=jnp.dtype(dtype))
     assert {x.dtype.name for x in jax.tree.leaves(params)} == {dtype}
     kernel = np.asarray(params["layers"]["k_proj"]["kernel"][1], np.float32)
     weight = model.model.layers[1].self_attn.k_proj.weight.detach().float().numpy()
@@ -141,11 +141,11 @@ def test_parameters_are_placed_as_asked(
         shares.append((len(tensor.shape), math.prod(tensor.shape) / math.prod(sharding.shard_shape(tensor.shape))))
         return tensors.put_tensor(tensor, sharding)
 
-    monkeypatch.setattr(hf, "put_tensor", put_tensor)
-    mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
-    _, params = hf.load_model(str(tmp_path), shardings=lambda shapes: meshes.weight_shardings(mesh, shapes))
+    monkeypatch.setattr(loading, "put_tensor", put_tensor)
+    mesh = layout.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+    _, params = loading.load_model(str(tmp_path), shardings=lambda shapes: layout.weight_shardings(mesh, shapes))
     assert set(shares) == {(1, 1), (2, 4)}  # of a matrix a device never gets more than what it keeps
-    wanted = meshes.weight_shardings(mesh, params)
+    wanted = layout.weight_shardings(mesh, params)
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, params, wanted))
     kernel = params["layers"]["up_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (3, 16, 24)
@@ -176,10 +176,10 @@ def edit(folder: pathlib.Path, change: Callable[[dict[str, np.ndarray]], Any]) -
 
 def test_tensors_that_say_nothing_new_are_left_out(tmp_path: pathlib.Path) -> None:
     tiny_llama(tmp_path, tie_word_embeddings=True)
-    clean = hf.load_model(str(tmp_path))[1]
+    clean = loading.load_model(str(tmp_path))[1]
     edit(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
     edit(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)}))
-    jax.tree.map(np.testing.assert_array_equal, hf.load_model(str(tmp_path))[1], clean)
+    jax.tree.map(np.testing.assert_array_equal, loading.load_model(str(tmp_path))[1], clean)
 
 
 def test_a_head_unlike_the_embeddings_that_it_is_tied_to_is_refused(tmp_path: pathlib.Path) -> None:
@@ -187,7 +187,7 @@ def test_a_head_unlike_the_embeddings_that_it_is_tied_to_is_refused(tmp_path: pa
     tiny_llama(tmp_path, tie_word_embeddings=True)
     edit(tmp_path, lambda t: t.update({"lm_head.weight": 2 * t["model.embed_tokens.weight"]}))
     with pytest.raises(ValueError, match="lm_head.weight differs from .*tie_word_embeddings=true"):
-        hf.load_model(str(tmp_path))
+        loading.load_model(str(tmp_path))
 
 
 NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
@@ -213,14 +213,14 @@ def test_a_checkpoint_that_does_not_match_is_refused(tmp_path: pathlib.Path, cha
     tiny_llama(tmp_path, tie_word_embeddings=False)
     edit(tmp_path, change)
     with pytest.raises(ValueError, match=message):
-        hf.load_model(str(tmp_path))
+        loading.load_model(str(tmp_path))
 
 
 def test_of_many_faults_the_first_are_named_and_the_others_counted(tmp_path: pathlib.Path) -> None:
     tiny_llama(tmp_path)
     edit(tmp_path, lambda t: [t.pop(name) for name in list(t) if "mlp" in name])
     with pytest.raises(ValueError, match="and 4 more such"):
-        hf.load_model(str(tmp_path))
+        loading.load_model(str(tmp_path))
 
 
 def cut_short(folder: pathlib.Path) -> None:
@@ -245,7 +245,7 @@ def test_an_incomplete_directory_is_refused(tmp_path: pathlib.Path, damage: Any,
     tiny_llama(tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
-        hf.load_model(str(tmp_path))
+        loading.load_model(str(tmp_path))
 
 
 def test_a_missing_shard_is_named(tmp_path: pathlib.Path) -> None:
@@ -253,7 +253,7 @@ def test_a_missing_shard_is_named(tmp_path: pathlib.Path) -> None:
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(ValueError, match=f"{shard.name}: no such file"):
-        hf.load_model(str(tmp_path))
+        loading.load_model(str(tmp_path))
 
 
 # --- Configs
@@ -314,14 +314,14 @@ def test_what_the_decoder_does_not_have_is_refused_by_name(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**MINIMAL, **change}))
     with pytest.raises(ValueError, match=f"config.json: .*{message}"):
-        hf.load_config(str(tmp_path))
+        loading.load_config(str(tmp_path))
 
 
 # --- Places
 
 
 def test_a_misspelt_directory_is_not_taken_for_a_hub_name(tmp_path: pathlib.Path) -> None:
-    for load in (hf.load_config, hf.load_tokenizer, hf.load_model):
+    for load in (loading.load_config, loading.load_tokenizer, loading.load_model):
         with pytest.raises(ValueError, match="no such directory"):
             load(str(tmp_path / "nothing"))
 
@@ -339,10 +339,10 @@ def test_hub_names_from_the_cache_without_a_network(tmp_path: pathlib.Path) -> N
         "import sys; sys.modules['torch'] = None\n"  # an installation without torch must do
         "from activedpo_jax.models import hf\n"
         "for revision in ('', 'v1'):\n"
-        "    print(hf.load_config('someone/tiny', revision).num_layers,\n"
-        "          hf.load_model('someone/tiny', revision)[1]['embed']['embedding'].shape,\n"
-        "          hf.load_tokenizer('someone/tiny', revision).eos_token)\n"
-        "for load in (hf.load_config, hf.load_tokenizer, hf.load_model):\n"
+        "    print(loading.load_config('someone/tiny', revision).num_layers,\n"
+        "          loading.load_model('someone/tiny', revision)[1]['embed']['embedding'].shape,\n"
+        "          loading.load_tokenizer('someone/tiny', revision).eos_token)\n"
+        "for load in (loading.load_config, loading.load_tokenizer, loading.load_model):\n"
         "    try: load('someone/tiny', 'v2')\n"
         "    except ValueError as error: print('refused', 'v2' in str(error) or error)\n"
     )
@@ -373,7 +373,7 @@ def hub_cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathli
 
 def test_a_model_that_is_not_cached_is_an_error_offline(hub_cache: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="someone/other: neither a directory here, nor .* config.model.path"):
-        hf.load_model("someone/other")
+        loading.load_model("someone/other")
 
 
 def test_a_shard_that_is_not_cached_is_named_offline(hub_cache: pathlib.Path) -> None:
@@ -381,7 +381,7 @@ def test_a_shard_that_is_not_cached_is_named_offline(hub_cache: pathlib.Path) ->
     shard = sorted(hub_cache.glob("*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(ValueError, match=f"{shard.name}: no such file"):
-        hf.load_model("someone/tiny")
+        loading.load_model("someone/tiny")
 
 
 @pytest.mark.parametrize("shard", ["1GB", "10KB"], ids=["single", "sharded"])
@@ -405,16 +405,16 @@ def test_of_the_hub_only_what_is_needed_is_downloaded(
         return str(here)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    hf.load_config("someone/tiny", "v1")
+    loading.load_config("someone/tiny", "v1")
     assert downloads == ["config.json"]
-    _, params = hf.load_model("someone/tiny", "v1")
+    _, params = loading.load_model("someone/tiny", "v1")
     assert sorted(downloads) == sorted(["config.json", *weights, *["model.safetensors.index.json"] * (shard == "10KB")])
-    jax.tree.map(np.testing.assert_array_equal, params, hf.load_model(str(tmp_path / "hub"))[1])
+    jax.tree.map(np.testing.assert_array_equal, params, loading.load_model(str(tmp_path / "hub"))[1])
 
 
 def test_a_bar_counts_the_tensors(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_llama(tmp_path, tie_word_embeddings=False)
-    hf.load_model(str(tmp_path))
+    loading.load_model(str(tmp_path))
     count = len(model.state_dict())
     assert f"loading {tmp_path}" in (bar := capsys.readouterr().err) and f"/{count} " in bar
 
@@ -422,10 +422,10 @@ def test_a_bar_counts_the_tensors(tmp_path: pathlib.Path, capsys: pytest.Capture
 def test_tokenizers(tmp_path: pathlib.Path) -> None:
     saved = make_tokenizer(CHATML)
     saved.save_pretrained(tmp_path / "chat")
-    loaded = hf.load_tokenizer(str(tmp_path / "chat"))
+    loaded = loading.load_tokenizer(str(tmp_path / "chat"))
     text = "What colour is the sky?"
     assert loaded(text)["input_ids"] == saved(text)["input_ids"]
     assert loaded.chat_template == CHATML
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no tokenizer"):
-        hf.load_tokenizer(str(tmp_path / "empty"))
+        loading.load_tokenizer(str(tmp_path / "empty"))

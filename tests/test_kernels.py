@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from activedpo_jax import mesh as meshes
+from activedpo_jax import layout
 from activedpo_jax.compile_only import tpu_devices
 from activedpo_jax.data.groups import Groups
-from activedpo_jax.dpo import response_logps
-from activedpo_jax.features import response_features
+from activedpo_jax.evidence.gradients import response_features
 from activedpo_jax.models import attention, kernels
 from activedpo_jax.models.attention import Rule
 from activedpo_jax.models.decoder import Decoder, init_params
 from activedpo_jax.models.kernels import Backend, Call
 from activedpo_jax.models.lora import init_lora
+from activedpo_jax.training.losses import response_logps
 from tests import tiny
 
 LENGTH = 128
@@ -30,8 +30,8 @@ BOUND = 1e-5
 
 
 def mesh_of(*shape: int) -> Mesh:
-    sizes = ml_collections.ConfigDict(dict(zip(meshes.AXES, shape, strict=True)))
-    return meshes.make_mesh(sizes, jax.devices()[: int(np.prod(shape))])
+    sizes = ml_collections.ConfigDict(dict(zip(layout.AXES, shape, strict=True)))
+    return layout.make_mesh(sizes, jax.devices()[: int(np.prod(shape))])
 
 
 @pytest.fixture(params=["splash", "cudnn"])
@@ -186,7 +186,7 @@ def test_on_a_mesh(kernel: str, heads: int, kv_heads: int) -> None:
     prompt_len: Any = np.array([1, 40, 77, 128], np.int32)
     shapes: list[tuple[int, ...]] = [(4, 1, LENGTH, heads), (4, 1, LENGTH, kv_heads), (4, 1, LENGTH, kv_heads)]
     shapes += [(4, LENGTH, h) for h in (kv_heads, kv_heads)]
-    arrays = [jax.device_put(random(i, *shape, 8), meshes.batch(mesh)) for i, shape in enumerate(shapes)]
+    arrays = [jax.device_put(random(i, *shape, 8), layout.batch(mesh)) for i, shape in enumerate(shapes)]
     compare(
         lambda q, k, v, *prompt: kernels.response_attention(
             q, k, v, prompt[0], prompt[1], prompt_len, rule, Backend(kernel, mesh)
@@ -207,8 +207,8 @@ def gradients(kernel: str, shape: tuple[int, ...], remat: str) -> tuple[Any, str
     """Log-probabilities, the gradient of their sum in the adapter, probe features; and the program of the features."""
     mesh = mesh_of(*shape)
     decoder, params, lora = tiny.model(config=MODEL, attention=kernel, mesh=mesh, remat=remat)
-    params, lora = (jax.device_put(tree, meshes.weight_shardings(mesh, tree)) for tree in (params, lora))
-    batch = jax.device_put(tiny.groups(0, 4, 2, LENGTH, LENGTH), meshes.batch(mesh))
+    params, lora = (jax.device_put(tree, layout.weight_shardings(mesh, tree)) for tree in (params, lora))
+    batch = jax.device_put(tiny.groups(0, 4, 2, LENGTH, LENGTH), layout.batch(mesh))
 
     def total(lora: Any) -> Any:
         logps = decoder.apply({"params": params, "lora": lora}, batch)
@@ -322,7 +322,7 @@ def feature_program(kernel_mesh: Mesh, head_dim: int) -> Any:
     """Features and training gradient of a small bfloat16 decoder, as one jitted function, and abstract arguments."""
     config = dataclasses.replace(tiny.MODEL, num_heads=4, num_kv_heads=2, head_dim=head_dim)
     decoder = Decoder(config, tiny.LORA, jnp.bfloat16, "dots", mesh=kernel_mesh)
-    replicated, batch = meshes.replicated(kernel_mesh), meshes.batch(kernel_mesh)
+    replicated, batch = layout.replicated(kernel_mesh), layout.batch(kernel_mesh)
 
     def abstract(tree: Any, dtype: Any = None) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=replicated), tree)
@@ -344,7 +344,7 @@ def feature_program(kernel_mesh: Mesh, head_dim: int) -> Any:
 def test_splash_compiles_for_tpu(head_dim: int) -> None:
     pytest.importorskip("libtpu", reason="needs libtpu: pip install '.[tpu]'")
     devices = tpu_devices("v5e:2x2")
-    mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 1, "tensor": 2}), devices)
+    mesh = layout.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 1, "tensor": 2}), devices)
     program, arguments = feature_program(mesh, head_dim)
     compiled = program.lower(*arguments).compile()
     text = compiled.as_text()

@@ -11,11 +11,11 @@ import torch
 from peft import PeftModel
 
 from activedpo_jax.data.groups import Groups
-from activedpo_jax.features import normalise, response_features, sketch_gradients
-from activedpo_jax.models import peft
+from activedpo_jax.evidence.gradients import normalise, response_features, sketch_gradients
+from activedpo_jax.huggingface import adapters
+from activedpo_jax.huggingface.families import LINEAR_MAPS
 from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.models.decoder import Decoder, Params
-from activedpo_jax.models.families import LINEAR_MAPS
 from activedpo_jax.models.lora import Lora, init_lora
 from tests import tiny
 from tests.tiny_hf import load_decoder, tiny_llama, torch_logps
@@ -57,7 +57,7 @@ def adapted(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> tuple[Dec
     noise = np.random.default_rng(0)
     for matrices in lora["layers"].values():
         matrices["b"] = jnp.float32(0.02 * noise.standard_normal(matrices["b"].shape))
-    peft.save_adapter(lora, decoder.lora, "base", tmp_path / "adapter")
+    adapters.save_adapter(lora, decoder.lora, "base", tmp_path / "adapter")
     model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True).double().eval()
     return decoder, params, lora, model
 

@@ -10,9 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from activedpo_jax import flags, main
-from activedpo_jax import mesh as meshes
-from activedpo_jax import task as tasks
+from activedpo_jax import flags, layout, main, tasks
 from activedpo_jax.compile_only import programs
 from activedpo_jax.selection.strategies import STRATEGIES
 from tests.tiny_hf import tiny_llama
@@ -111,7 +109,7 @@ def test_every_program_of_such_a_run_can_be_made_from_shapes_alone(command: list
     """What `--compile_only` compiles, SFT included, but for the compiling."""
     argv = [*command, "--workdir=unused", f"--config.sft.weights={weights}", "--config.round.mode=staged"]
     config = flags.read_config(argv, STRATEGIES).config
-    mesh = meshes.make_mesh(config.mesh)
+    mesh = layout.make_mesh(config.mesh)
     names = []
     for name, program, arguments in programs(config, tasks.load(config, 0, mesh, None), mesh):
         program.lower(*arguments)

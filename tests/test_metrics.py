@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto import event_pb2
 
-from activedpo_jax.metrics import MetricsWriter, read_metrics
+from activedpo_jax.record.metrics import MetricsWriter, read_metrics
 
 
 def write_rounds(writer: MetricsWriter, rounds: Iterable[int]) -> None:

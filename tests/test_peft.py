@@ -21,10 +21,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaForCausalLM, LlamaModel
 
-from activedpo_jax import flags
-from activedpo_jax import mesh as meshes
+from activedpo_jax import flags, layout
 from activedpo_jax.data.groups import Groups
-from activedpo_jax.models import peft
+from activedpo_jax.huggingface import adapters
 from activedpo_jax.models.config import LoraConfig, ModelConfig
 from activedpo_jax.models.decoder import Decoder
 from activedpo_jax.models.lora import Lora, init_lora
@@ -74,7 +73,7 @@ def test_peft_gives_the_same_log_probs(tmp_path: pathlib.Path, config: LoraConfi
     ours = np.asarray(jax.jit(decoder.clone(lora=config).apply)({"params": params, "lora": lora}, batch))
     assert np.abs(ours - logps(params, batch)).max() > 0.1
 
-    peft.save_adapter(lora, config, str(tmp_path / "base"), tmp_path / "adapter")
+    adapters.save_adapter(lora, config, str(tmp_path / "base"), tmp_path / "adapter")
     model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     np.testing.assert_allclose(ours, torch_logps(model, batch), rtol=0, atol=1e-4)
     # What the adapter does not hold, peft would have left at its own initialisation without a word.
@@ -89,9 +88,9 @@ def tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
 def test_the_files(tmp_path: pathlib.Path) -> None:
     config = LoraConfig(rank=4, alpha=8.0, target_modules=("q_proj", "down_proj"))
     lora = random_adapter(config)
-    mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
-    sharded = jax.device_put(lora, meshes.weight_shardings(mesh, lora))
-    peft.save_adapter(sharded, config, "someone/base", tmp_path)
+    mesh = layout.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+    sharded = jax.device_put(lora, layout.weight_shardings(mesh, lora))
+    adapters.save_adapter(sharded, config, "someone/base", tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == "someone/base"
@@ -110,18 +109,18 @@ def test_the_files(tmp_path: pathlib.Path) -> None:
 def test_an_adapter_is_replaced_whole(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = LoraConfig(rank=4, alpha=8.0, target_modules=("q_proj",))
     old, new = random_adapter(config), random_adapter(config, seed=5)
-    peft.save_adapter(old, config, "base", tmp_path)
+    adapters.save_adapter(old, config, "base", tmp_path)
     before = tensors(tmp_path)
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(peft.os, "replace", killed)
+        patch.setattr(adapters.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            peft.save_adapter(new, config, "base", tmp_path)
+            adapters.save_adapter(new, config, "base", tmp_path)
     jax.tree.map(np.testing.assert_array_equal, tensors(tmp_path), before)
-    peft.save_adapter(new, config, "base", tmp_path)
+    adapters.save_adapter(new, config, "base", tmp_path)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     np.testing.assert_array_equal(tensors(tmp_path)[name], new["layers"]["q_proj"]["a"][0])
 
@@ -130,7 +129,9 @@ def test_an_adapter_is_replaced_whole(tmp_path: pathlib.Path, monkeypatch: pytes
 def test_an_adapter_of_another_config_is_refused(tmp_path: pathlib.Path, change: dict[str, Any]) -> None:
     config = LoraConfig(rank=4, alpha=8.0, target_modules=("q_proj",))
     with pytest.raises(ValueError, match="rank {'q_proj': 4}; its config says"):
-        peft.save_adapter(random_adapter(config), dataclasses.replace(config, **change), "base", tmp_path / "adapter")
+        adapters.save_adapter(
+            random_adapter(config), dataclasses.replace(config, **change), "base", tmp_path / "adapter"
+        )
     assert not (tmp_path / "adapter").exists()
 
 
@@ -184,7 +185,7 @@ def merged(params: Any, lora: Lora, config: LoraConfig) -> Any:
 
 
 def load(folder: pathlib.Path, config: LoraConfig) -> Lora:
-    return peft.load_adapter(str(folder), "", MODEL, config)
+    return adapters.load_adapter(str(folder), "", MODEL, config)
 
 
 @pytest.mark.parametrize(
@@ -274,12 +275,14 @@ def test_layers_without_lora_stay_without_it(tmp_path: pathlib.Path, base: pathl
 def test_round_trip(tmp_path: pathlib.Path) -> None:
     config = LoraConfig(rank=4, alpha=7.25, target_modules=("o_proj", "gate_proj"), rslora=True)
     lora = random_adapter(config)
-    mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
-    peft.save_adapter(lora, config, "base", tmp_path)
-    loaded = peft.load_adapter(str(tmp_path), "", MODEL, config, lambda shapes: meshes.weight_shardings(mesh, shapes))
+    mesh = layout.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+    adapters.save_adapter(lora, config, "base", tmp_path)
+    loaded = adapters.load_adapter(
+        str(tmp_path), "", MODEL, config, lambda shapes: layout.weight_shardings(mesh, shapes)
+    )
     jax.tree.map(np.testing.assert_array_equal, loaded, lora)
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path, config), lora)
-    wanted = meshes.weight_shardings(mesh, lora)
+    wanted = layout.weight_shardings(mesh, lora)
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, loaded, wanted))
     assert {x.dtype.name for x in jax.tree.leaves(loaded)} == {"float32"}
 
@@ -396,7 +399,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: pathlib.Path, base: pa
         dataclasses.replace(MODEL, hidden_size=16),
     ):
         with pytest.raises(ValueError, match="do not match adapter_config.json and the base model"):
-            peft.load_adapter(str(tmp_path), "", model, LoraConfig(4, 8.0, ("q_proj", "v_proj")))
+            adapters.load_adapter(str(tmp_path), "", model, LoraConfig(4, 8.0, ("q_proj", "v_proj")))
 
 
 def test_what_is_no_adapter_is_refused(tmp_path: pathlib.Path, base: pathlib.Path) -> None:
@@ -421,9 +424,9 @@ def test_hub_names_from_the_cache(tmp_path: pathlib.Path, base: pathlib.Path, mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     config = LoraConfig(4, 8.0, ("q_proj", "v_proj"))
-    lora = peft.load_adapter("someone/sft", "v1", MODEL, config)
+    lora = adapters.load_adapter("someone/sft", "v1", MODEL, config)
     jax.tree.map(np.testing.assert_array_equal, lora, load(repository / "snapshots" / commit, config))
     with pytest.raises(
         ValueError, match=r"someone/sft \(revision v2\): neither .*set config.lora.path or config.lora.rev"
     ):
-        peft.load_adapter("someone/sft", "v2", MODEL, config)
+        adapters.load_adapter("someone/sft", "v2", MODEL, config)

@@ -13,14 +13,20 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from activedpo_jax import base, dpo, flags, main, train
-from activedpo_jax import mesh as meshes
-from activedpo_jax import task as tasks
+from activedpo_jax import flags, layout, main, start, tasks
 from activedpo_jax.config import default
-from activedpo_jax.features import FeatureSpec, pair_features, reference_gradients, response_features, sketch_gradients
-from activedpo_jax.models import hf, quantise
+from activedpo_jax.evidence.gradients import (
+    FeatureSpec,
+    pair_features,
+    reference_gradients,
+    response_features,
+    sketch_gradients,
+)
+from activedpo_jax.huggingface import loading
+from activedpo_jax.models import quantise
 from activedpo_jax.models.decoder import Decoder, Params, unstack
 from activedpo_jax.models.lora import Lora
+from activedpo_jax.training import losses, optimiser
 from tests import test_round, tiny
 from tests.tiny_hf import tiny_llama
 
@@ -112,11 +118,11 @@ def programs(remat: str) -> tuple[Any, Any]:
     """Log-probs of a batch, and its DPO gradient, from any parameters."""
     decoder, _, lora = tiny.model(remat=remat)
     batch = tiny.groups(0, 4, 2)
-    pairs = dpo.Preferences(jnp.array([0, 1, 1, 0]), jnp.zeros((4, 2)), jnp.full(4, 0.25))
-    spec = train.DpoSpec(0.1, 0.0, train.OptimiserSpec(1e-4))
+    pairs = losses.Preferences(jnp.array([0, 1, 1, 0]), jnp.zeros((4, 2)), jnp.full(4, 0.25))
+    spec = optimiser.DpoSpec(0.1, 0.0, optimiser.OptimiserSpec(1e-4))
     return (
         jax.jit(lambda params: decoder.apply({"params": params, "lora": lora}, batch)),
-        jax.jit(lambda params: train.dpo_gradient(decoder, spec, params, lora, batch, pairs)[0]),
+        jax.jit(lambda params: optimiser.dpo_gradient(decoder, spec, params, lora, batch, pairs)[0]),
     )
 
 
@@ -195,7 +201,7 @@ def test_no_layer_keeps_its_weights_for_the_backward_pass(form: str, remat: str,
         return response_features(decoder, params, lora, batch, DIM, SEED)
 
     def training(params: Params, lora: Lora) -> Any:
-        return jax.grad(lambda w: jnp.sum(dpo.response_logps(decoder, params, w, batch)))(lora)
+        return jax.grad(lambda w: jnp.sum(losses.response_logps(decoder, params, w, batch)))(lora)
 
     program: Any = {"features": features, "training": training}[use]
     found = list(scans(jax.make_jaxpr(program)(params, lora).jaxpr))
@@ -214,10 +220,10 @@ def test_a_mesh_equals_one_device(form: str) -> None:
     features = jax.jit(lambda params, lora, batch: pair_features(decoder, params, lora, batch, spec, SEED))
     expected = features(params, lora, batch)
 
-    mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
-    cut = jax.device_put(params, meshes.weight_shardings(mesh, params))
-    cut_lora = jax.device_put(lora, meshes.weight_shardings(mesh, lora))
-    got = features(cut, cut_lora, jax.device_put(batch, meshes.batch(mesh)))
+    mesh = layout.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+    cut = jax.device_put(params, layout.weight_shardings(mesh, params))
+    cut_lora = jax.device_put(lora, layout.weight_shardings(mesh, lora))
+    got = features(cut, cut_lora, jax.device_put(batch, layout.batch(mesh)))
     assert tiny.relative_error(got, expected) < BOUND
     # A quarter of the codes on every device.
     codes = cut["layers"]["q_proj"]["kernel"].qvalue
@@ -226,10 +232,10 @@ def test_a_mesh_equals_one_device(form: str) -> None:
 
 @pytest.mark.parametrize(("form", "shape"), [("int8", (1, 128)), ("nf4", (2, 64))])
 def test_codes_and_scales_are_cut_as_their_kernel(form: str, shape: tuple[int, int]) -> None:
-    mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+    mesh = layout.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
     layers = {name: {"kernel": jnp.ones((3, 128, 6)), "bias": jnp.ones((3, 6))} for name in ("q_proj", "down_proj")}
     params = quantise.quantise_params({"layers": layers}, form)
-    specs = jax.tree.map(lambda s: tuple(s.spec), meshes.weight_shardings(mesh, params))["layers"]
+    specs = jax.tree.map(lambda s: tuple(s.spec), layout.weight_shardings(mesh, params))["layers"]
     inputs = (None, "fsdp") if form == "int8" else ("fsdp", None)
     assert params["layers"]["q_proj"]["kernel"].qvalue.shape == (3, *shape, 6)
     assert specs["q_proj"]["kernel"].qvalue == (None, *inputs, "tensor")
@@ -242,12 +248,12 @@ def test_codes_and_scales_are_cut_as_their_kernel(form: str, shape: tuple[int, i
 @pytest.mark.parametrize("form", FORMATS)
 def test_loading_quantises_each_tensor_as_the_whole_tree(form: str, tmp_path: pathlib.Path) -> None:
     tiny_llama(tmp_path, hidden_size=128)
-    _, params = hf.load_model(str(tmp_path))
+    _, params = loading.load_model(str(tmp_path))
     expected = jax.jit(quantise.quantise_params, static_argnums=1)(params, form)
-    mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
-    shardings = functools.partial(meshes.weight_shardings, mesh)
+    mesh = layout.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+    shardings = functools.partial(layout.weight_shardings, mesh)
     for place in (None, shardings):
-        _, got = hf.load_model(str(tmp_path), shardings=place, quantisation=form)
+        _, got = loading.load_model(str(tmp_path), shardings=place, quantisation=form)
         jax.tree.map(np.testing.assert_array_equal, got, expected)
     same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), got, shardings(expected))
     assert jax.tree.all(same)
@@ -258,13 +264,13 @@ def test_a_whole_round(form: str, tmp_path: pathlib.Path) -> None:
     config = test_round.options()
     config.model.quantisation = form
     config.rounds, config.scratch.steps, config.scratch.examples = 1, 2, 64
-    mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = layout.make_mesh(config.mesh, jax.devices()[:1])
     task = tasks.load(config, 0, mesh, tmp_path)
     params = task.load_params()
     same = jax.tree.map(lambda x, y: x.shape == y.shape and x.dtype == y.dtype, params, task.params_shape)
     assert jax.tree.all(same)
     jax.tree.map(np.testing.assert_array_equal, task.load_params(), params)  # kept as trained, quantised anew
-    lora = base.initial_lora(config, task.decoder, mesh, 0)
+    lora = start.initial_lora(config, task.decoder, mesh, 0)
     judge = main.evaluator(config, task, params, lora, mesh, 0)
     summary = main.run(config, "activedpo", 0, task, params, lora, judge, mesh, tmp_path)
     assert [r["labels"] for r in summary["rounds"]] == [0, 6]
@@ -276,7 +282,7 @@ def test_a_whole_round(form: str, tmp_path: pathlib.Path) -> None:
 def test_training_all_weights_is_refused() -> None:
     decoder, params, _, _ = quantised_model("int8")
     with pytest.raises(ValueError, match="config.model.quantisation=none"):
-        train.completion_gradient(decoder, params, None, tiny.groups(0, 2, 1), jnp.float32(1))
+        optimiser.completion_gradient(decoder, params, None, tiny.groups(0, 2, 1), jnp.float32(1))
 
 
 def test_sft_of_all_weights_is_refused_before_anything_is_loaded() -> None:

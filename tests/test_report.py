@@ -10,8 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
-from activedpo_jax import report
-from activedpo_jax.workdir import RoundSummary, RunSummary
+from activedpo_jax.record import report
+from activedpo_jax.record.folders import RoundSummary, RunSummary
 
 
 def round_summary(number: int, accuracy: float) -> RoundSummary:

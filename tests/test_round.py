@@ -14,9 +14,7 @@ import pytest
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from activedpo_jax import base, main
-from activedpo_jax import mesh as meshes
-from activedpo_jax import task as tasks
+from activedpo_jax import layout, main, start, tasks
 from activedpo_jax.config import default
 from activedpo_jax.data.groups import Bucket
 from activedpo_jax.models.decoder import Decoder, init_params
@@ -51,20 +49,20 @@ def execute(
     changes: dict[str, Any],
     shape: tuple[int, int, int] = (1, 1, 1),
     buckets: Any = None,
-    start: Callable[[Decoder, Mesh], Lora] | None = None,
+    first: Callable[[Decoder, Mesh], Lora] | None = None,
 ) -> tuple[list[str], dict[str, np.ndarray], dict[str, Any]]:
     """Picks in order, the adapter, and the summary of a run on a mesh of that shape."""
     config = options()
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = shape
     config.update_from_flattened_dict(changes)
-    mesh = meshes.make_mesh(config.mesh, jax.devices()[: int(np.prod(shape))])
+    mesh = layout.make_mesh(config.mesh, jax.devices()[: int(np.prod(shape))])
     task = tasks.load(config, 0, mesh, None)
     if buckets is not None:
         task = dataclasses.replace(task, buckets=buckets)
     params = init_params(task.decoder, jax.random.key(0))
     params = jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, params)  # out of the linear range
-    params = jax.device_put(params, meshes.weight_shardings(mesh, params))
-    sft_lora = base.initial_lora(config, task.decoder, mesh, 0) if start is None else start(task.decoder, mesh)
+    params = jax.device_put(params, layout.weight_shardings(mesh, params))
+    sft_lora = start.initial_lora(config, task.decoder, mesh, 0) if first is None else first(task.decoder, mesh)
     judge = main.evaluator(config, task, params, sft_lora, mesh, 0)
     summary = main.run(config, config.strategies[0], 0, task, params, sft_lora, judge, mesh, folder)
     picks = []
@@ -153,14 +151,14 @@ def test_an_adapter_that_is_trained_already_is_the_reference(tmp_path: pathlib.P
     """π_ref is the adapter that the run starts from: before any training no pair has a margin, and the loss is ln 2."""
 
     def trained(decoder: Decoder, mesh: Mesh) -> Lora:
-        lora = base.initial_lora(options(), decoder, mesh, 7)
+        lora = start.initial_lora(options(), decoder, mesh, 7)
         return jax.tree.map(lambda x: jax.device_put(x + 0.1 * np.cos(np.arange(x.size)).reshape(x.shape)), lora)
 
     changes = {"rounds": 1, "dpo.learning_rate": 1e-12, "dpo.weight_decay": 0.0}
-    fused = execute(tmp_path / "fused", {**changes, "round.mode": "fused"}, start=trained)
+    fused = execute(tmp_path / "fused", {**changes, "round.mode": "fused"}, first=trained)
     assert fused[2]["rounds"][0]["accuracy"] == 0.5
     assert abs(fused[2]["rounds"][1]["loss"] - np.log(2)) < 1e-6
-    assert_same(execute(tmp_path / "staged", {**changes, "round.mode": "staged"}, start=trained), fused)
+    assert_same(execute(tmp_path / "staged", {**changes, "round.mode": "staged"}, first=trained), fused)
 
 
 def test_too_small_a_pool_is_an_error(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,14 +23,14 @@ import torch
 import trl
 from safetensors.numpy import load_file
 
-from activedpo_jax import finetune, sft, train
-from activedpo_jax import mesh as meshes
-from activedpo_jax.base import initial_lora, load_decoder, load_params
+from activedpo_jax import layout, sft
 from activedpo_jax.config import default
 from activedpo_jax.data.groups import Bucket, Texts
-from activedpo_jax.finetune import Examples, Recipe
-from activedpo_jax.metrics import read_metrics
-from activedpo_jax.train import OptimiserSpec
+from activedpo_jax.record.metrics import read_metrics
+from activedpo_jax.start import initial_lora, load_decoder, load_params
+from activedpo_jax.training import finetune, optimiser
+from activedpo_jax.training.finetune import Examples, Recipe
+from activedpo_jax.training.optimiser import OptimiserSpec
 from tests import tiny
 from tests.test_resume import finish, kill_when
 from tests.tiny_hf import tiny_llama
@@ -68,7 +68,7 @@ def options(base: pathlib.Path, folder: pathlib.Path, rows: list[dict[str, str]]
 
 
 def stage(config: ml_collections.ConfigDict, folder: pathlib.Path) -> tuple[Any, Any]:
-    mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = layout.make_mesh(config.mesh, jax.devices()[:1])
     decoder = load_decoder(config, mesh)
     params, lora = load_params(config, mesh, jnp.float32), initial_lora(config, decoder, mesh, 0)
     return sft.run(config, 0, sft.load(config, 0), decoder, params, lora, mesh, folder)
@@ -205,8 +205,8 @@ def trained(
     decoder, params, lora = tiny.model(dtype=dtype)
     sizes = default().mesh
     sizes.data, sizes.fsdp, sizes.tensor = shape
-    mesh = meshes.make_mesh(sizes, jax.devices()[: math.prod(shape)])
-    place = lambda tree: jax.device_put(jax.tree.map(jnp.copy, tree), meshes.weight_shardings(mesh, tree))  # noqa: E731
+    mesh = layout.make_mesh(sizes, jax.devices()[: math.prod(shape)])
+    place = lambda tree: jax.device_put(jax.tree.map(jnp.copy, tree), layout.weight_shardings(mesh, tree))  # noqa: E731
     gradients: list[Any] = []
 
     def update(*args: Any) -> Any:
@@ -257,10 +257,10 @@ def test_moments_are_cut_like_their_weights() -> None:
     _, params, _ = tiny.model()
     sizes = default().mesh
     sizes.data, sizes.fsdp, sizes.tensor = 1, 4, 2
-    mesh = meshes.make_mesh(sizes)
-    shardings = train.optimiser_shardings(OptimiserSpec(1e-3), mesh, params)
+    mesh = layout.make_mesh(sizes)
+    shardings = optimiser.optimiser_shardings(OptimiserSpec(1e-3), mesh, params)
     adam = shardings[1]
-    assert adam.mu == adam.nu == meshes.weight_shardings(mesh, params)
+    assert adam.mu == adam.nu == layout.weight_shardings(mesh, params)
     assert adam.count.is_fully_replicated
     assert not adam.mu["layers"]["q_proj"]["kernel"].is_fully_replicated
 
@@ -284,7 +284,7 @@ def test_a_few_examples_are_learnt_by_heart(base: pathlib.Path, tmp_path: pathli
 def test_divergence_stops_before_anything_is_saved(tmp_path: pathlib.Path) -> None:
     decoder, params, _ = tiny.model()
     broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
-    mesh = meshes.make_mesh(default().mesh, jax.devices()[:1])
+    mesh = layout.make_mesh(default().mesh, jax.devices()[:1])
     how = Recipe(OptimiserSpec(1e-3), epochs=1, batch_size=2, microbatch=2, checkpoint_every=1)
     with pytest.raises(FloatingPointError, match="step 1: the loss is nan; lower config.sft.learning_rate"):
         finetune.fit(how, decoder, None, broken, Examples(random_texts(0, 4), None, BUCKETS), mesh, 0, tmp_path)
@@ -298,7 +298,7 @@ def test_divergence_stops_before_anything_is_saved(tmp_path: pathlib.Path) -> No
 def test_what_is_done_is_read_not_done_again(base: pathlib.Path, tmp_path: pathlib.Path, weights: str) -> None:
     config = options(base, tmp_path, ROWS, weights=weights, learning_rate=1e-2)
     first = stage(config, tmp_path)
-    mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = layout.make_mesh(config.mesh, jax.devices()[:1])
     start = load_params(config, mesh, jnp.float32), initial_lora(config, load_decoder(config, mesh), mesh, 0)
     leaves = jax.tree.leaves
     changed = [

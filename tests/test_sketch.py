@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from activedpo_jax.sketch import rademacher_projection, tiled_count_sketch
+from activedpo_jax.models.sketch import rademacher_projection, tiled_count_sketch
 from tests.tiny import relative_error
 
 

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from activedpo_jax import evaluate, main, stages
-from activedpo_jax import mesh as meshes
+from activedpo_jax import layout, main
 from activedpo_jax.data.groups import Bucket, Groups, PairPool
-from activedpo_jax.features import FeatureSpec, pair_features
-from activedpo_jax.task import Task
+from activedpo_jax.evaluation import heldout
+from activedpo_jax.evidence.gradients import FeatureSpec, pair_features
+from activedpo_jax.rounds import staged
+from activedpo_jax.tasks import Task
 from tests import tiny
 from tests.test_round import options
 
@@ -47,10 +48,10 @@ def test_pool_features_are_in_pool_order() -> None:
     data = pool()
     config = options()
     config.features.dim, config.features.groups_per_chunk = 64, 2
-    mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = layout.make_mesh(config.mesh, jax.devices()[:1])
     task = Task(decoder, "tiny", params, lambda: params, data, data, BUCKETS)
     spec = main.round_spec(config, "activedpo", task, mesh)
-    got = stages.pool_features(spec, params, lora, data, BUCKETS, jnp.uint32(0))
+    got = staged.pool_features(spec, params, lora, data, BUCKETS, jnp.uint32(0))
 
     # Row by row: the pair's own two responses, unpadded prompt, padded to one length to compile once.
     compute = jax.jit(lambda g: pair_features(decoder, params, lora, g, FeatureSpec(64), jnp.uint32(0))[:, 0])
@@ -72,15 +73,15 @@ def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown() -> None:
     decoder, params, lora = tiny.model()
     sft_lora = tiny.model(1)[2]
     data = pool(1)
-    mesh = meshes.make_mesh(options().mesh, jax.devices()[:1])
+    mesh = layout.make_mesh(options().mesh, jax.devices()[:1])
     beta, smoothing = 0.3, 0.1
     every = np.arange(data.num_pairs)
-    batches = evaluate.Batches(data, every, BUCKETS, 4, mesh)
-    judge = evaluate.Evaluator(decoder, params, sft_lora, data, data.preferences, batches, beta, smoothing)
+    batches = heldout.Batches(data, every, BUCKETS, 4, mesh)
+    judge = heldout.Evaluator(decoder, params, sft_lora, data, data.preferences, batches, beta, smoothing)
     got = judge(lora)
 
-    gains = evaluate.log_probs(decoder, params, lora, batches, data.num_pairs, "").astype(np.float64)
-    gains -= evaluate.log_probs(decoder, params, sft_lora, batches, data.num_pairs, "")
+    gains = heldout.log_probs(decoder, params, lora, batches, data.num_pairs, "").astype(np.float64)
+    gains -= heldout.log_probs(decoder, params, sft_lora, batches, data.num_pairs, "")
     preferred = data.preferences.astype(int)
     margins = beta * (gains[every, preferred] - gains[every, 1 - preferred])
     assert np.isclose(got["accuracy"], np.mean(margins > 0))
@@ -93,7 +94,7 @@ def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown() -> None:
     other_way = dataclasses.replace(
         data, pairs=data.pairs[:, [0, 2, 1]], preferences=(1 - data.preferences).astype(np.int8)
     )
-    batches = evaluate.Batches(other_way, every, BUCKETS, 4, mesh)
-    judge = evaluate.Evaluator(decoder, params, sft_lora, other_way, other_way.preferences, batches, beta, smoothing)
+    batches = heldout.Batches(other_way, every, BUCKETS, 4, mesh)
+    judge = heldout.Evaluator(decoder, params, sft_lora, other_way, other_way.preferences, batches, beta, smoothing)
     again = judge(lora)
     assert np.isclose(again["margin"], got["margin"], atol=1e-6) and again["accuracy"] == got["accuracy"]

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from activedpo_jax import dpo, train
 from activedpo_jax.data.groups import Groups
-from activedpo_jax.models.families import FAMILIES
-from activedpo_jax.train import DpoSpec, OptimiserSpec
+from activedpo_jax.huggingface.families import FAMILIES
+from activedpo_jax.training import losses, optimiser
+from activedpo_jax.training.optimiser import DpoSpec, OptimiserSpec
 from tests import tiny
 from tests.tiny_hf import load_decoder, tiny_llama
 
@@ -26,7 +26,7 @@ TOTAL = 40
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_learning_rate(schedule: str, warmup: float) -> None:
     spec = OptimiserSpec(0.5, schedule, warmup)
-    rate = jax.jit(lambda step, total: train.learning_rate(spec, step, total))
+    rate = jax.jit(lambda step, total: optimiser.learning_rate(spec, step, total))
     got = [float(rate(jnp.int32(step), jnp.int32(TOTAL))) for step in range(TOTAL)]
     up = round(warmup * TOTAL)
     after = np.arange(TOTAL - up) / max(TOTAL - up, 1)  # share of the way down that is behind
@@ -43,7 +43,7 @@ def test_learning_rate(schedule: str, warmup: float) -> None:
 def test_every_label_once_an_epoch(first: int, n: int, epochs: int, size: int, spare: int, seed: int) -> None:
     per_epoch = -(-n // size)
     steps = epochs * per_epoch + spare
-    schedule = train.batch_schedule(first, first + n, epochs, size, size + spare, steps, seed)
+    schedule = optimiser.batch_schedule(first, first + n, epochs, size, size + spare, steps, seed)
     assert schedule.slots.shape == schedule.weight.shape == (steps, size + spare)
     assert (schedule.num_steps, schedule.steps_per_epoch) == (epochs * per_epoch, per_epoch)
     for epoch in range(epochs):
@@ -54,14 +54,14 @@ def test_every_label_once_an_epoch(first: int, n: int, epochs: int, size: int, s
         for row in weight:  # equal shares
             assert len(set(row[row > 0])) == 1
     assert not schedule.weight[epochs * per_epoch :].any()
-    again = train.batch_schedule(first, first + n, epochs, size, size + spare, steps, seed)
+    again = optimiser.batch_schedule(first, first + n, epochs, size, size + spare, steps, seed)
     np.testing.assert_array_equal(schedule.slots, again.slots)
 
 
 def test_epochs_and_seeds_are_shuffled_anew() -> None:
-    slots = train.batch_schedule(0, 30, 2, 30, 30, 2, 0).slots
+    slots = optimiser.batch_schedule(0, 30, 2, 30, 30, 2, 0).slots
     assert np.any(slots[0] != slots[1])
-    assert np.any(slots != train.batch_schedule(0, 30, 2, 30, 30, 2, 1).slots)
+    assert np.any(slots != optimiser.batch_schedule(0, 30, 2, 30, 30, 2, 1).slots)
 
 
 def test_update_is_torchs_adamw_after_clipping() -> None:
@@ -70,18 +70,18 @@ def test_update_is_torchs_adamw_after_clipping() -> None:
     rates, clip, decay = (0.01, 0.02, 0.005), 1.0, 0.1
     spec = OptimiserSpec(learning_rate=1.0, weight_decay=decay, max_grad_norm=clip)
     ours: Any = jax.tree.map(jnp.asarray, weights)
-    state: optax.OptState = train.init_optimiser(spec, ours)
+    state: optax.OptState = optimiser.init_optimiser(spec, ours)
     theirs = {name: torch.nn.Parameter(torch.tensor(w)) for name, w in weights.items()}
-    optimiser = torch.optim.AdamW(theirs.values(), lr=1.0, weight_decay=decay)
+    reference = torch.optim.AdamW(theirs.values(), lr=1.0, weight_decay=decay)
     clipped = []
     for step, rate in enumerate(rates):
         gradient = {name: (10.0**-step) * rng.standard_normal(w.shape, np.float32) for name, w in weights.items()}
-        ours, state = train.update(spec, ours, state, jax.tree.map(jnp.asarray, gradient), jnp.float32(rate))
+        ours, state = optimiser.update(spec, ours, state, jax.tree.map(jnp.asarray, gradient), jnp.float32(rate))
         for name, parameter in theirs.items():
             parameter.grad = torch.tensor(gradient[name])
         clipped.append(float(torch.nn.utils.clip_grad_norm_(list(theirs.values()), clip)) > clip)
-        optimiser.param_groups[0]["lr"] = rate
-        optimiser.step()
+        reference.param_groups[0]["lr"] = rate
+        reference.step()
     assert clipped == [True, False, False]
     for name in weights:
         np.testing.assert_allclose(ours[name], theirs[name].detach().numpy(), rtol=1e-5, atol=1e-6)
@@ -90,13 +90,13 @@ def test_update_is_torchs_adamw_after_clipping() -> None:
 def test_gradients_of_parts_add_up() -> None:
     decoder, params, lora = tiny.model()
     batch = tiny.groups(seed=3, count=4, m=2)
-    ref = np.asarray(dpo.response_logps(decoder, params, None, batch))
-    pairs = dpo.Preferences(jnp.array([0, 1, 1, 0]), jnp.asarray(ref), jnp.full(4, 0.25))
+    ref = np.asarray(losses.response_logps(decoder, params, None, batch))
+    pairs = losses.Preferences(jnp.array([0, 1, 1, 0]), jnp.asarray(ref), jnp.full(4, 0.25))
     spec = DpoSpec(0.1, 0.0, OptimiserSpec(1e-3))
-    gradient = jax.jit(lambda groups, pairs: train.dpo_gradient(decoder, spec, params, lora, groups, pairs))
+    gradient = jax.jit(lambda groups, pairs: optimiser.dpo_gradient(decoder, spec, params, lora, groups, pairs))
     whole = gradient(batch, pairs)
     halves = [
-        gradient(Groups(*(x[s] for x in batch)), dpo.Preferences(*(x[s] for x in pairs)))
+        gradient(Groups(*(x[s] for x in batch)), losses.Preferences(*(x[s] for x in pairs)))
         for s in (slice(0, 2), slice(2, 4))
     ]
     for got, wanted in zip(jax.tree.leaves(jax.tree.map(jnp.add, *halves)), jax.tree.leaves(whole), strict=True):
@@ -110,7 +110,9 @@ def test_language_model_loss_and_gradient_are_those_of_transformers(tied: bool, 
     decoder, params = load_decoder(tmp_path)
     batch = tiny.groups(seed=4, count=3, m=2)
     tokens = int(np.sum(batch.response_len))
-    gradient = jax.jit(lambda params: train.completion_gradient(decoder, params, None, batch, jnp.float32(1 / tokens)))
+    gradient = jax.jit(
+        lambda params: optimiser.completion_gradient(decoder, params, None, batch, jnp.float32(1 / tokens))
+    )
     ours, loss = gradient(params)
 
     total: Any = 0.0
@@ -140,9 +142,9 @@ def test_one_step_lowers_the_loss_of_its_batch() -> None:
     decoder, params, _ = tiny.model()
     batch = tiny.groups(seed=5, count=4, m=2)
     spec = OptimiserSpec(1e-3)
-    state = train.init_optimiser(spec, params)
+    state = optimiser.init_optimiser(spec, params)
     step = jax.jit(
-        lambda params, state: train.language_model_step(decoder, spec, params, state, batch, jnp.float32(1e-3))
+        lambda params, state: optimiser.language_model_step(decoder, spec, params, state, batch, jnp.float32(1e-3))
     )
     params, state, before = step(params, state)
     _, _, after = step(params, state)

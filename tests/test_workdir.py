@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from activedpo_jax import config as options
-from activedpo_jax import workdir
-from activedpo_jax.workdir import Selected
+from activedpo_jax import config
+from activedpo_jax.record import folders
+from activedpo_jax.record.folders import Selected
 
 ROWS = [
     # What JSON lines trip over: line ends in the text, among them U+2028, which splitlines() takes for one.
@@ -23,8 +23,8 @@ ROWS = [
 
 
 def test_selected_comes_back_in_pick_order(tmp_path: pathlib.Path) -> None:
-    workdir.write_selected(tmp_path, 2, ROWS)
-    assert workdir.read_selected(tmp_path, 2) == ROWS
+    folders.write_selected(tmp_path, 2, ROWS)
+    assert folders.read_selected(tmp_path, 2) == ROWS
     lines = (tmp_path / "rounds/002/selected.jsonl").read_text(encoding="utf-8").split("\n")
     assert [json.loads(line)["pair_id"] for line in lines[:-1]] == ["b/7", "a/1"] and lines[-1] == ""
 
@@ -46,17 +46,17 @@ def test_selected_comes_back_in_pick_order(tmp_path: pathlib.Path) -> None:
     ],
 )
 def test_damaged_selected_is_refused(tmp_path: pathlib.Path, change: dict[str, Any], message: str) -> None:
-    workdir.write_selected(tmp_path, 2, ROWS)
-    path = workdir.selected_path(tmp_path, 2)
+    folders.write_selected(tmp_path, 2, ROWS)
+    path = folders.selected_path(tmp_path, 2)
     first, second = path.read_text(encoding="utf-8").split("\n")[:2]
     path.write_text(f"{first}\n{json.dumps(json.loads(second) | change)}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        workdir.read_selected(tmp_path, 2)
+        folders.read_selected(tmp_path, 2)
 
 
 def test_kill_while_writing_leaves_the_old_file(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "summary.json"
-    workdir.write_json(path, {"rounds": 1})
+    folders.write_json(path, {"rounds": 1})
     script = (
         "import os, pathlib, signal, sys\n"
         "from activedpo_jax import workdir\n"
@@ -64,12 +64,12 @@ def test_kill_while_writing_leaves_the_old_file(tmp_path: pathlib.Path) -> None:
         "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "workdir.write_json(pathlib.Path(sys.argv[1]), {'rounds': 2})\n"
     )
-    root = pathlib.Path(workdir.__file__).parents[1]
+    root = pathlib.Path(folders.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=root, check=False)
     assert done.returncode == -9
-    assert workdir.read_json(path) == {"rounds": 1}
-    workdir.write_json(path, {"rounds": 3})  # what the killed process left is not in the way
-    assert workdir.read_json(path) == {"rounds": 3}
+    assert folders.read_json(path) == {"rounds": 1}
+    folders.write_json(path, {"rounds": 3})  # what the killed process left is not in the way
+    assert folders.read_json(path) == {"rounds": 3}
     assert os.listdir(tmp_path) == ["summary.json"]
 
 
@@ -81,28 +81,28 @@ def test_plain_takes_what_a_run_holds() -> None:
         4: (True, None, "x"),
     }
     expected = {"loss": 0.5, "n": 3, "scores": [1.0, None], "4": [True, None, "x"]}
-    assert workdir.plain(given) == expected
-    assert workdir.plain(float("nan")) is None
-    assert workdir.plain({"a": options.default()})["a"]["dpo"]["beta"] == 0.1
+    assert folders.plain(given) == expected
+    assert folders.plain(float("nan")) is None
+    assert folders.plain({"a": config.default()})["a"]["dpo"]["beta"] == 0.1
     with pytest.raises(TypeError, match="type set cannot be written as JSON"):
-        workdir.plain({1})
+        folders.plain({1})
 
 
 def test_same_options_go_on_and_others_are_named(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "runs" / "a"
-    workdir.open_workdir(folder, options.default(), "main")
+    folders.open_workdir(folder, config.default(), "main")
     written = (folder / "config.json").read_bytes()
     assert json.loads(written)["data"]["buckets"] == [[128, 128], [256, 512]]
-    workdir.open_workdir(folder, options.default(), "main")
+    folders.open_workdir(folder, config.default(), "main")
 
     with pytest.raises(ValueError, match=r'other options: command \(was "main", now "sft"\); .*--workdir'):
-        workdir.open_workdir(folder, options.default(), "sft")
+        folders.open_workdir(folder, config.default(), "sft")
 
-    other = options.default()
+    other = config.default()
     other.dpo.beta = 0.2
     other.seeds = (0, 1)
     with pytest.raises(ValueError) as raised:
-        workdir.open_workdir(folder, other, "main")
+        folders.open_workdir(folder, other, "main")
     message = str(raised.value)
     assert str(folder / "config.json") in message
     assert "dpo.beta (was 0.1, now 0.2)" in message and "seeds (was [0], now [0, 1])" in message
@@ -112,19 +112,19 @@ def test_same_options_go_on_and_others_are_named(tmp_path: pathlib.Path) -> None
     old = json.loads(written)
     old["dpo"].pop("epochs")
     old["dpo"]["gone"] = "x"
-    workdir.write_json(folder / "config.json", old)
+    folders.write_json(folder / "config.json", old)
     with pytest.raises(ValueError, match=r"dpo.epochs \(was absent, now 4\).*dpo.gone \(was \"x\", now absent\)"):
-        workdir.open_workdir(folder, options.default(), "main")
+        folders.open_workdir(folder, config.default(), "main")
 
 
 def test_a_file_that_is_not_json_is_named(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text('{\n"rounds": \n}')
     with pytest.raises(ValueError, match=r"config\.json:3: not JSON"):
-        workdir.open_workdir(tmp_path, options.default(), "main")
+        folders.open_workdir(tmp_path, config.default(), "main")
 
 
 def test_run_folders(tmp_path: pathlib.Path) -> None:
-    config = options.default()
-    assert workdir.run_folder(tmp_path, config, "activedpo", 0) == tmp_path
-    config.seeds = (0, 7)
-    assert workdir.run_folder(tmp_path, config, "activedpo", 7) == tmp_path / "activedpo" / "seed7"
+    options = config.default()
+    assert folders.run_folder(tmp_path, options, "activedpo", 0) == tmp_path
+    options.seeds = (0, 7)
+    assert folders.run_folder(tmp_path, options, "activedpo", 7) == tmp_path / "activedpo" / "seed7"

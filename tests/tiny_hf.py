@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from activedpo_jax.data.groups import Groups
-from activedpo_jax.models import hf
+from activedpo_jax.huggingface import loading
 from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.models.decoder import Decoder
 from tests import tiny
@@ -61,7 +61,7 @@ def torch_logps(model: Any, batch: Groups) -> np.ndarray:
 
 
 def load_decoder(folder: pathlib.Path) -> tuple[Decoder, Any]:
-    config, params = hf.load_model(str(folder))
+    config, params = loading.load_model(str(folder))
     return Decoder(config, LoraConfig()), params
 
 

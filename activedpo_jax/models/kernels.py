@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from activedpo_jax import mesh as meshes
+from activedpo_jax import layout
 from activedpo_jax.models import attention
 from activedpo_jax.models.attention import Rule
 
@@ -196,7 +196,7 @@ def _on_mesh(rows: Rows, q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.
     cut = "tensor" if heads % needed == 0 else None
     if cut and needed > kv_heads:
         k, v = (jnp.repeat(x, needed // kv_heads, axis=2) for x in (k, v))
-    batch = meshes.BATCH_AXES if q.shape[0] % meshes.axis_size(mesh, meshes.BATCH_AXES) == 0 else None
+    batch = layout.BATCH_AXES if q.shape[0] % layout.axis_size(mesh, layout.BATCH_AXES) == 0 else None
     spec = P(batch, None, cut, None)
     local = jax.shard_map(rows, mesh=mesh, in_specs=(spec, spec, spec, P(batch)), out_specs=spec, check_vma=False)
     return local(q, k, v, padding)

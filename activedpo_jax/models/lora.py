@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from activedpo_jax.models import quantise
 from activedpo_jax.models.config import LoraConfig, ModelConfig
 from activedpo_jax.models.few_tokens import OutputsFirst
-from activedpo_jax.sketch import tiled_count_sketch
+from activedpo_jax.models.sketch import tiled_count_sketch
 
 Lora = dict[str, Any]  # {"layers": {module: {"a": [L, r, d_in], "b": [L, d_out, r]}}}, float32
 

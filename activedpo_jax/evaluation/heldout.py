@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from activedpo_jax import dpo
-from activedpo_jax import mesh as meshes
+from activedpo_jax import layout
 from activedpo_jax.data.groups import Bucket, Groups, PairPool, assign_buckets, microbatches, pad_pairs
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
+from activedpo_jax.training import losses
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def score(decoder: Decoder, params: Params, lora: Lora, groups: Groups) -> jax.Array:
     """log π(y|x) of a batch, [G, m] float32."""
-    return dpo.response_logps(decoder, params, lora, groups)
+    return losses.response_logps(decoder, params, lora, groups)
 
 
 class Batches:
@@ -28,8 +28,8 @@ class Batches:
     """
 
     def __init__(self, pool: PairPool, rows: np.ndarray, buckets: Sequence[Bucket], size: int, mesh: jax.sharding.Mesh):
-        self._pool, self._buckets, self._sharding = pool, buckets, meshes.batch(mesh)
-        self._size = meshes.round_up(size, mesh)
+        self._pool, self._buckets, self._sharding = pool, buckets, layout.batch(mesh)
+        self._size = layout.round_up(size, mesh)
         of_group = assign_buckets(pool, buckets)
         self._chunks = [(b, rows[part]) for b, part in microbatches(of_group[pool.pairs[rows, 0]], self._size)]
 
@@ -79,7 +79,7 @@ class Evaluator:
         self._ref = log_probs(decoder, params, sft_lora, batches, pool.num_pairs, "held-out reference")
         # Weight one and the division afterwards, so that an accuracy is the exact fraction.
         weight = jnp.ones(pool.num_pairs, jnp.float32)
-        self._pairs = dpo.Preferences(jnp.asarray(preferences, jnp.int32), jnp.asarray(self._ref), weight)
+        self._pairs = losses.Preferences(jnp.asarray(preferences, jnp.int32), jnp.asarray(self._ref), weight)
 
     def __call__(self, lora: Lora) -> dict[str, float]:
         """Accuracy (ties count half), mean reward margin (nats) and DPO loss (nats) over the held-out pairs."""
@@ -90,5 +90,5 @@ class Evaluator:
         return self._metrics(self._ref)
 
     def _metrics(self, logps: np.ndarray) -> dict[str, float]:
-        out = dpo.metrics(jnp.asarray(logps), self._pairs, self._beta, self._smoothing)
+        out = losses.metrics(jnp.asarray(logps), self._pairs, self._beta, self._smoothing)
         return {name: float(total) / self._num_rows for name, total in out._asdict().items()}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import special
 
-from activedpo_jax.workdir import RunSummary, plain
+from activedpo_jax.record.folders import RunSummary, plain
 
 CONFIDENCE = 0.95
 

@@ -9,12 +9,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from activedpo_jax import dpo
-from activedpo_jax import mesh as meshes
+from activedpo_jax import layout
 from activedpo_jax.data.groups import Groups
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.models.quantise import refuse_quantised
+from activedpo_jax.training import losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,25 +72,25 @@ def optimiser_shardings(spec: OptimiserSpec, mesh: Mesh, weights: Any) -> Any:
         _transform(spec),
         lambda _, sharding: sharding,
         jax.eval_shape(lambda w: init_optimiser(spec, w), weights),
-        meshes.weight_shardings(mesh, weights),
-        transform_non_params=lambda _: meshes.replicated(mesh),
+        layout.weight_shardings(mesh, weights),
+        transform_non_params=lambda _: layout.replicated(mesh),
     )
 
 
 def dpo_gradient(
-    decoder: Decoder, spec: DpoSpec, params: Params, lora: Lora, groups: Groups, pairs: dpo.Preferences
-) -> tuple[Lora, dpo.DpoMetrics]:
+    decoder: Decoder, spec: DpoSpec, params: Params, lora: Lora, groups: Groups, pairs: losses.Preferences
+) -> tuple[Lora, losses.DpoMetrics]:
     """Gradient of the DPO loss of a batch of labelled pairs (groups with m = 2), or what a part of one adds to it."""
 
-    def objective(lora: Lora) -> tuple[jax.Array, dpo.DpoMetrics]:
-        return dpo.loss(decoder, params, lora, groups, pairs, spec.beta, spec.label_smoothing)
+    def objective(lora: Lora) -> tuple[jax.Array, losses.DpoMetrics]:
+        return losses.loss(decoder, params, lora, groups, pairs, spec.beta, spec.label_smoothing)
 
     return jax.grad(objective, has_aux=True)(lora)
 
 
-def no_gradient(lora: Lora) -> tuple[Lora, dpo.DpoMetrics]:
+def no_gradient(lora: Lora) -> tuple[Lora, losses.DpoMetrics]:
     """What the parts of a batch are added to."""
-    return jax.tree.map(jnp.zeros_like, lora), dpo.DpoMetrics(*(jnp.float32(0),) * 3)
+    return jax.tree.map(jnp.zeros_like, lora), losses.DpoMetrics(*(jnp.float32(0),) * 3)
 
 
 def completion_gradient(

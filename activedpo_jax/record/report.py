@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from activedpo_jax.compare import CONFIDENCE, Curves, compare, learning_curves, mean_interval, table
-from activedpo_jax.workdir import RoundSummary, RunSummary
+from activedpo_jax.record.comparison import CONFIDENCE, Curves, compare, learning_curves, mean_interval, table
+from activedpo_jax.record.folders import RoundSummary, RunSummary
 
 # Okabe and Ito's palette, which people of every kind of colour vision can tell apart, without its yellow,
 # which is too light for a line.

@@ -13,16 +13,17 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from activedpo_jax import base, checkpoint, train
-from activedpo_jax import mesh as meshes
+from activedpo_jax import layout, start
 from activedpo_jax.data.groups import Bucket, Groups, PairPool, pad_groups
 from activedpo_jax.data.preferences import limit, read_records, split_by_prompt
 from activedpo_jax.data.synthetic import SyntheticTask
 from activedpo_jax.data.tokenize import tokenize
-from activedpo_jax.models import hf
+from activedpo_jax.huggingface import loading
 from activedpo_jax.models.config import ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
 from activedpo_jax.models.quantise import quantise_params
+from activedpo_jax.record import checkpoints
+from activedpo_jax.training import optimiser
 
 SYNTHETIC = "synthetic"
 
@@ -62,7 +63,7 @@ def params_shape(decoder: Decoder, mesh: Mesh, dtype: Any, quantisation: str) ->
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
-        meshes.weight_shardings(mesh, shapes),
+        layout.weight_shardings(mesh, shapes),
     )
 
 
@@ -80,7 +81,7 @@ def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> Tas
         # Every seed is judged by the same held-out pairs.
         heldout_records = limit(heldout_records, data.heldout_limit, 0)
 
-    tokenizer = hf.load_tokenizer(path, revision)
+    tokenizer = loading.load_tokenizer(path, revision)
     known = {str(record.prompt) for record in train_records}
     shared = sum(str(record.prompt) in known for record in heldout_records)
     notes = (f"{shared} of {len(heldout_records)} records have a prompt of the pool",) if shared else ()
@@ -88,8 +89,8 @@ def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> Tas
     pool = tokenize(train_records, tokenizer, data.template, *longest, seed)
     heldout = tokenize(heldout_records, tokenizer, data.template, *longest, seed)
     heldout = dataclasses.replace(heldout, notes=(*heldout.notes, *notes))
-    decoder = base.load_decoder(config, mesh)
-    load_params = functools.partial(base.load_params, config, mesh, decoder.dtype)
+    decoder = start.load_decoder(config, mesh)
+    load_params = functools.partial(start.load_params, config, mesh, decoder.dtype)
     shape = params_shape(decoder, mesh, decoder.dtype, config.model.quantisation)
     return Task(decoder, path, shape, load_params, pool, heldout, buckets)
 
@@ -98,7 +99,7 @@ def _synthetic(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: 
     options = config.synthetic.to_dict()
     pool_pairs, heldout_pairs = options.pop("pool_pairs"), options.pop("heldout_pairs")
     task, scratch = SyntheticTask(**options), config.scratch
-    decoder = base.make_decoder(
+    decoder = start.make_decoder(
         config,
         ModelConfig(
             vocab_size=task.vocab_size,
@@ -121,10 +122,10 @@ def _synthetic(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: 
     def load_params() -> Params:
         path = None if cache is None else cache / "base" / f"seed{seed}"
         if path is not None and path.exists():
-            return quantised(checkpoint.restore_tree(path, trained))
+            return quantised(checkpoints.restore_tree(path, trained))
         params = _train_from_scratch(config, task, decoder, mesh, seed)
         if path is not None:
-            checkpoint.save_tree(path, params)
+            checkpoints.save_tree(path, params)
         return quantised(params)
 
     return Task(
@@ -138,11 +139,11 @@ def _synthetic(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: 
     )
 
 
-language_model_step = jax.jit(train.language_model_step, static_argnums=(0, 1), donate_argnums=(2, 3))
+language_model_step = jax.jit(optimiser.language_model_step, static_argnums=(0, 1), donate_argnums=(2, 3))
 
 
-def scratch_optimiser(config: ml_collections.ConfigDict) -> train.OptimiserSpec:
-    return train.OptimiserSpec(config.scratch.learning_rate, "cosine", 0.1)
+def scratch_optimiser(config: ml_collections.ConfigDict) -> optimiser.OptimiserSpec:
+    return optimiser.OptimiserSpec(config.scratch.learning_rate, "cosine", 0.1)
 
 
 def _train_from_scratch(
@@ -153,14 +154,14 @@ def _train_from_scratch(
     texts = task.language(seed, scratch.examples)
     groups = pad_groups(texts, np.arange(texts.num_groups), task.bucket)
     init = init_params(decoder, jax.random.key(seed))
-    params = jax.device_put(init, meshes.weight_shardings(mesh, init))
-    opt_state = train.init_optimiser(spec, params)
+    params = jax.device_put(init, layout.weight_shardings(mesh, init))
+    opt_state = optimiser.init_optimiser(spec, params)
     rng = np.random.default_rng(seed)
-    size = meshes.round_up(scratch.batch_size, mesh)
+    size = layout.round_up(scratch.batch_size, mesh)
     for step in tqdm(range(scratch.steps), desc="training the base model", unit="step", leave=False):
         rows = rng.choice(texts.num_groups, size, replace=False)
-        batch = jax.device_put(Groups(*(np.asarray(x)[rows] for x in groups)), meshes.batch(mesh))
-        rate = train.learning_rate(spec, jnp.float32(step), jnp.float32(scratch.steps))
+        batch = jax.device_put(Groups(*(np.asarray(x)[rows] for x in groups)), layout.batch(mesh))
+        rate = optimiser.learning_rate(spec, jnp.float32(step), jnp.float32(scratch.steps))
         params, opt_state, loss = language_model_step(decoder, spec, params, opt_state, batch, rate)
     print(f"base model of seed {seed}: {float(loss):.3f} nats a token after {scratch.steps} steps")
-    return jax.device_put(params, meshes.weight_shardings(mesh, params))
+    return jax.device_put(params, layout.weight_shardings(mesh, params))

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from activedpo_jax import mesh as meshes
+from activedpo_jax import layout
+from activedpo_jax.generation.sampling import Sampling, draw
 from activedpo_jax.models.decoder import Cache, Decoder, KeysValues, Params
 from activedpo_jax.models.lora import Lora
-from activedpo_jax.sampling import Sampling, draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ def respond(spec: DecodingSpec, params: Params, lora: Lora | None, requests: Req
 
 
 def _on_mesh(mesh: Mesh, x: jax.Array) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, meshes.fit(mesh, P(meshes.BATCH_AXES), x.shape))
+    return jax.lax.with_sharding_constraint(x, layout.fit(mesh, P(layout.BATCH_AXES), x.shape))
 
 
 def _empty_cache(prompt: KeysValues, m: int, length: int, mesh: Mesh) -> KeysValues:
@@ -126,7 +126,7 @@ def _empty_cache(prompt: KeysValues, m: int, length: int, mesh: Mesh) -> KeysVal
     groups, heads, dim, _ = prompt[0].shape
 
     def zeros(*shape: int) -> jax.Array:
-        place = meshes.fit(mesh, P(meshes.BATCH_AXES, "tensor"), shape)
+        place = layout.fit(mesh, P(layout.BATCH_AXES, "tensor"), shape)
         return jax.lax.with_sharding_constraint(jnp.zeros(shape, prompt[0].dtype), place)
 
     return zeros(groups, heads * m, dim, length), zeros(groups, heads * m, length, dim)

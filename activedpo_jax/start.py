@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from activedpo_jax import mesh as meshes
-from activedpo_jax.models import hf, peft
+from activedpo_jax import layout
+from activedpo_jax.huggingface import adapters, loading
 from activedpo_jax.models.config import LoraConfig, ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora, init_lora
@@ -42,7 +42,7 @@ def load_decoder(config: ml_collections.ConfigDict, mesh: Mesh) -> Decoder:
     Raises:
       ValueError: as of `models.hf.load_config`.
     """
-    return make_decoder(config, hf.load_config(config.model.path, config.model.revision), mesh)
+    return make_decoder(config, loading.load_config(config.model.path, config.model.revision), mesh)
 
 
 def load_params(config: ml_collections.ConfigDict, mesh: Mesh, dtype: Any) -> Params:
@@ -52,8 +52,8 @@ def load_params(config: ml_collections.ConfigDict, mesh: Mesh, dtype: Any) -> Pa
       ValueError: as of `models.hf.load_model`.
     """
     path, revision = config.model.path, config.model.revision
-    shardings = functools.partial(meshes.weight_shardings, mesh)
-    return hf.load_model(path, revision, dtype, shardings, config.model.quantisation)[1]
+    shardings = functools.partial(layout.weight_shardings, mesh)
+    return loading.load_model(path, revision, dtype, shardings, config.model.quantisation)[1]
 
 
 def fresh_lora(decoder: Decoder, seed: int) -> Lora:
@@ -66,8 +66,8 @@ def initial_lora(config: ml_collections.ConfigDict, decoder: Decoder, mesh: Mesh
     Raises:
       ValueError: as of `models.peft.load_adapter`.
     """
-    shardings = functools.partial(meshes.weight_shardings, mesh)
+    shardings = functools.partial(layout.weight_shardings, mesh)
     if config.lora.path:
-        return peft.load_adapter(config.lora.path, config.lora.revision, decoder.config, decoder.lora, shardings)
+        return adapters.load_adapter(config.lora.path, config.lora.revision, decoder.config, decoder.lora, shardings)
     lora = fresh_lora(decoder, seed)
     return jax.device_put(lora, shardings(lora))

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from activedpo_jax.models import hf, hub
+from activedpo_jax.huggingface import hub, loading
+from activedpo_jax.huggingface.families import family
 from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
-from activedpo_jax.models.families import family
 from activedpo_jax.models.lora import Lora, init_lora
 from activedpo_jax.models.quantise import Kernel, dequantise, is_quantised
-from activedpo_jax.workdir import read_json, write_json
+from activedpo_jax.record.folders import read_json, write_json
 
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 # What else of the base model belongs to the new one.
@@ -88,7 +88,7 @@ def save_merged(
         raise ValueError(f"dtype: got {dtype.name}, expected one of {', '.join(_DTYPES)}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory}: already there; remove it, or write to another directory")
-    decoder = Decoder(hf.load_config(base_model, revision), lora_config)
+    decoder = Decoder(loading.load_config(base_model, revision), lora_config)
     _hold_to_shapes(params, lambda: init_params(decoder, jax.random.key(0)), "parameters", base_model)
     if lora is not None:
         _hold_to_shapes(lora, lambda: init_lora(decoder.config, lora_config, jax.random.key(0)), "adapter", base_model)

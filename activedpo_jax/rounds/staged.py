@@ -15,13 +15,12 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from activedpo_jax import dpo, train
-from activedpo_jax import mesh as meshes
+from activedpo_jax import layout
 from activedpo_jax.data.groups import Bucket, Groups, PairPool, assign_buckets, microbatches, pad_groups, pad_pairs
-from activedpo_jax.evaluate import Batches, log_probs
+from activedpo_jax.evaluation.heldout import Batches, log_probs
 from activedpo_jax.models.decoder import Params
 from activedpo_jax.models.lora import Lora
-from activedpo_jax.round import (
+from activedpo_jax.rounds.fused import (
     Labelled,
     RoundResult,
     RoundSpec,
@@ -31,6 +30,7 @@ from activedpo_jax.round import (
     select,
 )
 from activedpo_jax.selection.greedy import Picks
+from activedpo_jax.training import losses, optimiser
 
 Ask = Callable[[np.ndarray], np.ndarray]  # rows of the pool [K] → preferences [K] int
 
@@ -44,15 +44,15 @@ def gradient_program(
     spec: RoundSpec,
     params: Params,
     lora: Lora,
-    total: tuple[Lora, dpo.DpoMetrics],
+    total: tuple[Lora, losses.DpoMetrics],
     groups: Groups,
     labelled: Labelled,
     slots: jax.Array,
     weight: jax.Array,
-) -> tuple[Lora, dpo.DpoMetrics]:
+) -> tuple[Lora, losses.DpoMetrics]:
     """Adds the part of a batch's gradient and metrics that comes from one microbatch."""
     pairs = batch_preferences(labelled, slots, weight)
-    new = train.dpo_gradient(spec.decoder, spec.dpo, params, lora, groups, pairs)
+    new = optimiser.dpo_gradient(spec.decoder, spec.dpo, params, lora, groups, pairs)
     return jax.tree.map(jnp.add, total, new)
 
 
@@ -60,12 +60,12 @@ def gradient_program(
 def update_program(
     spec: RoundSpec, lora: Lora, opt_state: optax.OptState, gradient: Lora, step: jax.Array, total: jax.Array
 ) -> tuple[Lora, optax.OptState]:
-    rate = train.learning_rate(spec.dpo.optimiser, step, total)
-    lora, opt_state = train.update(spec.dpo.optimiser, lora, opt_state, gradient, rate)
-    return jax.lax.with_sharding_constraint(lora, meshes.weight_shardings(spec.mesh, lora)), opt_state
+    rate = optimiser.learning_rate(spec.dpo.optimiser, step, total)
+    lora, opt_state = optimiser.update(spec.dpo.optimiser, lora, opt_state, gradient, rate)
+    return jax.lax.with_sharding_constraint(lora, layout.weight_shardings(spec.mesh, lora)), opt_state
 
 
-_no_gradient = jax.jit(train.no_gradient)
+_no_gradient = jax.jit(optimiser.no_gradient)
 
 
 @jax.jit
@@ -83,7 +83,7 @@ def pool_features(
     place = np.zeros(pool.num_groups, np.int64)  # where a group's pairs begin in the concatenated chunks
     chunks: list[jax.Array] = []
     done = 0
-    sharding = meshes.batch(spec.mesh)
+    sharding = layout.batch(spec.mesh)
     with tqdm(total=pool.num_groups, desc="features", unit="prompt", leave=False) as bar:
         for b, bucket in enumerate(buckets):
             members = np.flatnonzero(of_group == b)
@@ -110,7 +110,7 @@ def staged_round(
     sft_lora: Lora,
     pool: PairPool,
     buckets: Sequence[Bucket],
-    schedule: train.BatchSchedule,
+    schedule: optimiser.BatchSchedule,
     key: jax.Array,
     sketch_seed: jax.Array,
     lam: jax.Array,
@@ -169,13 +169,13 @@ def _train(
     sft_lora: Lora,
     pool: PairPool,
     buckets: Sequence[Bucket],
-    schedule: train.BatchSchedule,
-) -> tuple[Lora, dpo.DpoMetrics]:
+    schedule: optimiser.BatchSchedule,
+) -> tuple[Lora, losses.DpoMetrics]:
     of_group = assign_buckets(pool, buckets)
     rows_of_slot = np.maximum(np.asarray(labelled.rows), 0)
     # The step donates its adapter, and the one to start from must live on.
     lora = jax.tree.map(jnp.copy, sft_lora if spec.start_from_sft else lora)
-    opt_state = jax.jit(lambda w: train.init_optimiser(spec.dpo.optimiser, w))(lora)
+    opt_state = jax.jit(lambda w: optimiser.init_optimiser(spec.dpo.optimiser, w))(lora)
     last_epoch: list[Any] = []
     with tqdm(total=schedule.num_steps, desc="training", unit="step", leave=False) as bar:
         for step in range(schedule.num_steps):
@@ -185,7 +185,7 @@ def _train(
             total = _no_gradient(lora)
             for b, part in microbatches(of_group[pool.pairs[rows, 0]], spec.microbatch):
                 groups = pad_pairs(pool, rows[part], buckets[b], spec.microbatch)
-                groups = jax.device_put(groups, meshes.batch(spec.mesh))
+                groups = jax.device_put(groups, layout.batch(spec.mesh))
                 pad = (0, spec.microbatch - len(part))
                 padded = np.pad(slots[part], pad), np.pad(weight[part], pad)
                 total = gradient_program(spec, params, lora, total, groups, labelled, *padded)

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from activedpo_jax import dpo, train
-from activedpo_jax import mesh as meshes
+from activedpo_jax import layout
 from activedpo_jax.data.groups import Groups
-from activedpo_jax.features import FeatureSpec, pair_features
+from activedpo_jax.evidence.gradients import FeatureSpec, pair_features
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.selection import strategies
 from activedpo_jax.selection.greedy import Picks
 from activedpo_jax.selection.posterior import condition
+from activedpo_jax.training import losses, optimiser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class RoundSpec:
     decoder: Decoder
     mesh: Mesh
     features: FeatureSpec
-    dpo: train.DpoSpec
+    dpo: optimiser.DpoSpec
     strategy: str
     frozen_posterior: bool
     labels_per_round: int  # K
@@ -52,12 +52,12 @@ class RoundSpec:
         """The padded batch of an optimiser step: whole microbatches."""
         return -(-self.batch_size // self.microbatch) * self.microbatch
 
-    def schedule(self, labels: int, seed: int) -> train.BatchSchedule:
+    def schedule(self, labels: int, seed: int) -> optimiser.BatchSchedule:
         """The minibatches of the round that ends with so many labels."""
         first = labels - self.labels_per_round if self.train_on_newest else 0
         most = self.labels_per_round if self.train_on_newest else self.capacity
         max_steps = self.epochs * -(-most // self.batch_size)
-        return train.batch_schedule(first, labels, self.epochs, self.batch_size, self.batch_width, max_steps, seed)
+        return optimiser.batch_schedule(first, labels, self.epochs, self.batch_size, self.batch_width, max_steps, seed)
 
 
 class Labelled(NamedTuple):
@@ -75,7 +75,7 @@ class RoundResult(NamedTuple):
 
     picks: Picks
     preferences: jax.Array  # [K] int32
-    training: dpo.DpoMetrics  # means over the last epoch
+    training: losses.DpoMetrics  # means over the last epoch
 
 
 class DevicePool(NamedTuple):
@@ -147,9 +147,9 @@ def add_labels(
     )
 
 
-def batch_preferences(labelled: Labelled, slots: jax.Array, weight: jax.Array) -> dpo.Preferences:
+def batch_preferences(labelled: Labelled, slots: jax.Array, weight: jax.Array) -> losses.Preferences:
     """The labels at these places, as a batch."""
-    return dpo.Preferences(labelled.preferences[slots], labelled.ref_logps[slots], weight)
+    return losses.Preferences(labelled.preferences[slots], labelled.ref_logps[slots], weight)
 
 
 def _gather(spec: RoundSpec, pool: DevicePool, rows: jax.Array) -> Groups:
@@ -163,15 +163,15 @@ def _gather(spec: RoundSpec, pool: DevicePool, rows: jax.Array) -> Groups:
         flat.response_ids[group[:, None], shown],
         flat.response_len[group[:, None], shown],
     )
-    return jax.lax.with_sharding_constraint(batch, meshes.batch(spec.mesh))
+    return jax.lax.with_sharding_constraint(batch, layout.batch(spec.mesh))
 
 
 def _reference(spec: RoundSpec, params: Params, sft_lora: Lora, pool: DevicePool, rows: jax.Array) -> jax.Array:
     """log π_ref of the pairs of these rows, chunk by chunk: [K, 2]."""
     count = rows.shape[0]
-    width = min(spec.chunk, meshes.round_up(count, spec.mesh))
+    width = min(spec.chunk, layout.round_up(count, spec.mesh))
     padded = jnp.pad(rows, (0, -count % width)).reshape(-1, width)
-    score = lambda chunk: dpo.response_logps(spec.decoder, params, sft_lora, _gather(spec, pool, chunk))  # noqa: E731
+    score = lambda chunk: losses.response_logps(spec.decoder, params, sft_lora, _gather(spec, pool, chunk))  # noqa: E731
     return jax.lax.map(score, padded).reshape(-1, 2)[:count]
 
 
@@ -182,7 +182,7 @@ def fused_round(
     labelled: Labelled,
     sft_lora: Lora,
     pool: DevicePool,
-    schedule: train.BatchSchedule,
+    schedule: optimiser.BatchSchedule,
     key: jax.Array,
     sketch_seed: jax.Array,
     lam: jax.Array,
@@ -208,7 +208,7 @@ def fused_round(
     labelled = add_labels(spec, labelled, picks, preferences, ref_logps, features)
 
     start = sft_lora if spec.start_from_sft else lora
-    opt_state = train.init_optimiser(spec.dpo.optimiser, start)
+    opt_state = optimiser.init_optimiser(spec.dpo.optimiser, start)
     total = jnp.asarray(schedule.num_steps)
 
     def step(i: jax.Array, carry):  # type: ignore[no-untyped-def]
@@ -218,21 +218,21 @@ def fused_round(
             slots, weight = part
             groups = _gather(spec, pool, jnp.maximum(labelled.rows[slots], 0))
             pairs = batch_preferences(labelled, slots, weight)
-            new = train.dpo_gradient(spec.decoder, spec.dpo, params, lora, groups, pairs)
+            new = optimiser.dpo_gradient(spec.decoder, spec.dpo, params, lora, groups, pairs)
             return jax.tree.map(jnp.add, total, new), None
 
         parts = jax.tree.map(lambda x: x[i].reshape(-1, spec.microbatch), (schedule.slots, schedule.weight))
-        (gradient, metrics), _ = jax.lax.scan(add, train.no_gradient(lora), parts)
-        rate = train.learning_rate(spec.dpo.optimiser, i, total)
-        lora, opt_state = train.update(spec.dpo.optimiser, lora, opt_state, gradient, rate)
+        (gradient, metrics), _ = jax.lax.scan(add, optimiser.no_gradient(lora), parts)
+        rate = optimiser.learning_rate(spec.dpo.optimiser, i, total)
+        lora, opt_state = optimiser.update(spec.dpo.optimiser, lora, opt_state, gradient, rate)
         last_epoch = i >= total - schedule.steps_per_epoch
         return lora, opt_state, jax.tree.map(lambda s, x: s + jnp.where(last_epoch, x, 0.0), sums, metrics)
 
-    zeros = dpo.DpoMetrics(*(jnp.float32(0),) * 3)
+    zeros = losses.DpoMetrics(*(jnp.float32(0),) * 3)
     lora, _, sums = jax.lax.fori_loop(0, total, step, (start, opt_state, zeros))
     # Laid out as they came in, or the next round would be compiled anew.
-    lora = jax.lax.with_sharding_constraint(lora, meshes.weight_shardings(spec.mesh, lora))
-    labelled = jax.lax.with_sharding_constraint(labelled, meshes.replicated(spec.mesh))
+    lora = jax.lax.with_sharding_constraint(lora, layout.weight_shardings(spec.mesh, lora))
+    labelled = jax.lax.with_sharding_constraint(labelled, layout.replicated(spec.mesh))
     training = jax.tree.map(lambda s: s / schedule.steps_per_epoch, sums)
     return lora, labelled, RoundResult(picks, preferences, training)
 
@@ -245,9 +245,9 @@ compiled_round = jax.jit(fused_round, static_argnums=0, donate_argnums=2)
 def device_pool(spec: RoundSpec, groups: Groups, pairs: np.ndarray, preferences: np.ndarray) -> DevicePool:
     """Places the padded groups of a whole pool on the mesh, cut into chunks of `spec.chunk` groups."""
     groups = Groups(*(np.asarray(x).reshape(-1, spec.chunk, *x.shape[1:]) for x in groups))
-    everywhere = meshes.replicated(spec.mesh)
+    everywhere = layout.replicated(spec.mesh)
     return DevicePool(
-        groups=jax.device_put(groups, meshes.chunks(spec.mesh)),
+        groups=jax.device_put(groups, layout.chunks(spec.mesh)),
         pairs=jax.device_put(pairs.astype(np.int32), everywhere),
         preferences=jax.device_put(preferences.astype(np.int32), everywhere),
     )

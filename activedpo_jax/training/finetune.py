@@ -19,11 +19,12 @@ import optax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from activedpo_jax import checkpoint, metrics, train
-from activedpo_jax import mesh as meshes
+from activedpo_jax import layout
 from activedpo_jax.data.groups import Bucket, Groups, Texts, assign_buckets, microbatches, pad_groups
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
+from activedpo_jax.record import checkpoints, metrics
+from activedpo_jax.training import optimiser
 
 
 class Examples(NamedTuple):
@@ -37,7 +38,7 @@ class Examples(NamedTuple):
 class Recipe(NamedTuple):
     """How it is learnt."""
 
-    optimiser: train.OptimiserSpec
+    optimiser: optimiser.OptimiserSpec
     epochs: int
     batch_size: int  # examples an optimiser step
     microbatch: int  # examples whose activations exist at a time, divided evenly by the mesh
@@ -69,12 +70,12 @@ def fit(
     learnt = np.array([len(r) for (r,) in texts.response_tokens])
     per_epoch = -(-texts.num_groups // how.batch_size)
     steps = how.epochs * per_epoch
-    schedule = train.batch_schedule(0, texts.num_groups, how.epochs, how.batch_size, how.batch_size, steps, seed)
+    schedule = optimiser.batch_schedule(0, texts.num_groups, how.epochs, how.batch_size, how.batch_size, steps, seed)
 
-    store = checkpoint.Checkpoints(folder)
+    store = checkpoints.Checkpoints(folder)
     done = store.latest or 0
-    state_shardings = train.optimiser_shardings(how.optimiser, mesh, weights)
-    init = jax.jit(functools.partial(train.init_optimiser, how.optimiser), out_shardings=state_shardings)
+    state_shardings = optimiser.optimiser_shardings(how.optimiser, mesh, weights)
+    init = jax.jit(functools.partial(optimiser.init_optimiser, how.optimiser), out_shardings=state_shardings)
     if done:
         like = _shapes(weights), _shapes(jax.eval_shape(init, weights), state_shardings)
         jax.tree.map(lambda x: x.delete(), weights)  # room for those that come
@@ -101,7 +102,7 @@ def fit(
             total = no_gradient(mesh, weights)
             for b, part in microbatches(bucket_of[rows], how.microbatch):
                 groups = pad_groups(texts, rows[part], buckets[b], how.microbatch)
-                groups = jax.device_put(groups, meshes.batch(mesh))
+                groups = jax.device_put(groups, layout.batch(mesh))
                 total = gradient_program(decoder, mesh, params, weights, total, groups, share)
             gradient, loss = total
             weights, opt_state, rate = update_program(
@@ -142,14 +143,14 @@ def gradient_program(
 ) -> tuple[Any, jax.Array]:
     """Adds the part of a batch's gradient and loss that comes from one microbatch; compiled once a bucket."""
     base, lora = (weights, None) if params is None else (params, weights)
-    new = train.completion_gradient(decoder, base, lora, groups, share)
+    new = optimiser.completion_gradient(decoder, base, lora, groups, share)
     gradient, loss = jax.tree.map(jnp.add, total, new)
     return _laid_out(mesh, gradient), loss
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def update_program(
-    spec: train.OptimiserSpec,
+    spec: optimiser.OptimiserSpec,
     mesh: Mesh,
     weights: Any,
     opt_state: optax.OptState,
@@ -158,9 +159,9 @@ def update_program(
     total: jax.Array,
 ) -> tuple[Any, optax.OptState, jax.Array]:
     """One step; also returns its learning rate."""
-    rate = train.learning_rate(spec, step, total)
-    shardings = train.optimiser_shardings(spec, mesh, weights)
-    weights, opt_state = train.update(spec, weights, opt_state, gradient, rate)
+    rate = optimiser.learning_rate(spec, step, total)
+    shardings = optimiser.optimiser_shardings(spec, mesh, weights)
+    weights, opt_state = optimiser.update(spec, weights, opt_state, gradient, rate)
     return _laid_out(mesh, weights), jax.lax.with_sharding_constraint(opt_state, shardings), rate
 
 
@@ -184,13 +185,13 @@ def mean_loss(
     total = 0.0
     parts = list(microbatches(assign_buckets(texts, buckets), size))
     for b, rows in tqdm(parts, desc="held-out loss", unit="batch", leave=False):
-        groups = jax.device_put(pad_groups(texts, rows, buckets[b], size), meshes.batch(mesh))
+        groups = jax.device_put(pad_groups(texts, rows, buckets[b], size), layout.batch(mesh))
         total += float(loss_program(decoder, params, lora, groups))
     return total / sum(len(r) for (r,) in texts.response_tokens)
 
 
 def _laid_out(mesh: Mesh, tree: Any) -> Any:
-    return jax.lax.with_sharding_constraint(tree, meshes.weight_shardings(mesh, tree))
+    return jax.lax.with_sharding_constraint(tree, layout.weight_shardings(mesh, tree))
 
 
 def _shapes(tree: Any, shardings: Any = None) -> Any:

@@ -10,8 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from activedpo_jax.models.config import ModelConfig
-from activedpo_jax.models.hf_fields import (
+from activedpo_jax.huggingface.fields import (
     Fields,
     activation,
     local_layers,
@@ -20,6 +19,7 @@ from activedpo_jax.models.hf_fields import (
     two_ropes,
     unrotated_layers,
 )
+from activedpo_jax.models.config import ModelConfig
 
 _LAYER = "model.layers.{layer}"
 # Where each linear map of a layer stands in a checkpoint; the same in every family.

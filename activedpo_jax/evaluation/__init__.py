@@ -1,0 +1,1 @@
+"""Evaluation: log-probabilities of pools, and held-out figures."""

@@ -1,0 +1,1 @@
+"""Evidence about candidate pairs: what strategies look at."""

@@ -1,0 +1,1 @@
+"""Hugging Face in and out: configs, weights, adapters, merged checkpoints."""

@@ -1,0 +1,1 @@
+"""A round: choose pairs, ask for their labels, learn from them."""

@@ -1,0 +1,1 @@
+"""Training: the losses, the optimiser, and the one loop that steps them."""
