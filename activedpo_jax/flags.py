@@ -11,7 +11,9 @@ import inspect
 import math
 import pathlib
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -20,8 +22,8 @@ import ml_collections
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from activedpo_jax import config
-from activedpo_jax.record.folders import flatten
+from activedpo_jax.config import default as default_config
+from activedpo_jax.files import flatten
 
 _USAGE = """\
 python -m activedpo_jax.main --config FILE --workdir DIR [--config.OPTION=VALUE ...]
@@ -65,8 +67,8 @@ _AXIS: _Rule = (lambda value: value > 0 or value == -1, "a number of devices, or
 _RULES: dict[str, _Rule] = {
     "strategies": (_several, "one name or more, each once"),  # which names there are, `validate` is told
     "seeds": (
-        lambda value: _several(value) and min(value) >= 0,
-        "one number or more, each once, none below 0",
+        lambda value: _several(value) and min(value) >= 0 and max(value) < 2**32,
+        "one number or more, each once, from 0 to below 2**32",
     ),
     "lora.target_modules": (
         lambda value: _several(value) and set(value) <= set(_MODULES),
@@ -117,7 +119,7 @@ def read_config(argv: Sequence[str], strategies: Collection[str]) -> Command:
     """
     if {"-h", "--help"} & set(argv[1:]):
         print(f"{_USAGE}\nOPTION is one of these, from activedpo_jax/config.py:\n")
-        print(inspect.getsource(config.default))
+        print(inspect.getsource(default_config))
         sys.exit(0)
     try:
         return parse(argv, strategies)
@@ -136,17 +138,41 @@ def read_plain_run(argv: Sequence[str], strategies: Collection[str]) -> tuple[ml
 
 @contextlib.contextmanager
 def clean_errors() -> Iterator[None]:
-    """Around what reads the user's files and options, whose ValueErrors say what to change: exits with code 2."""
+    """Around a command's work: what a user can mend ends in one line, not in a traceback.
+
+    Exit codes: 2, a mistake in options, files or data; 1, numbers that are not finite, a disk that is full or cannot be
+    written; 75 (EX_TEMPFAIL of sysexits.h), SIGINT or SIGTERM, after which the same command resumes.
+    """
+    previous = signal.getsignal(signal.SIGTERM)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     except ValueError as error:
         fail(error)
+    except FloatingPointError as error:
+        fail(error, code=1)
+    except OSError as error:
+        fail(f"{error.filename or 'file'}: {error.strerror or error}", code=1)
+    except KeyboardInterrupt:
+        fail("interrupted; what is in the work directory is whole, and the same command resumes it", code=_RESUMABLE)
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
 
 
-def fail(error: object) -> NoReturn:
-    """Prints the error without a traceback, and exits with code 2, as for every mistake in usage."""
+_RESUMABLE = 75
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def fail(error: object, code: int = 2) -> NoReturn:
+    """Prints the error without a traceback, and exits; code 2 is that of every mistake in usage."""
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def parse(argv: Sequence[str], strategies: Collection[str]) -> Command:
@@ -220,7 +246,7 @@ def validate(config: ml_collections.ConfigDict, strategies: Collection[str]) -> 
     Raises:
       UsageError: for the first option that is wrong: its name, what it is, and what was expected.
     """
-    known, values = flatten(config.default()), flatten(config)
+    known, values = flatten(default_config()), flatten(config)
     for name in values:
         if name not in known:
             raise UsageError(_no_such_option(name, known))
@@ -302,7 +328,7 @@ def _take_config_file(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _check_names(arguments: Sequence[str]) -> None:
-    known = flatten(config.default())
+    known = flatten(default_config())
     for argument in arguments:
         override = re.match(r"--?(?:no)?config\.([^=]*)", argument)
         if override and override[1] not in known:
@@ -331,12 +357,12 @@ def _wrong_value(message: str) -> UsageError:
     found = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
     if not found:
         return UsageError(" ".join(message.split()))
-    return UsageError(_expected(found[1], found[2], _type_in_words(flatten(config.default())[found[1]])))
+    return UsageError(_expected(found[1], found[2], _type_in_words(flatten(default_config())[found[1]])))
 
 
 def _tidy_tuples(config: ml_collections.ConfigDict) -> None:
     """Tuples as they were meant: names without quotes, which arrive as one text `a,b`, and a single pair."""
-    for name, default in flatten(config.default()).items():
+    for name, default in flatten(default_config()).items():
         if not isinstance(default, tuple):
             continue
         *groups, last = name.split(".")

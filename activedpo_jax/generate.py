@@ -28,7 +28,7 @@ from activedpo_jax.generation.sampling import Sampling
 from activedpo_jax.huggingface import loading
 from activedpo_jax.models.decoder import Params, unstack
 from activedpo_jax.models.lora import Lora
-from activedpo_jax.record import folders
+from activedpo_jax.record import folders, inputs
 from activedpo_jax.selection.strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -196,6 +196,11 @@ def make_spec(config: ml_collections.ConfigDict, decoder: Any, stop: tuple[int, 
     return GenerationSpec(decoding, options.responses, options.resamples, options.prompts_per_chunk)
 
 
+def described(config: ml_collections.ConfigDict, texts: Texts) -> dict[str, Any]:
+    """What `inputs.hold` compares when a command resumes."""
+    return {"prompts": inputs.describe_texts(texts, config.generation.prompts), **start.fingerprints(config)}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     config, folder = flags.read_plain_run(sys.argv if argv is None else argv, STRATEGIES)
     options, model = config.generation, config.model
@@ -205,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"config.{missing} is empty; expected prompts and a model to respond to them: set it")
         if len(config.seeds) > 1:
             raise ValueError(f"config.seeds: got {tuple(config.seeds)}, expected one seed: a pool is sampled once")
-        folders.open_workdir(folder, config, "generate")
+        folders.check_workdir(folder, config, "generate")
         mesh = layout.make_mesh(config.mesh)
         records = read_prompts(options.prompts, options.split)
         tokenizer = loading.load_tokenizer(model.path, model.revision)
@@ -216,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         stop = stop_tokens(model.path, model.revision, tokenizer, config.data.template)
         decoder = start.load_decoder(config, mesh)
         spec = make_spec(config, decoder, stop, mesh)
+        folders.open_workdir(folder, config, "generate")
+        inputs.hold(folder / "inputs" / "prompts.json", described(config, texts))
         files = PoolFiles(folder, records)
         params: Params = {}
         lora = None
@@ -230,8 +237,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
     seeds = np.array([uniform(config.seeds[0], "generation", r.id) * 2**32 for r in records]).astype(np.uint32)
-    for results in generate(spec, params, lora, texts.prompt_tokens, seeds, widths, text_of, files.missing):
-        files.add(results)
+    with flags.clean_errors():
+        for results in generate(spec, params, lora, texts.prompt_tokens, seeds, widths, text_of, files.missing):
+            files.add(results)
     print(files.finish(options.responses, options.max_new_tokens, options.resamples))
 
 

@@ -19,15 +19,16 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from activedpo_jax import flags, layout, sft, start, tasks
+from activedpo_jax import files, flags, layout, sft, start, tasks
 from activedpo_jax.data.groups import PairPool, assign_buckets, pad_groups
 from activedpo_jax.evaluation import heldout
 from activedpo_jax.evidence.gradients import FeatureSpec
 from activedpo_jax.huggingface import adapters, merged
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.oracles.dataset import answers
-from activedpo_jax.record import checkpoints, comparison, folders, metrics, report
+from activedpo_jax.record import checkpoints, comparison, folders, inputs, metrics, report
 from activedpo_jax.rounds import fused, staged
+from activedpo_jax.rounds.checks import check_learnt, check_picks
 from activedpo_jax.selection.posterior import information_gain
 from activedpo_jax.selection.strategies import STRATEGIES
 from activedpo_jax.training.optimiser import DpoSpec, OptimiserSpec
@@ -47,12 +48,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     assert folder is not None
     with flags.clean_errors():
-        folders.open_workdir(folder, config, "main")
+        folders.check_workdir(folder, config, "main")
         mesh = layout.make_mesh(config.mesh)
+        first = tasks.load(config, config.seeds[0], mesh, folder)  # nothing is claimed before the inputs are valid
+        folders.open_workdir(folder, config, "main")
+        compete(config, folder, mesh, first)
+
+
+def compete(config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh, first: tasks.Task) -> None:
+    """Every strategy on every seed, and their comparison."""
     summaries = []
     for seed in config.seeds:
         with flags.clean_errors():
-            task = tasks.load(config, seed, mesh, folder)
+            task = first if seed == config.seeds[0] else tasks.load(config, seed, mesh, folder)
+            inputs.hold(folder / "inputs" / f"seed{seed}.json", described(config, task))
             for name, pool in (("pool", task.pool), ("held-out set", task.heldout)):
                 for note in pool.notes:
                     print(f"{name}: {note}")
@@ -62,6 +71,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             place = folders.run_folder(folder, config, strategy, seed)
             summaries.append(run(config, strategy, seed, task, params, sft_lora, judge, mesh, place))
     finish(folder, summaries)
+
+
+def described(config: ml_collections.ConfigDict, task: tasks.Task) -> dict[str, Any]:
+    """What `inputs.hold` compares when a command resumes."""
+    found: dict[str, Any] = {
+        "pool": inputs.describe_pool(task.pool, config.data.train),
+        "held-out set": inputs.describe_pool(task.heldout, config.data.heldout or config.data.train),
+    }
+    return found | start.fingerprints(config)
 
 
 def starting_point(
@@ -78,6 +96,7 @@ def starting_point(
         if not config.sft.data:
             return task, task.load_params(), lora
         examples = sft.load(config, seed)
+        inputs.hold(folder / "inputs" / f"seed{seed}_sft.json", sft.described(config, examples))
         # All weights are trained in float32, and are read from the stage's result once that is there.
         params: Any = {}
         if not full:
@@ -111,25 +130,30 @@ def run(
 
     lora, labelled = jax.tree.map(jnp.copy, sft_lora), jax.device_put(fused.no_labels(spec), layout.replicated(mesh))
     store = checkpoints.Checkpoints(folder)
-    done = store.latest
-    if done is not None:
-        lora, labelled = store.restore(done, (lora, labelled))
-    summary = resumed_summary(folder, strategy, seed, done)
+    with flags.clean_errors():
+        done, restored = store.restore_latest((lora, labelled))
+        if restored is not None:
+            lora, labelled = restored
+        summary = resumed_summary(folder, strategy, seed, done)
 
     pool = on_device(spec, task, preferences) if one_program else None
+    told = False
 
     with metrics.MetricsWriter(folder, 0 if done is None else done + 1) as writer:
         if done is None:
             summary["rounds"] = [round_zero(judge.untrained())]
             writer.write(0, 0, scalars(summary["rounds"][0]))
-            folders.write_json(folder / "summary.json", summary)
+            files.write_json(folder / "summary.json", summary)
             store.save(0, (lora, labelled))  # last: whatever is in a checkpoint is on record
         for number in range((done or 0) + 1, config.rounds + 1):
             clock = time.perf_counter()
             labels = number * config.labels_per_round
             schedule = spec.schedule(labels, seed * 1_000_003 + number)
             round_key = jax.random.fold_in(key, number)
-            inputs = (schedule, round_key, sketch_seed, lam)
+            arguments = (schedule, round_key, sketch_seed, lam)
+
+            def check(picks: Any, number: int = number, taken: np.ndarray = np.asarray(labelled.rows)) -> None:  # noqa: B008
+                check_picks(picks, taken, task.pool.num_pairs, number)
 
             def record(picks: Any, answered: np.ndarray, number: int = number) -> None:
                 rows = selected(spec, task.pool, picks, answered, f"dataset ({oracle.noise} noise)", number)
@@ -137,8 +161,10 @@ def run(
 
             if pool is not None:
                 lora, labelled, result = jax.block_until_ready(
-                    fused.compiled_round(spec, params, lora, labelled, sft_lora, pool, *inputs)
+                    fused.compiled_round(spec, params, lora, labelled, sft_lora, pool, *arguments)
                 )
+                check(result.picks)
+                check_learnt(result.training.loss, lora, number)
                 record(result.picks, np.asarray(result.preferences))
                 seconds = {"round": time.perf_counter() - clock}
             else:
@@ -150,19 +176,28 @@ def run(
                     sft_lora,
                     task.pool,
                     task.buckets,
-                    *inputs,
+                    *arguments,
+                    check=check,
                     ask=lambda rows: preferences[rows],
                     answered=on_record(task.pool, folder, number),
                     on_labels=record,
                 )
-            check_finite(result, number)
+            check_learnt(result.training.loss, lora, number)
+            if not told and float(result.lam) > np.float32(config.selection.lam):
+                told = True
+                print(
+                    f"{strategy}, seed {seed}: config.selection.lam={config.selection.lam} is below what float32 "
+                    f"resolves for these features; {float(result.lam):.3g} is used, and scores and gains are those "
+                    "under it: set a larger one, or a larger config.features.dim",
+                    flush=True,
+                )
             clock = time.perf_counter()
             scores = judge(lora)
             seconds["evaluation"] = time.perf_counter() - clock
             entry = round_summary(spec, number, labels, result, scores, seconds)
             summary["rounds"].append(entry)
             writer.write(number, labels, scalars(entry))
-            folders.write_json(folder / "summary.json", summary)
+            files.write_json(folder / "summary.json", summary)
             store.save(number, (lora, labelled))
             print(report.round_line(strategy, seed, config.rounds, entry), flush=True)
     store.close()
@@ -191,7 +226,7 @@ def evaluator(
 def finish(folder: pathlib.Path, summaries: Sequence[folders.RunSummary]) -> None:
     """The table and the picture of all runs; of several runs their comparison in `summary.json`, too."""
     if len(summaries) > 1:
-        folders.write_json(folder / "summary.json", {**comparison.compare(summaries), "runs": list(summaries)})
+        files.write_json(folder / "summary.json", {**comparison.compare(summaries), "runs": list(summaries)})
     report.plot_curves(summaries, folder / "curves.png", folder.resolve().name)
     print(f"\n{report.final_table(summaries)}\n\n{folder / 'curves.png'}")
 
@@ -282,23 +317,6 @@ def selected(
     return out
 
 
-def check_finite(result: fused.RoundResult, number: int) -> None:
-    """Stops a run that has diverged, before its state is saved.
-
-    Raises:
-      FloatingPointError: a feature, the posterior or the training loss is not finite.
-    """
-    if np.any(np.asarray(result.picks.rows) < 0):
-        raise FloatingPointError(
-            f"round {number}: the features or the posterior are not finite, so no pair can be picked; lower "
-            "config.dpo.learning_rate, raise config.selection.lam, or use config.model.dtype=float32"
-        )
-    if not np.isfinite(float(result.training.loss)):
-        raise FloatingPointError(
-            f"round {number}: the DPO loss is {float(result.training.loss)}; lower config.dpo.learning_rate"
-        )
-
-
 def on_record(pool: PairPool, folder: pathlib.Path, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Rows, scores and preferences of a round whose labels came in before the process was killed."""
     if not folders.selected_path(folder, number).exists():
@@ -317,17 +335,29 @@ def on_record(pool: PairPool, folder: pathlib.Path, number: int) -> tuple[np.nda
 
 
 def resumed_summary(folder: pathlib.Path, strategy: str, seed: int, done: int | None) -> folders.RunSummary:
-    """The summary up to the last round that was saved."""
+    """The summary up to the last round that was saved.
+
+    Raises:
+      ValueError: a round was saved and the summary does not have it, or there are rounds on record and no checkpoint.
+    """
+    path = folder / "summary.json"
     if done is None:
+        if (folder / "rounds").exists() and not (folder / "checkpoints").exists():
+            raise ValueError(
+                f"{folder}: there are rounds on record, but no checkpoints/; restore it, or give another --workdir "
+                "to start again"
+            )
         return {"strategy": strategy, "seed": seed, "rounds": []}
-    summary = folders.read_json(folder / "summary.json")
-    summary["rounds"] = summary["rounds"][: done + 1]
-    return summary
+    summary = files.read_json(path) if path.exists() else None
+    rounds = summary.get("rounds") if isinstance(summary, dict) else None
+    if not isinstance(rounds, list) or len(rounds) <= done:
+        raise ValueError(f"{path}: missing, or without round {done}, which was saved; restore the file")
+    return {"strategy": strategy, "seed": seed, "rounds": rounds[: done + 1]}
 
 
 def scalars(entry: folders.RoundSummary) -> dict[str, float]:
     """A round's figures under TensorBoard's names, `seconds/features` say."""
-    return {name.replace(".", "/"): value for name, value in folders.flatten(entry).items() if name != "round"}
+    return {name.replace(".", "/"): value for name, value in files.flatten(entry).items() if name != "round"}
 
 
 def round_zero(scores: dict[str, float]) -> folders.RoundSummary:

@@ -27,7 +27,7 @@ from activedpo_jax.data.tokenize import tokenize_texts
 from activedpo_jax.huggingface import adapters, loading, merged
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
-from activedpo_jax.record import folders, metrics
+from activedpo_jax.record import folders, inputs, metrics
 from activedpo_jax.selection.strategies import STRATEGIES
 from activedpo_jax.training import optimiser
 from activedpo_jax.training.finetune import Examples, Recipe, fit
@@ -53,6 +53,13 @@ def load(config: ml_collections.ConfigDict, seed: int) -> Examples:
     for part in texts:
         assign_buckets(part, buckets)  # complains of buckets that are no ladder, before a model is loaded
     return Examples(texts[0], texts[1] if held_out else None, buckets)
+
+
+def described(config: ml_collections.ConfigDict, examples: Examples) -> dict[str, Any]:
+    """What `inputs.hold` compares when a command resumes."""
+    parts = {"SFT data": examples.train, "held-out SFT data": examples.heldout}
+    found: dict[str, Any] = {n: inputs.describe_texts(t, config.sft.data) for n, t in parts.items() if t is not None}
+    return found | start.fingerprints(config)
 
 
 def recipe(config: ml_collections.ConfigDict, mesh: Mesh) -> Recipe:
@@ -149,19 +156,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     with flags.clean_errors():
         if not config.sft.data:
             raise ValueError("config.sft.data is empty; expected a file or a `datasets` name to learn from: set it")
-        folders.open_workdir(folder, config, "sft")
+        folders.check_workdir(folder, config, "sft")
         mesh = layout.make_mesh(config.mesh)
+        examples = {seed: load(config, seed) for seed in config.seeds}  # nothing is claimed before these are valid
+        folders.open_workdir(folder, config, "sft")
+        for seed in config.seeds:
+            inputs.hold(folder / "inputs" / f"seed{seed}.json", described(config, examples[seed]))
     for seed in config.seeds:
         place = folder if len(config.seeds) == 1 else folder / f"seed{seed}"
         result = result_folder(config, place)
         if not is_done(config, place):
             with flags.clean_errors():
-                examples = load(config, seed)
                 decoder = start.load_decoder(config, mesh)
                 stored = jnp.float32 if config.sft.weights == "full" else decoder.dtype
                 params = start.load_params(config, mesh, stored)
                 lora = start.initial_lora(config, decoder, mesh, seed)
-            run(config, seed, examples, decoder, params, lora, mesh, place)
+                run(config, seed, examples[seed], decoder, params, lora, mesh, place)
         print(f"{result}: go on from it with --config.{_OPTION[config.sft.weights]}={result}")
 
 

@@ -9,7 +9,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from activedpo_jax import layout
-from activedpo_jax.huggingface import adapters, loading
+from activedpo_jax.huggingface import adapters, hub, loading
 from activedpo_jax.models.config import LoraConfig, ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora, init_lora
@@ -40,7 +40,7 @@ def load_decoder(config: ml_collections.ConfigDict, mesh: Mesh) -> Decoder:
     """The decoder of `config.model.path`; reads no weights.
 
     Raises:
-      ValueError: as of `models.hf.load_config`.
+      ValueError: as of `huggingface.loading.load_config`.
     """
     return make_decoder(config, loading.load_config(config.model.path, config.model.revision), mesh)
 
@@ -49,7 +49,7 @@ def load_params(config: ml_collections.ConfigDict, mesh: Mesh, dtype: Any) -> Pa
     """The base weights of `config.model.path` on the mesh.
 
     Raises:
-      ValueError: as of `models.hf.load_model`.
+      ValueError: as of `huggingface.loading.load_model`.
     """
     path, revision = config.model.path, config.model.revision
     shardings = functools.partial(layout.weight_shardings, mesh)
@@ -64,10 +64,16 @@ def initial_lora(config: ml_collections.ConfigDict, decoder: Decoder, mesh: Mesh
     """The adapter to start from, on the mesh: that of `config.lora.path`, or a fresh one by the seed.
 
     Raises:
-      ValueError: as of `models.peft.load_adapter`.
+      ValueError: as of `huggingface.adapters.load_adapter`.
     """
     shardings = functools.partial(layout.weight_shardings, mesh)
     if config.lora.path:
         return adapters.load_adapter(config.lora.path, config.lora.revision, decoder.config, decoder.lora, shardings)
     lora = fresh_lora(decoder, seed)
     return jax.device_put(lora, shardings(lora))
+
+
+def fingerprints(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Of the files of `config.model.path` and `config.lora.path`, where they are given: see `huggingface.hub`."""
+    sources = {"model": config.model, "adapter": config.lora}
+    return {name: hub.fingerprint(of.path, of.revision) for name, of in sources.items() if of.path}

@@ -4,8 +4,8 @@
 
 A checkpoint of Llama 3.2 1B's shape (1.24 billion parameters, bfloat16) is made of random numbers in a temporary
 directory, and a fresh process loads it with `loading.load_model`.  Printed are the bytes that the device holds at the
-end, and the peak of the process's resident memory beside them and beside what it had after its imports, as a share of the
-largest file.  (On CPU, what the device holds is resident memory too.)
+end, and the peak of the process's resident memory beside them and beside what it had after its imports, as a
+share of the largest file.  (On CPU, what the device holds is resident memory too.)
 """
 
 import argparse

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from activedpo_jax import config, flags
-from activedpo_jax.record.folders import flatten
+from activedpo_jax.files import flatten
 
 STRATEGIES = ("activedpo", "random")
 CONFIG = """\

@@ -337,7 +337,7 @@ def test_hub_names_from_the_cache_without_a_network(tmp_path: pathlib.Path) -> N
     (repository / "refs" / "v1").write_text(commit)
     program = (
         "import sys; sys.modules['torch'] = None\n"  # an installation without torch must do
-        "from activedpo_jax.models import hf\n"
+        "from activedpo_jax.huggingface import loading\n"
         "for revision in ('', 'v1'):\n"
         "    print(loading.load_config('someone/tiny', revision).num_layers,\n"
         "          loading.load_model('someone/tiny', revision)[1]['embed']['embedding'].shape,\n"

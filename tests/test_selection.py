@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from activedpo_jax.selection import strategies
 from activedpo_jax.selection.greedy import TIE, Picks, greedy
-from activedpo_jax.selection.posterior import condition, information_gain, variances
+from activedpo_jax.selection.posterior import FLOOR, condition, information_gain, resolved_lam, variances
 
 SHAPES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2)]
 
@@ -376,3 +376,72 @@ def test_strategies_by_name() -> None:
     assert all(strategies.get(name).name == name for name in strategies.STRATEGIES)
     with pytest.raises(ValueError, match="no strategy 'activdpo'; did you mean 'activedpo'?.*random"):
         strategies.get("activdpo")
+
+
+def raised(features: np.ndarray, available: np.ndarray, lam: float) -> jax.Array:
+    return resolved_lam(jnp.asarray(features), jnp.asarray(available), lam)
+
+
+def log_det(features: np.ndarray, labelled: np.ndarray, rows: np.ndarray, lam: float) -> float:
+    phi, known = features[rows].astype(np.float64), labelled.astype(np.float64)
+    return float(np.linalg.slogdet(lam * np.eye(features.shape[1]) + known.T @ known + phi.T @ phi)[1])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([1e-8, 1e-6, 1e-4, 1e-2, 1.0, 1e4, 1e8]),
+    st.sampled_from(["normal", "three responses", "copies"]),
+    st.sampled_from([0, 24]),
+    st.sampled_from([(1, 1, 1), (8, 1, 1)]),
+)
+def test_picks_beyond_the_rank_are_valid_and_no_worse_than_random(
+    seed: int, lam: float, kind: str, known: int, shape: tuple[int, int, int]
+) -> None:
+    """More picks than dimensions, down to the last row, from λ = 1e-8: scores fall below the rounding of ‖φ‖²/λ."""
+    rng = np.random.default_rng(seed)
+    features = rng.standard_normal((120, 12)).astype(np.float32)
+    if kind == "three responses":  # φ02 = φ01 + φ12
+        features[2::3] = features[0::3] + features[1::3]
+    elif kind == "copies":
+        features = features[np.arange(120) % 10]
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    labelled = features[rng.choice(120, known)]
+    available = np.ones(120, bool)
+    used = float(raised(features, available, lam))
+    posterior = np.asarray(condition(jnp.asarray(labelled), jnp.ones(known, bool), used))
+    for count in (60, 120):
+        picks = pick(features, available, posterior, used, num_picks=count, block=16, mesh=mesh_of(shape))
+        rows = np.asarray(picks.rows)
+        assert len(set(rows.tolist())) == count and rows.min() >= 0 and rows.max() < 120
+        assert np.all(np.isfinite(picks.scores)) and np.all(np.asarray(picks.scores) >= 0)
+        random = [log_det(features, labelled, rng.choice(120, count, replace=False), lam) for _ in range(3)]
+        gain = log_det(features, labelled, rows, lam)
+        assert gain >= max(random) - 1e-6 * abs(gain) - 1e-6
+
+
+@pytest.mark.parametrize("lam", [1e-8, 1e-6, 1.0])
+def test_picks_stay_valid_even_where_lam_is_not_raised(lam: float) -> None:
+    """Rows of W that would be noise are zero, and so are their scores."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((300, 8)).astype(np.float32)
+    picks = pick(features, np.ones(300, bool), nothing_known(8), lam, num_picks=200, block=64, mesh=mesh_of((8, 1, 1)))
+    assert len(set(np.asarray(picks.rows).tolist())) == 200 and np.min(picks.rows) >= 0
+    assert np.all(np.isfinite(picks.scores))
+
+
+def test_lam_is_raised_only_where_float32_needs_it() -> None:
+    features = np.array([[2.0, 0.0], [0.0, 100.0]], np.float32)
+    available = np.array([True, False])
+    assert float(raised(features, available, 0.3)) == np.float32(0.3)
+    assert float(raised(features, available, 1e-8)) == 4 * FLOOR
+
+
+def test_the_posterior_of_more_pairs_than_dimensions_is_finite() -> None:
+    """λ so small that float32 has no Cholesky factor: W is built row by row, and V⁻¹ is that of float64."""
+    rng = np.random.default_rng(0)
+    phi = rng.standard_normal((40, 8)).astype(np.float32)
+    lam = 1e-3
+    w = np.asarray(condition(jnp.asarray(phi), jnp.ones(40, bool), lam), np.float64)
+    inverse = np.linalg.inv(lam * np.eye(8) + phi.T.astype(np.float64) @ phi)
+    np.testing.assert_allclose(np.eye(8) / lam - w.T @ w, inverse, atol=2e-6 * 8 / lam)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from activedpo_jax import config
+from activedpo_jax import config, files
 from activedpo_jax.record import folders
 from activedpo_jax.record.folders import Selected
 
@@ -56,20 +56,20 @@ def test_damaged_selected_is_refused(tmp_path: pathlib.Path, change: dict[str, A
 
 def test_kill_while_writing_leaves_the_old_file(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "summary.json"
-    folders.write_json(path, {"rounds": 1})
+    files.write_json(path, {"rounds": 1})
     script = (
         "import os, pathlib, signal, sys\n"
-        "from activedpo_jax import workdir\n"
+        "from activedpo_jax import files\n"
         # The last moment before the new file takes the old one's place.
         "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "workdir.write_json(pathlib.Path(sys.argv[1]), {'rounds': 2})\n"
+        "files.write_json(pathlib.Path(sys.argv[1]), {'rounds': 2})\n"
     )
-    root = pathlib.Path(folders.__file__).parents[1]
+    root = pathlib.Path(files.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=root, check=False)
     assert done.returncode == -9
-    assert folders.read_json(path) == {"rounds": 1}
-    folders.write_json(path, {"rounds": 3})  # what the killed process left is not in the way
-    assert folders.read_json(path) == {"rounds": 3}
+    assert files.read_json(path) == {"rounds": 1}
+    files.write_json(path, {"rounds": 3})  # what the killed process left is not in the way
+    assert files.read_json(path) == {"rounds": 3}
     assert os.listdir(tmp_path) == ["summary.json"]
 
 
@@ -81,11 +81,11 @@ def test_plain_takes_what_a_run_holds() -> None:
         4: (True, None, "x"),
     }
     expected = {"loss": 0.5, "n": 3, "scores": [1.0, None], "4": [True, None, "x"]}
-    assert folders.plain(given) == expected
-    assert folders.plain(float("nan")) is None
-    assert folders.plain({"a": config.default()})["a"]["dpo"]["beta"] == 0.1
+    assert files.plain(given) == expected
+    assert files.plain(float("nan")) is None
+    assert files.plain({"a": config.default()})["a"]["dpo"]["beta"] == 0.1
     with pytest.raises(TypeError, match="type set cannot be written as JSON"):
-        folders.plain({1})
+        files.plain({1})
 
 
 def test_same_options_go_on_and_others_are_named(tmp_path: pathlib.Path) -> None:
@@ -112,7 +112,7 @@ def test_same_options_go_on_and_others_are_named(tmp_path: pathlib.Path) -> None
     old = json.loads(written)
     old["dpo"].pop("epochs")
     old["dpo"]["gone"] = "x"
-    folders.write_json(folder / "config.json", old)
+    files.write_json(folder / "config.json", old)
     with pytest.raises(ValueError, match=r"dpo.epochs \(was absent, now 4\).*dpo.gone \(was \"x\", now absent\)"):
         folders.open_workdir(folder, config.default(), "main")
 

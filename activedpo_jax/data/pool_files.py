@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from activedpo_jax.data.prompts import PromptRecord
-from activedpo_jax.record.folders import write_atomic
+from activedpo_jax.files import write_atomic
 
 if TYPE_CHECKING:
     from activedpo_jax.generate import Generated

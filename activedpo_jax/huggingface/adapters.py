@@ -11,12 +11,12 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from activedpo_jax.files import read_json, write_json
 from activedpo_jax.huggingface import hub
 from activedpo_jax.huggingface.families import LINEAR_MAPS
 from activedpo_jax.huggingface.tensors import Tensor, read_headers
 from activedpo_jax.models.config import LoraConfig, ModelConfig
 from activedpo_jax.models.lora import Lora, init_lora
-from activedpo_jax.record.folders import read_json, write_json
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from tqdm import tqdm
 
+from activedpo_jax.files import read_json
 from activedpo_jax.huggingface import hub
 from activedpo_jax.huggingface.families import Family, Weight, family, model_config
 from activedpo_jax.huggingface.tensors import Tensor, equal, put_tensor, read_headers
 from activedpo_jax.models.config import LoraConfig, ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
 from activedpo_jax.models.quantise import is_quantised, quantise_kernel, quantise_params
-from activedpo_jax.record.folders import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from activedpo_jax.files import read_json, write_json
 from activedpo_jax.huggingface import hub, loading
 from activedpo_jax.huggingface.families import family
 from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
 from activedpo_jax.models.lora import Lora, init_lora
 from activedpo_jax.models.quantise import Kernel, dequantise, is_quantised
-from activedpo_jax.record.folders import read_json, write_json
 
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 # What else of the base model belongs to the new one.

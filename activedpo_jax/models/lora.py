@@ -1,7 +1,7 @@
 """LoRA linear maps, and the probe that makes their backward pass return per-example gradient sketches.
 
 A linear map here takes *blocks* of tokens (the prompt's and the responses') rather than one array.  Keeping them apart
-lets `features` map the responses alone, so that what depends only on the prompt is computed once.
+lets `evidence.gradients` map the responses alone, so that what depends only on the prompt is computed once.
 """
 
 import functools

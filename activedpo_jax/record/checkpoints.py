@@ -15,7 +15,8 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path):
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(folder.absolute() / "checkpoints", options=options)
+        self._folder = folder.absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     @property
     def latest(self) -> int | None:
@@ -29,6 +30,29 @@ class Checkpoints:
     def restore(self, round_number: int, like: Any) -> Any:
         """The state of that round, with the shapes, dtypes and shardings of `like`."""
         return self._manager.restore(round_number, args=ocp.args.StandardRestore(_abstract(like)))
+
+    def restore_latest(self, like: Any) -> tuple[int | None, Any]:
+        """The newest state that can be read, and its round; (None, None) if none was saved.
+
+        A newer one that is damaged is named, and deleted, so that its round can be saved again.
+
+        Raises:
+          ValueError: there are checkpoints, and none of them can be read.
+        """
+        rounds = sorted(self._manager.all_steps(), reverse=True)
+        for number in rounds:
+            try:
+                state = self.restore(number, like)
+            except Exception as error:  # of many kinds: what Orbax raises depends on which of its files is damaged
+                reason = " ".join(str(error).split())[:200]
+                print(f"{self._folder / str(number)}: cannot be read ({type(error).__name__}: {reason})", flush=True)
+                continue
+            for newer in rounds[: rounds.index(number)]:
+                self._manager.delete(newer)
+            return number, state
+        if rounds:
+            raise ValueError(f"{self._folder}: no checkpoint can be read; restore the files, or give another --workdir")
+        return None, None
 
     def close(self) -> None:
         self._manager.close()

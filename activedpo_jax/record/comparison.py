@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import special
 
-from activedpo_jax.record.folders import RunSummary, plain
+from activedpo_jax.files import plain
+from activedpo_jax.record.folders import RunSummary
 
 CONFIDENCE = 0.95
 

@@ -1,24 +1,25 @@
-"""The work directory of a command, and how files get into it in one piece.
+"""The work directory of a command.
 
-    DIR/config.json                the command and its options, written at the start and compared on going on
-    DIR/<strategy>/seed<seed>/     one folder a run, where there are several; else the run lies in DIR
-        rounds/NNN/selected.jsonl  the pairs picked in round NNN, in pick order, with their labels
-        metrics.jsonl, tensorboard/, checkpoints, adapter/
-        summary.json               see `RunSummary`
-
-JSON has no NaN and no infinity: a number that is not finite is written as null.
+DIR/config.json                the command and its options, written at the start and compared on resuming
+DIR/inputs/                    what data, model and adapter the command began with; see `inputs`
+DIR/.lock                      held by the process that works here, and let go when it ends, however it ends
+DIR/<strategy>/seed<seed>/     one folder a run, where there are several; else the run lies in DIR
+    rounds/NNN/selected.jsonl  the pairs picked in round NNN, in pick order, with their labels
+    metrics.jsonl, tensorboard/, checkpoints, adapter/
+    summary.json               see `RunSummary`
 """
 
 import dataclasses
+import fcntl
 import json
-import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 import ml_collections
-import numpy as np
+
+from activedpo_jax.files import flatten, plain, read_json, write_atomic, write_json
 
 Preference = Literal["first", "second"]
 
@@ -60,88 +61,43 @@ class Selected:
     round: int
 
 
-def plain(value: Any) -> Any:
-    """`value` as JSON has it: dicts with string keys, lists, strings, numbers, None for those not finite.
-
-    Takes ConfigDicts, mappings, sequences, and NumPy or JAX scalars and arrays.
-
-    Raises:
-      TypeError: for anything else.
-    """
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping | ml_collections.ConfigDict):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if hasattr(value, "__array__"):
-        return plain(np.asarray(value).tolist())
-    raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written as JSON")
-
-
-def write_atomic(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that, whatever kills the process, `path` is as it was, or complete; makes folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # before the rename: else a power cut could leave the name on an empty file
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes `plain(value)` atomically, indented for people."""
-    write_atomic(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path: pathlib.Path) -> Any:
-    """Reads a JSON file.
-
-    Raises:
-      FileNotFoundError: if it is not there.
-      ValueError: if it is not JSON; names file and line.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); restore the file or remove it") from error
-
-
-def flatten(options: Mapping[str, Any] | ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Nested options as one dict, `{"dpo.beta": 0.1, ...}`, in their order."""
-    flat: dict[str, Any] = {}
-    for name, value in options.items():
-        if isinstance(value, Mapping | ml_collections.ConfigDict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
 def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: str) -> None:
     """Makes the work directory of a new command, or checks that an old one began as the same, with the same options.
+
+    The directory is this process's alone until it ends.  Call it once the inputs are known to be valid: a mistyped path
+    should claim nothing.
 
     Args:
       command: the module that is run: `main`, `sft` or `generate`.
 
     Raises:
-      ValueError: if `config.json` is there with other options; names each of them with both values.
+      ValueError: as of `check_workdir`, or another process works in the directory.
+      OSError: the directory cannot be made or written to.
     """
+    check_workdir(workdir, config, command)
+    _lock(workdir)
+    check_workdir(workdir, config, command)
+    if not (workdir / "config.json").exists():
+        write_json(workdir / "config.json", _record(config, command))
+
+
+def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: str) -> None:
+    """Compares the options with those of a work directory that is there already; writes nothing.
+
+    Raises:
+      ValueError: `config.json` is there with other options (names each of them with both values) or is not one;
+        something else than a directory is in the way.
+    """
+    for place in (workdir, *workdir.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"--workdir {workdir}: {place} is a file; expected a directory: give another one")
     path = workdir / "config.json"
-    record = plain({"command": command, **config.to_dict()})
-    now = flatten(record)
     if not path.exists():
-        write_json(path, record)
         return
-    before = flatten(read_json(path))
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path}: got a {type(stored).__name__}, expected a run's options: give another --workdir")
+    before, now = flatten(stored), flatten(_record(config, command))
     absent = object()
 
     def show(value: Any) -> str:
@@ -155,8 +111,35 @@ def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, comma
     if differences:
         raise ValueError(
             f"{path}: this work directory belongs to other options: {', '.join(differences)}; "
-            "to go on with it give the same options as before, for a new run another --workdir"
+            "to resume it give the same options as before, for a new run another --workdir"
         )
+
+
+def _record(config: ml_collections.ConfigDict, command: str) -> dict[str, Any]:
+    return dict(plain({"command": command, **config.to_dict()}))
+
+
+_locks: dict[pathlib.Path, int] = {}  # descriptors that hold a lock until the process ends
+
+
+def _lock(workdir: pathlib.Path) -> None:
+    """Takes the directory for this process; the kernel lets go of it when the process ends, however it ends."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = (workdir / ".lock").resolve()
+    if path in _locks:
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(descriptor, 32).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise ValueError(
+            f"{workdir}: process {holder or 'unknown'} works here; wait for its end, or give another --workdir"
+        ) from error
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+    _locks[path] = descriptor
 
 
 def run_folder(workdir: pathlib.Path, config: ml_collections.ConfigDict, strategy: str, seed: int) -> pathlib.Path:

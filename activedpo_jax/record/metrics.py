@@ -15,7 +15,7 @@ from typing import Any
 
 import tensorboardX
 
-from activedpo_jax.record.folders import plain
+from activedpo_jax.files import plain
 
 _RESERVED = ("round", "step", "time")
 _SECONDS_TO_TENSORBOARD = 10  # after which events are on disk; should they be lost, the file has them

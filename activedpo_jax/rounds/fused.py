@@ -1,6 +1,6 @@
 """One round as one compiled program: features → selection → labels → DPO.
 
-The pieces are pure functions; `fused_round` strings them together inside one `jax.jit`, `stages` calls the same ones
+The pieces are pure functions; `fused_round` strings them together inside one `jax.jit`, `staged` calls the same ones
 one by one with progress bars.  What a round leaves behind is in `Labelled` and the adapter, nothing else.
 """
 
@@ -19,7 +19,7 @@ from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.selection import strategies
 from activedpo_jax.selection.greedy import Picks
-from activedpo_jax.selection.posterior import condition
+from activedpo_jax.selection.posterior import condition, resolved_lam
 from activedpo_jax.training import losses, optimiser
 
 
@@ -76,6 +76,7 @@ class RoundResult(NamedTuple):
     picks: Picks
     preferences: jax.Array  # [K] int32
     training: losses.DpoMetrics  # means over the last epoch
+    lam: jax.Array  # λ as used: see `posterior.resolved_lam`
 
 
 class DevicePool(NamedTuple):
@@ -105,8 +106,8 @@ def chunk_features(spec: RoundSpec, params: Params, lora: Lora, groups: Groups, 
 
 def select(
     spec: RoundSpec, features: jax.Array | None, labelled: Labelled, num_rows: int, key: jax.Array, lam: jax.Array
-) -> Picks:
-    """The K pairs to label: [K] rows and scores.
+) -> tuple[Picks, jax.Array]:
+    """The K pairs to label, [K] rows and scores, and λ as used.
 
     Args:
       features: φ of the whole pool at the current θ, [N, D]; None for strategies that do not look at them.
@@ -116,10 +117,11 @@ def select(
     precision = None
     if features is not None:
         known = features[labelled.rows] if labelled.features is None else labelled.features
+        lam = resolved_lam(features, available, lam)
         precision = condition(known, labelled.rows >= 0, lam)
     evidence = strategies.Evidence(features=features, posterior=precision, lam=lam)
     strategy = strategies.get(spec.strategy)
-    return strategy.select(evidence, available, key, spec.labels_per_round, spec.block, spec.mesh)
+    return strategy.select(evidence, available, key, spec.labels_per_round, spec.block, spec.mesh), lam
 
 
 def add_labels(
@@ -202,7 +204,7 @@ def fused_round(
         features = jax.lax.map(lambda g: chunk_features(spec, params, lora, g, sketch_seed), pool.groups)
         features = features.reshape(-1, spec.features.dim)[:num_rows]
 
-    picks = select(spec, features, labelled, num_rows, key, lam)
+    picks, lam = select(spec, features, labelled, num_rows, key, lam)
     preferences = pool.preferences[picks.rows]
     ref_logps = _reference(spec, params, sft_lora, pool, picks.rows)
     labelled = add_labels(spec, labelled, picks, preferences, ref_logps, features)
@@ -234,7 +236,7 @@ def fused_round(
     lora = jax.lax.with_sharding_constraint(lora, layout.weight_shardings(spec.mesh, lora))
     labelled = jax.lax.with_sharding_constraint(labelled, layout.replicated(spec.mesh))
     training = jax.tree.map(lambda s: s / schedule.steps_per_epoch, sums)
-    return lora, labelled, RoundResult(picks, preferences, training)
+    return lora, labelled, RoundResult(picks, preferences, training, lam)
 
 
 # One compilation serves every round, seed and adapter of the same shape.  θ is donated; the labels are small, and the

@@ -1,7 +1,7 @@
-"""One round in stages: the pieces of `round`, run one after the other with progress bars.
+"""One round in stages: the pieces of `fused`, run one after the other with progress bars.
 
 For pools of several buckets or too large for one program, and for labels that come from outside.  Same picks, same
-weights as `round.fused_round`.
+weights as `fused.fused_round`.
 """
 
 import functools
@@ -114,13 +114,15 @@ def staged_round(
     key: jax.Array,
     sketch_seed: jax.Array,
     lam: jax.Array,
+    check: Callable[[Picks], None],
     ask: Ask,
     answered: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
     on_labels: Callable[[Picks, np.ndarray], None],
 ) -> tuple[Lora, Labelled, RoundResult, dict[str, float]]:
-    """One round, as `round.fused_round`, in stages.
+    """One round, as `fused.fused_round`, in stages.
 
     Args:
+      check: raises if the picks are not what they must be, before anybody is asked.
       ask: the oracle.
       answered: (rows, scores, preferences) of this round if they are on record from a run that was interrupted after
         the labels came in: nobody is asked twice.
@@ -142,7 +144,8 @@ def staged_round(
         features = pool_features(spec, params, lora, pool, buckets, sketch_seed)
         stage("features")
     if answered is None:
-        picks = jax.block_until_ready(select_program(spec, features, labelled, pool.num_pairs, key, lam))
+        picks, lam = jax.block_until_ready(select_program(spec, features, labelled, pool.num_pairs, key, lam))
+        check(picks)
         stage("selection")
         preferences = np.asarray(ask(np.asarray(picks.rows)))
         on_labels(picks, preferences)
@@ -158,7 +161,7 @@ def staged_round(
     stage("reference")
     lora, training = _train(spec, params, lora, labelled, sft_lora, pool, buckets, schedule)
     stage("training")
-    return lora, labelled, RoundResult(picks, jnp.asarray(preferences), training), seconds
+    return lora, labelled, RoundResult(picks, jnp.asarray(preferences), training, lam), seconds
 
 
 def _train(
@@ -195,6 +198,11 @@ def _train(
             )
             if step >= schedule.num_steps - schedule.steps_per_epoch:
                 last_epoch.append(metrics)
-            metrics.loss.block_until_ready()
+            if not np.isfinite(float(metrics.loss)):
+                shown = ", ".join(pool.pair_ids[row] for row in rows[:8])
+                raise FloatingPointError(
+                    f"training step {step + 1} of {schedule.num_steps}: the DPO loss is {float(metrics.loss)} on "
+                    f"the pairs {shown}; lower config.dpo.learning_rate.  Nothing of this round was saved"
+                )
             bar.update()
     return lora, jax.tree.map(lambda *x: jnp.mean(jnp.stack(x)), *last_epoch)

@@ -19,17 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from activedpo_jax.selection.posterior import HIGHEST, explained, prior_variances, variances
-
-# A score is known to ± TIE ‖φ‖²/λ.  Rows whose scores reach the best within that are tied, and the lowest row wins.
-#
-# Equal rows get unequal scores for two reasons.  First, s = ‖φ‖²/λ − Σ(φ·w)² is rounded in another order elsewhere (in
-# the block or outside it, on another device or mesh): a few ulp *of ‖φ‖²/λ*, however small s has become; up to 4e-7
-# after 50 picks, 1e-6 after 500.  Second, the same text in another batch position or bucket has another φ: 3e-7 of ‖φ‖
-# were measured, 1e-7 in ‖φ‖².  2⁻²⁰, 8 ulp, covers the two.  More would be wrong in the other direction: at 20,000
-# rows, scores that differ by a few 1e-6 are no longer rare.  (bfloat16 models repeat a φ to 1e-2 only.  There equal
-# texts are not tied, which does no harm: once one is picked, the score of the others falls with it.)
-TIE = 2.0**-20
+from activedpo_jax.selection.posterior import TIE, downdate, explained, prior_variances, variances
 
 # Rows of W per matrix product in a refresh.  A refresh is bound by memory up to about here, and where one is due after
 # every pick, as in a pool of nothing but ties, this keeps it close to the naive loop's price.
@@ -42,7 +32,7 @@ class Picks(NamedTuple):
     """K rows of the pool in the order they were picked."""
 
     rows: jax.Array  # [K] int32; −1 where no row was left
-    scores: jax.Array  # [K] float32: the variance φᵀV⁻¹φ at the time of the pick; 0 where no row was left
+    scores: jax.Array  # [K] float32: φᵀV⁻¹φ at the time of the pick; 0 where float32 resolves none, or no row was left
 
 
 class _State(NamedTuple):
@@ -141,16 +131,12 @@ def _greedy(
         return jax.lax.pmin(jnp.min(jnp.where(tied, rows, _NO_ROW)), axes)
 
     def append(state: _State, row: jax.Array) -> tuple[_State, jax.Array]:
-        """Records a pick; returns w = V⁻¹φ / √(1 + φᵀV⁻¹φ), its row of W (Sherman & Morrison 1950)."""
+        """Records a pick; returns its row of W."""
         index = row - first_row
         mine = (index >= 0) & (index < num_local)
         phi = jax.lax.psum(jnp.where(mine, features[jnp.clip(index, 0, num_local - 1)], 0.0), axes)
-        v = phi / lam
-        for w in (posterior, state.new):
-            v -= jnp.matmul(jnp.matmul(w, phi, precision=HIGHEST), w, precision=HIGHEST)
-        # The score once more, from φ and W, which are the same numbers on every device and every mesh.
-        score = jnp.maximum(jnp.dot(phi, v, precision=HIGHEST), 0.0)
-        w = v / jnp.sqrt(1.0 + score)
+        # From φ and W, which are the same numbers on every device and every mesh.
+        w, score = downdate(phi, (posterior, state.new), lam)
         k = state.made
         picks = Picks(state.picks.rows.at[k].set(row), state.picks.scores.at[k].set(score))
         return _State(k + 1, picks, state.new.at[k].set(w)), w

@@ -3,7 +3,7 @@
 Prompts are read, not learnt.  Trained are an adapter, or all weights; both are float32, whatever the model computes in,
 since a step of 2e-5 is lost in the rounding of bfloat16.  With AdamW's two moments, the gradient's sum over
 microbatches and one microbatch's part of it that is 20 bytes a trained parameter (140 GB for 7 billion), cut over the
-mesh as `mesh.weight_shardings` says.  The base weights under an adapter stay in the dtype that they come in.
+mesh as `layout.weight_shardings` says.  The base weights under an adapter stay in the dtype that they come in.
 """
 
 import functools
@@ -59,7 +59,7 @@ def fit(
 
     Args:
       params: the base weights under an adapter; None: `weights` are all that there are.
-      weights: what is trained, float32, laid out as `mesh.weight_shardings` says.  They are used up.
+      weights: what is trained, float32, laid out as `layout.weight_shardings` says.  They are used up.
 
     Raises:
       FloatingPointError: a loss is not finite; nothing of that step is saved.

@@ -1,0 +1,80 @@
+"""JSON, and files that get onto the disk in one piece.
+
+JSON has no NaN and no infinity: a number that is not finite is written as null.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON has it: dicts with string keys, lists, strings, numbers, None for those not finite.
+
+    Takes ConfigDicts, mappings, sequences, and NumPy or JAX scalars and arrays.
+
+    Raises:
+      TypeError: for anything else.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping | ml_collections.ConfigDict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "__array__"):
+        return plain(np.asarray(value).tolist())
+    raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written as JSON")
+
+
+def write_atomic(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that, whatever kills the process, `path` is as it was, or complete; makes folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # before the rename: else a power cut could leave the name on an empty file
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes `plain(value)` atomically, indented for people."""
+    write_atomic(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+      FileNotFoundError: if it is not there.
+      ValueError: if it is not JSON; names file and line.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); restore the file or remove it") from error
+
+
+def flatten(options: Mapping[str, Any] | ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Nested options as one dict, `{"dpo.beta": 0.1, ...}`, in their order."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

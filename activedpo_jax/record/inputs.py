@@ -1,0 +1,85 @@
+"""What a command began with, held against what it finds when it resumes.
+
+    DIR/inputs/<name>.json    of every data set, in order, each pair's id and a digest of its tokens and label; of the
+                              model and the adapter a fingerprint of their files, or the Hub's commit
+
+State that names pairs is only true of the data that it was made from, so a change is refused with what has changed.
+"""
+
+import hashlib
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from activedpo_jax.data.groups import PairPool, Texts
+from activedpo_jax.files import plain, read_json, write_json
+
+Inputs = Mapping[str, Any]
+
+
+def describe_pool(pool: PairPool, source: str) -> Inputs:
+    """Of every pair its id, and a digest of its tokens as shown and of what the data says of them."""
+    rewards = [None] * pool.num_pairs if pool.rewards is None else pool.rewards
+    digests = []
+    for (group, *shown), preference, reward in zip(pool.pairs, pool.preferences, rewards, strict=True):
+        tokens = [pool.prompt_tokens[group], *(pool.response_tokens[group][i] for i in shown)]
+        digests.append(_digest(tokens, f"{preference} {None if reward is None else np.asarray(reward).tolist()}"))
+    return {"source": source, "ids": list(pool.pair_ids), "digests": digests}
+
+
+def describe_texts(texts: Texts, source: str) -> Inputs:
+    """Of every group its place and a digest of its tokens."""
+    digests = [_digest([p, *r], "") for p, r in zip(texts.prompt_tokens, texts.response_tokens, strict=True)]
+    return {"source": source, "ids": [str(i) for i in range(len(digests))], "digests": digests}
+
+
+def _digest(arrays: Sequence[np.ndarray], more: str) -> str:
+    state = hashlib.blake2b(more.encode(), digest_size=8)
+    for array in arrays:
+        state.update(len(array).to_bytes(4, "little") + np.asarray(array, np.int32).tobytes())
+    return state.hexdigest()
+
+
+def hold(path: pathlib.Path, now: Mapping[str, Inputs | str]) -> None:
+    """Writes down what a new command begins with, or refuses to resume an old one that began with something else.
+
+    Args:
+      now: data sets as of `describe_pool`, fingerprints as strings, by name (`pool`, `model`, ...).
+
+    Raises:
+      ValueError: names what has changed, and how.
+    """
+    if not path.exists():
+        write_json(path, now)
+        return
+    before, current = read_json(path), plain(now)
+    differences = [
+        f"{name}: {_difference(before.get(name), current.get(name))}"
+        for name in current | before
+        if before.get(name) != current.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{path.parents[1]}: this work directory began with other inputs: {'; '.join(differences)}; "
+            "to resume it restore them, for a new run give another --workdir"
+        )
+
+
+def _difference(before: Any, now: Any) -> str:
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return f"its files have changed (fingerprint was {before}, now {now})"
+    old, new = (dict(zip(x["ids"], x["digests"], strict=True)) for x in (before, now))
+    shared = [name for name in before["ids"] if name in new]
+    counts = {
+        "added": len(new.keys() - old.keys()),
+        "removed": len(old.keys() - new.keys()),
+        "with other text, tokens or label": sum(old[name] != new[name] for name in shared),
+    }
+    words = [f"{count} {what}" for what, count in counts.items() if count]
+    if shared != [name for name in now["ids"] if name in old]:
+        words.append("in another order")
+    return (
+        f"{now['source']} had {len(old)} records, now {len(new)}: {', '.join(words) or 'read from ' + before['source']}"
+    )

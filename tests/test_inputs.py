@@ -1,0 +1,187 @@
+"""A run resumes on the inputs that it began with, and on no others; a work directory belongs to one process."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from activedpo_jax import main
+from activedpo_jax.record import folders
+from activedpo_jax.rounds.checks import check_learnt, check_picks
+from activedpo_jax.selection.greedy import Picks
+from tests.test_main import CONFIG
+from tests.tiny_hf import tiny_llama
+from tests.tiny_tokenizer import CHATML, make_tokenizer
+
+QUESTIONS = ["What colour is the sky?", "Is the grass green?", "Hello", "So it is blue", "And today?", "What is green?"]
+ROWS = [{"prompt": q, "chosen": f"It is blue. {q}", "rejected": f"{q} Not today"} for q in QUESTIONS]
+
+
+def write(path: pathlib.Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def half_done(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with a model, data, and a run of two rounds whose second has not been saved."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = make_tokenizer(CHATML, eos="<|im_end|>")
+    tiny_llama(folder / "base", vocab_size=len(tokenizer), tie_word_embeddings=True)
+    tokenizer.save_pretrained(folder / "base")
+    for name in ("pairs.jsonl", "heldout.jsonl"):
+        write(folder / name, ROWS)
+    (folder / "config.py").write_text(CONFIG.replace("config.export.merged = True", "config.round.mode = 'staged'"))
+    main.main(command(folder))
+    shutil.rmtree(folder / "run" / "checkpoints" / "2")
+    return folder
+
+
+def command(folder: pathlib.Path) -> list[str]:
+    options = {"model.path": "base", "data.train": "pairs.jsonl", "data.heldout": "heldout.jsonl"}
+    flags = [f"--config.{name}={folder / value}" for name, value in options.items()]
+    return ["main", "--config", str(folder / "config.py"), "--workdir", str(folder / "run"), *flags]
+
+
+def error_of(folder: pathlib.Path, capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main.main(command(folder))
+    assert stop.value.code == code
+    return capsys.readouterr().err
+
+
+def relabelled(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{**rows[0], "chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"]}, *rows[1:]]
+
+
+NEW = [{"prompt": f"new {i}", "chosen": "yes please", "rejected": "no thanks"} for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("pairs.jsonl", lambda rows: [*NEW, *rows], "had 6 records, now 9: 3 added"),
+        ("pairs.jsonl", lambda rows: [*rows, *NEW], "had 6 records, now 9: 3 added"),
+        ("pairs.jsonl", lambda rows: rows[:4], "had 6 records, now 4: 2 removed"),
+        ("pairs.jsonl", lambda rows: rows[::-1], "had 6 records, now 6: in another order"),
+        ("pairs.jsonl", relabelled, "1 with other text, tokens or label"),
+        ("heldout.jsonl", lambda rows: rows[1:], "held-out set: "),
+    ],
+)
+def test_changed_data_is_refused_and_restored_data_goes_on(
+    name: str,
+    change: Callable[[list[dict[str, str]]], list[dict[str, str]]],
+    said: str,
+    half_done: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    record = {path: path.read_bytes() for path in (half_done / "run").rglob("*") if path.is_file()}
+    write(half_done / name, change(ROWS))
+    try:
+        message = error_of(half_done, capsys)
+    finally:
+        write(half_done / name, ROWS)
+    assert said in message and str(half_done / name) in message and "restore" in message and "Traceback" not in message
+    after = {path: path.read_bytes() for path in (half_done / "run").rglob("*") if path.is_file()}
+    assert after == record
+
+
+def test_a_replaced_model_is_refused(half_done: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = half_done / "base" / "model.safetensors"
+    before = file.read_bytes()
+    file.write_bytes(before[:-4] + np.float32(0.5).tobytes())
+    try:
+        assert "model: its files have changed" in error_of(half_done, capsys)
+    finally:
+        file.write_bytes(before)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    half_done: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "all"
+    shutil.copytree(half_done, place)
+    shutil.copytree(half_done / "run" / "inputs", place / "run" / "inputs", dirs_exist_ok=True)
+    for stored in ((place / "run" / "config.json"), *(place / "run" / "inputs").glob("*.json")):
+        stored.write_text(stored.read_text().replace(str(half_done), str(place)))
+    main.main(command(place))  # ends the second round
+    whole = (place / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    for path in (place / "run" / "checkpoints" / "2").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:3])
+    capsys.readouterr()
+    main.main(command(place))
+    assert "cannot be read" in capsys.readouterr().out
+    assert (place / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == whole
+    (place / "run" / "summary.json").unlink()
+    assert "summary.json: missing" in error_of(place, capsys)
+
+
+def test_a_mistyped_path_claims_nothing(half_done: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main.main([*command(half_done)[:3], "--workdir", str(half_done / "other"), "--config.data.train=nowhere.jsonl"])
+    assert not (half_done / "other").exists()
+    file = half_done / "config.py"
+    with pytest.raises(SystemExit):
+        main.main([*command(half_done), "--workdir", str(file / "below")])
+    assert f"{file} is a file" in capsys.readouterr().err
+
+
+def test_a_second_process_is_refused(tmp_path: pathlib.Path) -> None:
+    script = (
+        "import pathlib, sys, time\n"
+        "from activedpo_jax.config import default\n"
+        "from activedpo_jax.record import folders\n"
+        "folders.open_workdir(pathlib.Path(sys.argv[1]), default(), 'main')\n"
+        "print('mine', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    from activedpo_jax.config import default
+
+    root = pathlib.Path(folders.__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=root, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "mine\n"
+        with pytest.raises(ValueError, match=f"process {holder.pid} works here"):
+            folders.open_workdir(tmp_path, default(), "main")
+        holder.kill()
+        holder.wait()
+    folders.open_workdir(tmp_path, default(), "main")  # the lock dies with its process
+
+
+def test_picks_are_checked() -> None:
+    def check(rows: list[int], scores: list[float]) -> None:
+        check_picks(Picks(np.array(rows), np.array(scores)), np.array([4, -1]), 10, 3)  # type: ignore[arg-type]
+
+    check([1, 2], [0.5, 0.0])
+    for rows in ([1, -1], [1, 10], [2, 2], [1, 4]):
+        with pytest.raises(FloatingPointError, match="round 3"):
+            check(rows, [1.0, 1.0])
+    with pytest.raises(FloatingPointError, match="round 3"):
+        check([1, 2], [1.0, np.nan])
+
+
+def test_what_was_learnt_is_checked() -> None:
+    check_learnt(0.5, {"a": np.ones(3)}, 1)
+    for loss, weight in ((np.nan, 1.0), (0.5, np.inf)):
+        with pytest.raises(FloatingPointError, match="round 1: training has diverged"):
+            check_learnt(loss, {"a": np.array([0.0, weight])}, 1)
+
+
+def test_a_run_that_diverges_records_nothing(half_done: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = half_done / "diverged"
+    for mode in ("staged", "fused"):
+        with pytest.raises(SystemExit) as stop:
+            main.main(
+                [*command(half_done), "--workdir", str(place / mode), "--config.dpo.learning_rate=1e38"]
+                + [f"--config.round.mode={mode}"]
+            )
+        assert stop.value.code == 1
+        message = capsys.readouterr().err
+        assert "lower config.dpo.learning_rate" in message and "Traceback" not in message
+        assert not (place / mode / "checkpoints" / "1").exists()
