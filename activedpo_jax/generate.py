@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from activedpo_jax import flags, layout, start
-from activedpo_jax.data.groups import Bucket, Texts, assign_buckets, microbatches, pad_groups
+from activedpo_jax.data.groups import Bucket, Texts, assign_buckets, check_tokens, microbatches, pad_groups
 from activedpo_jax.data.pool_files import PoolFiles
 from activedpo_jax.data.preferences import uniform
 from activedpo_jax.data.prompts import read_prompts
@@ -171,20 +171,14 @@ def respond_to(
 
 
 def stop_tokens(path: str, revision: str, tokenizer: "PreTrainedTokenizerBase", template: str) -> tuple[int, ...]:
-    """What ends a response: the tokens that the model's generation config and its tokenizer say, and that which the
-    template writes at the end of one.
+    """What ends a response: the tokens that the model's files and its tokenizer say, and that which the template writes
+    at the end of one.
 
     Raises:
       ValueError: there is none.
     """
-    from transformers import GenerationConfig
-
-    try:
-        found = GenerationConfig.from_pretrained(path, revision=revision or None).eos_token_id
-    except OSError:  # most models have none
-        found = None
     writer = make_template(template, tokenizer)
-    stop = {*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id, *writer.trailing}
+    stop = {*loading.eos_token_ids(path, revision), tokenizer.eos_token_id, *writer.trailing}
     stop |= set(tokenizer(writer.end, add_special_tokens=False)["input_ids"][-1:])
     return tuple(sorted(int(token) for token in stop - {None}))
 
@@ -220,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"prompts: {note}")
         stop = stop_tokens(model.path, model.revision, tokenizer, config.data.template)
         decoder = start.load_decoder(config, mesh)
+        check_tokens(texts, decoder.config.vocab_size, options.prompts)
         spec = make_spec(config, decoder, stop, mesh)
         folders.open_workdir(folder, config, "generate")
         inputs.hold(folder / "inputs" / "prompts.json", described(config, texts))

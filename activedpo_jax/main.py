@@ -201,10 +201,10 @@ def run(
             store.save(number, (lora, labelled))
             print(report.round_line(strategy, seed, config.rounds, entry), flush=True)
     store.close()
-    adapters.save_adapter(lora, task.decoder.lora, task.base_model, folder / "adapter")
+    decoder, model = task.decoder, task.base_model
+    revision = config.model.revision if model == config.model.path else ""
+    adapters.save_adapter(lora, decoder.lora, model, folder / "adapter", revision)
     if config.export.merged and not (folder / "merged").exists():
-        decoder, model = task.decoder, task.base_model
-        revision = config.model.revision if model == config.model.path else ""
         merged.save_merged(params, lora, decoder.lora, model, revision, folder / "merged", decoder.dtype)
     return summary
 

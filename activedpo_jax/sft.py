@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from activedpo_jax import flags, layout, start
 from activedpo_jax.data.completions import Completion, limit, read_completions
-from activedpo_jax.data.groups import Bucket, assign_buckets
+from activedpo_jax.data.groups import Bucket, assign_buckets, check_tokens
 from activedpo_jax.data.preferences import split_by_prompt
 from activedpo_jax.data.tokenize import tokenize_texts
 from activedpo_jax.huggingface import adapters, loading, merged
@@ -50,7 +50,9 @@ def load(config: ml_collections.ConfigDict, seed: int) -> Examples:
     longest = max(b.prompt for b in buckets), max(b.response for b in buckets)
     tokenizer = loading.load_tokenizer(config.model.path, config.model.revision)
     texts = [tokenize_texts(part, tokenizer, data.template, *longest) for part in (completions, held_out) if part]
+    vocabulary = loading.load_config(config.model.path, config.model.revision).vocab_size
     for part in texts:
+        check_tokens(part, vocabulary, sft.data)
         assign_buckets(part, buckets)  # complains of buckets that are no ladder, before a model is loaded
     return Examples(texts[0], texts[1] if held_out else None, buckets)
 
@@ -118,7 +120,7 @@ def run(
     else:
         weights = jax.tree.map(jnp.copy, lora)
         lora = fit(recipe(config, mesh), decoder, params, weights, examples, mesh, seed, folder)
-        adapters.save_adapter(lora, decoder.lora, base_model, result)
+        adapters.save_adapter(lora, decoder.lora, base_model, result, revision)
     # The result is whole; what it took to get there is several times as large.
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     print(f"SFT, seed {seed}: {_in_words(metrics.read_metrics(folder / 'metrics.jsonl'))}")

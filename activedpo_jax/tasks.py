@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from activedpo_jax import layout, start
-from activedpo_jax.data.groups import Bucket, Groups, PairPool, pad_groups
+from activedpo_jax.data.groups import Bucket, Groups, PairPool, check_tokens, pad_groups
 from activedpo_jax.data.preferences import limit, read_records, split_by_prompt
 from activedpo_jax.data.synthetic import SyntheticTask
 from activedpo_jax.data.tokenize import tokenize
@@ -90,6 +90,8 @@ def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> Tas
     heldout = tokenize(heldout_records, tokenizer, data.template, *longest, seed)
     heldout = dataclasses.replace(heldout, notes=(*heldout.notes, *notes))
     decoder = start.load_decoder(config, mesh)
+    for texts, source in ((pool, data.train), (heldout, data.heldout or data.train)):
+        check_tokens(texts, decoder.config.vocab_size, source)
     load_params = functools.partial(start.load_params, config, mesh, decoder.dtype)
     shape = params_shape(decoder, mesh, decoder.dtype, config.model.quantisation)
     return Task(decoder, path, shape, load_params, pool, heldout, buckets)

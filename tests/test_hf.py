@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from activedpo_jax import layout
-from activedpo_jax.huggingface import loading, tensors
+from activedpo_jax.huggingface import hub, loading, tensors
 from activedpo_jax.huggingface.families import model_config
 from activedpo_jax.models.config import ModelConfig, RopeScaling
 from tests import tiny
@@ -429,3 +429,75 @@ def test_tokenizers(tmp_path: pathlib.Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no tokenizer"):
         loading.load_tokenizer(str(tmp_path / "empty"))
+
+
+def test_a_stale_index_beside_the_weights_is_not_read(tmp_path: pathlib.Path) -> None:
+    """The single file wins, as in transformers."""
+    tiny_llama(tmp_path, max_shard_size="20KB", tie_word_embeddings=True)
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.add_(1.0)
+    index = (tmp_path / "model.safetensors.index.json").read_bytes()
+    old = {path.name: path.read_bytes() for path in tmp_path.glob("model-*.safetensors")}
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_bytes(index)
+    for name, content in old.items():
+        (tmp_path / name).write_bytes(content)
+    expected = LlamaForCausalLM.from_pretrained(tmp_path).model.embed_tokens.weight.detach().numpy()
+    np.testing.assert_array_equal(loading.load_model(str(tmp_path))[1]["embed"]["embedding"], expected)
+    np.testing.assert_array_equal(expected, model.model.embed_tokens.weight.detach().numpy())
+
+
+def test_a_tied_table_may_be_saved_as_the_head_alone(tmp_path: pathlib.Path) -> None:
+    tiny_llama(tmp_path, tie_word_embeddings=True)
+    stored = load_file(tmp_path / "model.safetensors")
+    before = loading.load_model(str(tmp_path))[1]
+    stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    jax.tree.map(np.testing.assert_array_equal, loading.load_model(str(tmp_path))[1], before)
+
+
+@pytest.mark.parametrize("name", ["num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim"])
+@pytest.mark.parametrize("size", [0, -1, "4"])
+def test_sizes_that_are_none_are_named(name: str, size: Any) -> None:
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4).to_dict()
+    with pytest.raises(ValueError, match=f"{name} is {size!r}; expected a whole number above 0"):
+        model_config({**config, name: size})
+
+
+def test_a_config_that_is_no_object_is_named(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json: got a list"):
+        loading.load_config(str(tmp_path))
+
+
+def test_end_of_sequence_tokens(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": [3, 5]}')
+    assert loading.eos_token_ids(str(tmp_path)) == (3, 5)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert loading.eos_token_ids(str(tmp_path)) == (7,)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert loading.eos_token_ids(str(tmp_path)) == (3, 5)
+
+
+def test_fingerprints_are_of_the_content(tmp_path: pathlib.Path) -> None:
+    tiny_llama(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    first = hub.fingerprint(str(tmp_path / "one"), "")
+    assert first == hub.fingerprint(str(tmp_path / "two"), "")
+    for name in ("model.safetensors", "config.json"):
+        file = tmp_path / "two" / name
+        before = file.read_bytes()
+        file.write_bytes(before[:-2] + bytes([before[-2] ^ 1]) + before[-1:])
+        assert first != hub.fingerprint(str(tmp_path / "two"), "")
+        file.write_bytes(before)
+
+
+def test_large_files_are_told_apart_without_being_read(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_BLOCK_BYTES", 4)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(10_000))
+    first = hub.fingerprint(str(tmp_path), "")
+    for place in (0, 9_999):
+        file.write_bytes(bytes(place) + b"x" + bytes(9_999 - place))
+        assert hub.fingerprint(str(tmp_path), "") != first

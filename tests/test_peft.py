@@ -430,3 +430,21 @@ def test_hub_names_from_the_cache(tmp_path: pathlib.Path, base: pathlib.Path, mo
         ValueError, match=r"someone/sft \(revision v2\): neither .*set config.lora.path or config.lora.rev"
     ):
         adapters.load_adapter("someone/sft", "v2", MODEL, config)
+
+
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path: pathlib.Path) -> None:
+    config = LoraConfig(rank=4, alpha=8.0)
+    adapters.save_adapter(random_adapter(config), config, "base", tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    name = sorted(stored)[3]
+    stored[name] = stored[name].copy()
+    stored[name][0, 0] = np.nan
+    save_file(stored, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"tensor {re.escape(name)} has entries that are not finite"):
+        adapters.load_adapter(str(tmp_path), "", MODEL, config)
+
+
+def test_the_revision_of_the_base_is_written(tmp_path: pathlib.Path) -> None:
+    config = LoraConfig(rank=4, alpha=8.0)
+    adapters.save_adapter(random_adapter(config), config, "someone/base", tmp_path, "v1")
+    assert theirs.PeftConfig.from_pretrained(str(tmp_path)).revision == "v1"

@@ -72,6 +72,26 @@ class PairPool(Texts):
         return len(self.pairs)
 
 
+def check_tokens(texts: Texts, vocab_size: int, source: str) -> None:
+    """Holds token ids to the embedding, which would give NaN, or another token's row, for those beyond it.
+
+    Raises:
+      ValueError: an id is `vocab_size` or more: tokenizer and model do not belong together.
+    """
+    largest = max(int(tokens.max()) for tokens in _every_text(texts) if len(tokens))
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{source}: the tokenizer makes token {largest} of it, but the model's embedding has {vocab_size} rows; "
+            "expected a tokenizer and a model that belong together: check config.model.path and tokens added to it"
+        )
+
+
+def _every_text(texts: Texts) -> Iterator[np.ndarray]:
+    yield from texts.prompt_tokens
+    for several in texts.response_tokens:
+        yield from several
+
+
 def group_pairs(m: int) -> np.ndarray:
     """The pairs i < j of m responses, [m(m−1)/2, 2] int32 in the order (0,1), (0,2), ..., (1,2), ..."""
     return np.stack(np.triu_indices(m, 1), axis=1).astype(np.int32)

@@ -127,7 +127,8 @@ def _chat(tokenizer: "PreTrainedTokenizerBase") -> Template:
     tail = whole[whole.rindex(mark) + len(mark) :]
     asked = _render(tokenizer, question, False)
     header = prompt[len(asked) :] if prompt.startswith(asked) else ""
-    specials = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    # Also tokens that are not flagged special: some tokenizers do not flag the one that ends a turn.
+    specials = {t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()}
     ends = [tail.index(s) + len(s) for s in specials if s in tail]
     if ends:
         return Template(tokenizer, True, (), (), header, tail, tail[: min(ends)])

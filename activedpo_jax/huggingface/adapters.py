@@ -35,12 +35,14 @@ _INITIALISATIONS = {"none", "true", "false", "gaussian", "orthogonal", "eva", "m
 _ADVICE = "merge the adapter into its base model with peft, and set config.model.path to the result"
 
 
-def save_adapter(lora: Lora, lora_config: LoraConfig, base_model_name: str, directory: pathlib.Path) -> None:
+def save_adapter(
+    lora: Lora, lora_config: LoraConfig, base_model_name: str, directory: pathlib.Path, revision: str = ""
+) -> None:
     """Writes `adapter_model.safetensors` (float32) and `adapter_config.json`, each whole or not at all.
 
     Args:
       lora: {"layers": {module: {"a": [L, r, d_in], "b": [L, d_out, r]}}}.
-      base_model_name: the directory or Hub name that the adapter belongs to.
+      base_model_name, revision: the directory or Hub name that the adapter belongs to, and which of its revisions.
 
     Raises:
       ValueError: the matrices are not those of `lora_config`.
@@ -78,6 +80,7 @@ def save_adapter(lora: Lora, lora_config: LoraConfig, base_model_name: str, dire
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,
+            **({"revision": revision} if revision else {}),
         },
     )
 
@@ -108,7 +111,7 @@ def load_adapter(
 
     Raises:
       ValueError: there is no such adapter; it is not plain LoRA on the linear maps of the layers; `lora_config` is
-        another one's (says which flags to set); tensors are missing, misshapen, or there for no reason.
+        another one's (says which flags to set); tensors are missing, misshapen, not finite, or there for no reason.
     """
     folder = hub.fetch(path, revision, [_CONFIG, _WEIGHTS], "a PEFT adapter", "config.lora")
     if not (folder / _CONFIG).exists():
@@ -140,6 +143,10 @@ def load_adapter(
             stacks = {key: np.zeros(shape.shape, np.float32) for key, shape in shapes["layers"][module].items()}
             for key, layer, name in _tensor_names(maps[module], layers[module]):
                 stacks[key][layer] = file.get_tensor(name)
+                if not np.all(np.isfinite(stacks[key][layer])):
+                    raise ValueError(
+                        f"{folder / _WEIGHTS}: tensor {name} has entries that are not finite: train it anew"
+                    )
             lora["layers"][module] = {k: jax.device_put(x, places["layers"][module][k]) for k, x in stacks.items()}
     print(f"adapter {hub.named(path, revision)}: {'; '.join(_notes(adapter, layers, model_config.num_layers))}")
     return lora

@@ -240,6 +240,10 @@ def model_config(hf_config: Fields) -> ModelConfig:
     missing = [name for name in _SIZES.values() if hf_config.get(name) is None]
     if missing:
         raise ValueError(f"no {', '.join(missing)}; expected in the config of every {hf_config['model_type']} model")
+    for name in (*_SIZES.values(), "num_key_value_heads", "head_dim"):
+        size = hf_config.get(name)
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"{name} is {size!r}; expected a whole number above 0")
     refuse_unsupported(hf_config, this.architecture, this.defaults.keys())
 
     given = {name: value for name, value in hf_config.items() if value is not None or name in _NULLABLE}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+_GENERATION = "generation_config.json"
 _EXPECTED = ("a Hugging Face model directory", "config.model")  # where a path leads, and the options that give it
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DTYPES = ("F64", "F32", "F16", "BF16")  # anything else is a quantised checkpoint
@@ -56,6 +57,20 @@ def load_tokenizer(path: str, revision: str = "") -> "PreTrainedTokenizerBase":
         raise ValueError(f"{hub.named(path, revision)}: no tokenizer that transformers can load: {error}") from error
 
 
+def eos_token_ids(path: str, revision: str = "") -> tuple[int, ...]:
+    """The tokens that end a response by `generation_config.json`, or where that says nothing by `config.json`.
+
+    Args and errors as of `load_config`.
+    """
+    folder = _fetch(path, revision, [_CONFIG, _GENERATION])
+    for name in (_GENERATION, _CONFIG):
+        stored = read_json(folder / name) if (folder / name).exists() else {}
+        found = stored.get("eos_token_id") if isinstance(stored, dict) else None
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (int(found),)
+    return ()
+
+
 def load_model(
     path: str,
     revision: str = "",
@@ -79,10 +94,10 @@ def load_model(
       ValueError: there is no such model; it has a feature that is not supported; tensors are missing, misshapen,
         quantised, or not of this family; `quantisation` needs qwix, which is not installed.
     """
-    folder = _fetch(path, revision, [_CONFIG, _INDEX])
+    folder = _fetch(path, revision, [_CONFIG, _INDEX, _SINGLE])
     this, config = _read_config(folder)
     files = _weight_files(folder)
-    # Of a model on the Hub only the small files are here yet.
+    # Of a sharded model on the Hub only the small files are here yet.
     folder = _fetch(path, revision, [_CONFIG, _INDEX, *files])
 
     decoder = Decoder(config, LoraConfig())
@@ -94,6 +109,8 @@ def load_model(
     leaves = jax.tree.leaves(shapes)
     weights = [this.weights[path] for path in paths]
     tensors = read_headers([folder / name for name in files])
+    if config.tie_embeddings and _HEAD in tensors and _EMBEDDINGS not in tensors:
+        tensors[_EMBEDDINGS] = tensors.pop(_HEAD)  # one table under either name
     _check(tensors, weights, [leaf.shape for leaf in leaves], folder)
 
     default = jnp.zeros(()).sharding
@@ -122,6 +139,8 @@ def _read_config(folder: pathlib.Path) -> tuple[Family, ModelConfig]:
     if not file.exists():
         raise ValueError(f"{folder}: no {_CONFIG}; expected {_EXPECTED[0]}: set {_EXPECTED[1]}.path")
     hf_config = read_json(file)
+    if not isinstance(hf_config, dict):
+        raise ValueError(f"{file}: got a {type(hf_config).__name__}, expected a model's config: restore the file")
     try:
         return family(hf_config), model_config(hf_config)
     except ValueError as error:
@@ -129,11 +148,18 @@ def _read_config(folder: pathlib.Path) -> tuple[Family, ModelConfig]:
 
 
 def _weight_files(folder: pathlib.Path) -> list[str]:
-    """Names of the checkpoint's files: those of the index if there is one, else the single file."""
+    """Names of the checkpoint's files: the single file, and without one those of the index, as transformers has it.
+
+    Raises:
+      ValueError: the index is not one.
+    """
     index = folder / _INDEX
-    if not index.exists():
+    if (folder / _SINGLE).exists() or not index.exists():
         return [_SINGLE]
-    return sorted(set(read_json(index)["weight_map"].values()))
+    stored = read_json(index)
+    if not isinstance(stored, dict) or not isinstance(stored.get("weight_map"), dict):
+        raise ValueError(f"{index}: no weight_map in it; expected the index of a sharded checkpoint: restore the file")
+    return sorted(set(stored["weight_map"].values()))
 
 
 def _names(weight: Weight, shape: Sequence[int]) -> list[str]:
