@@ -40,6 +40,7 @@ def default() -> ml_collections.ConfigDict:
     config.data.train_limit = 0  # use this many pairs of the pool, drawn by seed; 0: all
     config.data.heldout_limit = 0
     config.data.template = "auto"  # auto (the tokenizer's chat template if it has one), chat, plain
+    config.data.template_kwargs = ""  # options for the chat template as JSON, {"enable_thinking": false} say
     config.data.buckets = ((128, 128), (256, 512))  # (prompt, response) tokens: one compiled program each
 
     config.synthetic = ml_collections.ConfigDict()  # the procedural task, data.train='synthetic'; see data/synthetic.py

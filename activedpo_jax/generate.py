@@ -209,7 +209,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         records = read_prompts(options.prompts, options.split)
         tokenizer = loading.load_tokenizer(model.path, model.revision)
         widths = [prompt for prompt, _ in config.data.buckets]
-        texts = tokenize_texts(records, tokenizer, config.data.template, max(widths), options.max_new_tokens)
+        kwargs = start.template_kwargs(config)
+        texts = tokenize_texts(records, tokenizer, config.data.template, max(widths), options.max_new_tokens, kwargs)
         for note in texts.notes:
             print(f"prompts: {note}")
         stop = stop_tokens(model.path, model.revision, tokenizer, config.data.template)

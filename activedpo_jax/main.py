@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from activedpo_jax import files, flags, layout, sft, start, tasks
-from activedpo_jax.data.groups import PairPool, assign_buckets, pad_groups
+from activedpo_jax.data.groups import PairPool, assign_buckets, pad_groups, shared_prompts
 from activedpo_jax.evaluation import heldout
 from activedpo_jax.evidence.gradients import FeatureSpec
 from activedpo_jax.huggingface import adapters, merged
@@ -97,6 +97,9 @@ def starting_point(
             return task, task.load_params(), lora
         examples = sft.load(config, seed)
         inputs.hold(folder / "inputs" / f"seed{seed}_sft.json", sft.described(config, examples))
+        for name, texts in (("the pool", task.pool), ("the held-out set", task.heldout)):
+            if shared := shared_prompts(examples.train, texts):
+                print(f"SFT data: {shared} of {examples.train.num_groups} examples have a prompt of {name}")
         # All weights are trained in float32, and are read from the stage's result once that is there.
         params: Any = {}
         if not full:

@@ -49,7 +49,11 @@ def load(config: ml_collections.ConfigDict, seed: int) -> Examples:
     buckets = tuple(sorted(Bucket(*b) for b in data.buckets))
     longest = max(b.prompt for b in buckets), max(b.response for b in buckets)
     tokenizer = loading.load_tokenizer(config.model.path, config.model.revision)
-    texts = [tokenize_texts(part, tokenizer, data.template, *longest) for part in (completions, held_out) if part]
+    texts = [
+        tokenize_texts(part, tokenizer, data.template, *longest, start.template_kwargs(config))
+        for part in (completions, held_out)
+        if part
+    ]
     vocabulary = loading.load_config(config.model.path, config.model.revision).vocab_size
     for part in texts:
         check_tokens(part, vocabulary, sft.data)

@@ -1,6 +1,7 @@
 """What every command begins with: a decoder, its base weights, and an adapter, as the options name them."""
 
 import functools
+import json
 from typing import Any
 
 import jax
@@ -71,6 +72,22 @@ def initial_lora(config: ml_collections.ConfigDict, decoder: Decoder, mesh: Mesh
         return adapters.load_adapter(config.lora.path, config.lora.revision, decoder.config, decoder.lora, shardings)
     lora = fresh_lora(decoder, seed)
     return jax.device_put(lora, shardings(lora))
+
+
+def template_kwargs(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """`config.data.template_kwargs` as the chat template takes them.
+
+    Raises:
+      ValueError: the option is no JSON object.
+    """
+    text = config.data.template_kwargs
+    try:
+        found = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config.data.template_kwargs: got {text!r}, expected a JSON object ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"config.data.template_kwargs: got {text!r}, expected a JSON object")
+    return found
 
 
 def fingerprints(config: ml_collections.ConfigDict) -> dict[str, str]:

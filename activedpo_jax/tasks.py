@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from activedpo_jax import layout, start
-from activedpo_jax.data.groups import Bucket, Groups, PairPool, check_tokens, pad_groups
+from activedpo_jax.data.groups import Bucket, Groups, PairPool, check_tokens, pad_groups, shared_prompts
 from activedpo_jax.data.preferences import limit, read_records, split_by_prompt
 from activedpo_jax.data.synthetic import SyntheticTask
 from activedpo_jax.data.tokenize import tokenize
@@ -82,12 +82,12 @@ def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> Tas
         heldout_records = limit(heldout_records, data.heldout_limit, 0)
 
     tokenizer = loading.load_tokenizer(path, revision)
-    known = {str(record.prompt) for record in train_records}
-    shared = sum(str(record.prompt) in known for record in heldout_records)
-    notes = (f"{shared} of {len(heldout_records)} records have a prompt of the pool",) if shared else ()
     longest = max(b.prompt for b in buckets), max(b.response for b in buckets)
-    pool = tokenize(train_records, tokenizer, data.template, *longest, seed)
-    heldout = tokenize(heldout_records, tokenizer, data.template, *longest, seed)
+    kwargs = start.template_kwargs(config)
+    pool = tokenize(train_records, tokenizer, data.template, *longest, seed, kwargs)
+    heldout = tokenize(heldout_records, tokenizer, data.template, *longest, seed, kwargs)
+    shared = shared_prompts(heldout, pool)
+    notes = (f"{shared} of {heldout.num_groups} records have a prompt of the pool",) if shared else ()
     heldout = dataclasses.replace(heldout, notes=(*heldout.notes, *notes))
     decoder = start.load_decoder(config, mesh)
     for texts, source in ((pool, data.train), (heldout, data.heldout or data.train)):

@@ -16,7 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from activedpo_jax.data.fields import Prompt, check_messages, check_prompt, check_response, require
+from activedpo_jax.data.fields import (
+    Extras,
+    Prompt,
+    check_messages,
+    check_prompt,
+    check_response,
+    read_extras,
+    refuse_unread,
+    require,
+)
 from activedpo_jax.data.preferences import parse_record
 from activedpo_jax.data.sources import fail, read_rows
 
@@ -30,6 +39,8 @@ class Completion:
     prompt: Prompt
     completion: str
     where: str  # file and line, for error messages
+    extras: Extras = Extras()
+    implicit: bool = False  # the prompt is what two strings begin with
 
     @property
     def responses(self) -> tuple[str]:
@@ -63,6 +74,9 @@ def limit(completions: Sequence[Completion], count: int, seed: int) -> list[Comp
 def _parse(row: Mapping[str, Any], where: str) -> Completion:
     # Parquet has every column in every row: null is as good as missing.
     row = {name: value for name, value in row.items() if value is not None}
+    refuse_unread(row, where)
+    if row.get("label") is False and "completion" in row:
+        fail(where, "label is false: a completion that people did not like", "completions to be learnt", "leave it out")
     kinds = [name for name in _KINDS if name in row]
     if kinds == ["messages", "chosen"] and row["messages"] == row["chosen"]:
         kinds = ["messages"]
@@ -71,15 +85,21 @@ def _parse(row: Mapping[str, Any], where: str) -> Completion:
         fail(where, problem, "`completion`, `messages`, or `chosen` and `rejected`, and one of these only")
     if kinds == ["completion"]:
         prompt = check_prompt(require(row, "prompt", where), where)
-        return Completion(prompt, check_response(row["completion"], "completion", where), where)
+        completion = check_response(row["completion"], "completion", where)
+        return Completion(prompt, completion, where, read_extras(row, [row["completion"]], where))
     if kinds == ["messages"]:
-        return _last_message(row["messages"], where)
+        return _last_message(row, where)
     record = parse_record(row, where)
     assert record.preferred is not None  # `chosen` says it
-    return Completion(record.prompt, record.responses[record.preferred], where)
+    chosen, extras = record.preferred, record.extras
+    extras = dataclasses.replace(
+        extras, messages=extras.messages[chosen : chosen + 1], cut=extras.cut[chosen : chosen + 1]
+    )
+    return Completion(record.prompt, record.responses[chosen], where, extras, record.implicit)
 
 
-def _last_message(value: Any, where: str) -> Completion:
+def _last_message(row: Mapping[str, Any], where: str) -> Completion:
+    value = row["messages"]
     if isinstance(value, str):
         fail(where, "messages is a string", "a list of chat messages")
     messages = check_messages(value, "messages", where)
@@ -88,4 +108,5 @@ def _last_message(value: Any, where: str) -> Completion:
         fail(where, f"messages end in one of the {roles[-1]}", "one of the assistant at the end, which is learnt")
     if "user" not in roles:
         fail(where, f"messages are of {', '.join(roles)}", "one of the user at least, before the assistant's")
-    return Completion(check_prompt(messages[:-1], where), check_response(messages[-1:], "messages", where), where)
+    prompt, completion = check_prompt(messages[:-1], where), check_response(messages[-1:], "messages", where)
+    return Completion(prompt, completion, where, read_extras(row, [messages[-1:]], where))

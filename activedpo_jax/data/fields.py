@@ -1,5 +1,6 @@
 """The fields of a record, each checked, with errors that say where it stands and what was expected."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,76 @@ Prompt = str | Sequence[Message]
 _LARGEST = float(np.finfo(np.float32).max)
 
 
+# Columns that some data sets have beside the prompt and that say something of it.  They are not read, so a value in one
+# is an error: the text that is learnt would be another.
+_CHANGES_THE_MEANING = ("system", "history", "image", "images", "audio", "video", "videos")
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What a record says beside its texts, for the chat template (as TRL passes it) and for the tokens."""
+
+    tools: Sequence[Any] | None = None
+    template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the column `chat_template_kwargs`
+    messages: tuple[Mapping[str, Any], ...] = ()  # of every response its message's fields beside role and content
+    cut: tuple[bool, ...] = ()  # of every response: whether it was cut before its end, so that it has none
+
+    def message(self, index: int) -> Mapping[str, Any]:
+        return self.messages[index] if self.messages else {}
+
+    def is_cut(self, index: int) -> bool:
+        return bool(self.cut) and self.cut[index]
+
+
+def read_extras(row: Mapping[str, Any], responses: Sequence[Any], where: str) -> Extras:
+    """The extras of a row whose responses are these, as the data has them: strings, or lists of one message."""
+    tools, kwargs = row.get("tools") or None, row.get("chat_template_kwargs") or {}
+    if tools is not None and not isinstance(tools, list):
+        fail(where, f"tools is {kind(tools)}", "a list of the tools' descriptions, as chat templates take it")
+    if not isinstance(kwargs, dict):
+        fail(where, f"chat_template_kwargs is {kind(kwargs)}", "an object of options for the chat template")
+    messages = tuple(
+        {k: v for k, v in r[0].items() if k not in ("role", "content") and v is not None} if isinstance(r, list) else {}
+        for r in responses
+    )
+    for value in (tools, kwargs, *messages):
+        check_encodable(value, "tools, chat_template_kwargs or a message", where)
+    cut: tuple[bool, ...] = ()
+    if "ended" in row:
+        ended = row["ended"]
+        if not isinstance(ended, list) or len(ended) != len(responses) or not all(type(e) is bool for e in ended):
+            fail(where, f"ended is {str(ended)[:80]}", f"a list of {len(responses)} booleans, one for each response")
+        cut = tuple(not e for e in ended)
+    return Extras(tools, kwargs, messages if any(messages) else (), cut if any(cut) else ())
+
+
+def refuse_unread(row: Mapping[str, Any], where: str) -> None:
+    """Refuses a row with a column that changes the meaning of the prompt, and is not read."""
+    for name in _CHANGES_THE_MEANING:
+        if row.get(name) not in (None, "", [], {}):
+            problem = f"there is a column `{name}`, which is not read and would change what the prompt means"
+            fail(where, problem, "the whole prompt in `prompt`", "write it into the prompt, or remove the column")
+
+
+def check_encodable(value: Any, name: str, where: str) -> None:
+    """Refuses strings that are no Unicode text, such as half of a surrogate pair, anywhere in a value."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            problem = (
+                f"{name} has the lone surrogate {value[error.start]!r} at character {error.start}, which is no text"
+            )
+            fail(where, problem, "Unicode text", "write the whole character, or remove the half")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            check_encodable(key, name, where)
+            check_encodable(item, name, where)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_encodable(item, name, where)
+
+
 def require(row: Mapping[str, Any], name: str, where: str) -> Any:
     if name not in row:
         fail(where, f"the fields are {', '.join(sorted(row))}", f"`{name}` among them", f"add `{name}`")
@@ -20,6 +91,7 @@ def require(row: Mapping[str, Any], name: str, where: str) -> Any:
 
 
 def check_prompt(value: Any, where: str) -> Prompt:
+    check_encodable(value, "prompt", where)
     messages = [] if isinstance(value, str) else check_messages(value, "prompt", where)
     if not (value.strip() if isinstance(value, str) else any(m["content"].strip() for m in messages)):
         fail(where, "the prompt is empty", "some text in it", "write one, or delete the record")
@@ -30,6 +102,7 @@ def check_prompt(value: Any, where: str) -> Prompt:
 
 def check_response(value: Any, name: str, where: str) -> str:
     """The text of a response: a string, or the content of a single message of the assistant."""
+    check_encodable(value, name, where)
     if not isinstance(value, str):
         messages = check_messages(value, name, where)
         roles = [m["role"] for m in messages]

@@ -86,6 +86,12 @@ def check_tokens(texts: Texts, vocab_size: int, source: str) -> None:
         )
 
 
+def shared_prompts(texts: Texts, others: Texts) -> int:
+    """How many groups of `texts` have a prompt that `others` have too, as the model sees it."""
+    known = {prompt.tobytes() for prompt in others.prompt_tokens}
+    return sum(prompt.tobytes() in known for prompt in texts.prompt_tokens)
+
+
 def _every_text(texts: Texts) -> Iterator[np.ndarray]:
     yield from texts.prompt_tokens
     for several in texts.response_tokens:

@@ -18,7 +18,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from activedpo_jax.data.fields import Prompt, check_number, check_prompt, check_response, require
+from activedpo_jax.data.fields import (
+    Extras,
+    Prompt,
+    check_number,
+    check_prompt,
+    check_response,
+    read_extras,
+    refuse_unread,
+    require,
+)
 from activedpo_jax.data.sources import fail, kind, read_rows
 
 
@@ -32,6 +41,8 @@ class Record:
     preferred: int | None  # index of the chosen response
     rewards: tuple[float, ...] | None  # one a response, finite
     where: str  # file and line, for error messages
+    extras: Extras = Extras()
+    implicit: bool = False  # the prompt is what two strings begin with
 
     @property
     def num_pairs(self) -> int:
@@ -136,6 +147,7 @@ def parse_record(row: Mapping[str, Any], where: str) -> Record:
     """
     # Parquet has every column in every row: null is as good as missing.
     row = {name: value for name, value in row.items() if value is not None}
+    refuse_unread(row, where)
     id_ = row.get("id", "")
     if "id" in row and (isinstance(id_, bool) or not isinstance(id_, str | int) or id_ == ""):
         fail(where, f"id is {kind(id_)}", "a non-empty string or an integer, or no id")
@@ -147,7 +159,7 @@ def parse_record(row: Mapping[str, Any], where: str) -> Record:
         prompt = check_prompt(require(row, "prompt", where), where)
         responses = _responses(row["responses"], where)
         rewards = _rewards(row["rewards"], len(responses), where) if "rewards" in row else None
-        return Record(str(id_), prompt, responses, None, rewards, where)
+        return Record(str(id_), prompt, responses, None, rewards, where, read_extras(row, row["responses"], where))
 
     value, chosen, rejected = _explicit_prompt(row, where)
     prompt = check_prompt(value, where)
@@ -156,9 +168,12 @@ def parse_record(row: Mapping[str, Any], where: str) -> Record:
     scores = None
     if any(name in row for name in _SCORES):
         scores = tuple(check_number(require(row, name, where), name, where) for name in _SCORES)
+    implicit = isinstance(prompt, str) and value is not row.get("prompt")
     if pair[0] < pair[1]:
-        return Record(str(id_), prompt, pair, 0, scores, where)
-    return Record(str(id_), prompt, pair[::-1], 1, scores and scores[::-1], where)
+        extras = read_extras(row, (chosen, rejected), where)
+        return Record(str(id_), prompt, pair, 0, scores, where, extras, implicit)
+    extras = read_extras(row, (rejected, chosen), where)
+    return Record(str(id_), prompt, pair[::-1], 1, scores and scores[::-1], where, extras, implicit)
 
 
 def _explicit_prompt(row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:

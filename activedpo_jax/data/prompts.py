@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from typing import Any
 
-from activedpo_jax.data.fields import Prompt, check_prompt
+from activedpo_jax.data.fields import Extras, Prompt, check_prompt, read_extras, refuse_unread
 from activedpo_jax.data.preferences import parse_record, prompt_key
 from activedpo_jax.data.sources import fail, kind, read_rows
 
@@ -16,6 +16,8 @@ class PromptRecord:
     id: str  # unique; a hash of the prompt where the data gives none
     prompt: Prompt
     where: str  # file and line, for error messages
+    extras: Extras = Extras()
+    implicit: bool = False  # the prompt is what two strings begin with
 
     @property
     def responses(self) -> tuple[str, ...]:
@@ -41,9 +43,11 @@ def read_prompts(source: str, split: str = "train") -> list[PromptRecord]:
     for where, row in read_rows(source, split, "config.generation.prompts and config.generation.split"):
         id_: Any = None
         if row.get("chosen") is not None or row.get("rejected") is not None or row.get("responses") is not None:
-            prompt = parse_record(row, where).prompt  # an id there is that of the pair
+            record = parse_record(row, where)
+            prompt, implicit = record.prompt, record.implicit  # an id there is that of the pair
         elif row.get("prompt") is not None:
-            prompt, id_ = check_prompt(row["prompt"], where), row.get("id")
+            refuse_unread(row, where)
+            prompt, id_, implicit = check_prompt(row["prompt"], where), row.get("id"), False
             if id_ is not None and (isinstance(id_, bool) or not isinstance(id_, str | int) or id_ == ""):
                 fail(where, f"id is {kind(id_)}", "a non-empty string or an integer, or no id")
         else:
@@ -55,7 +59,8 @@ def read_prompts(source: str, split: str = "train") -> list[PromptRecord]:
         if name in ids:
             fail(where, f"id {name!r} was given to {ids[name]} already", "every id once")
         ids[name] = where
-        found[key] = PromptRecord(name, prompt, where)
+        extras = read_extras({n: row[n] for n in ("tools", "chat_template_kwargs") if n in row}, (), where)
+        found[key] = PromptRecord(name, prompt, where, extras, implicit)
     if not found:
         raise ValueError(f"{source}: there is no prompt in it; expected one at least: check config.generation.prompts")
     return list(found.values())

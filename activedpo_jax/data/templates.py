@@ -6,10 +6,10 @@ and nothing that the template puts behind that (`...<|im_end|>`, without the new
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from activedpo_jax.data.fields import Prompt
+from activedpo_jax.data.fields import Extras, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +29,12 @@ class Exchange(Protocol):
     @property
     def where(self) -> str: ...
 
+    @property
+    def extras(self) -> Extras: ...
+
+    @property
+    def implicit(self) -> bool: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Template:
@@ -45,6 +51,7 @@ class Template:
     header: str  # what opens the assistant's turn at the end of a prompt, if anything
     tail: str  # what the chat template puts behind a response
     end: str  # the part of it that the model writes
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for the chat template, of every record
 
     def prompt(self, record: Exchange) -> str:
         """The prompt's text, up to where the response begins.
@@ -53,7 +60,23 @@ class Template:
           ValueError: the template does not take such a prompt.
         """
         if self.chat:
-            return self._render(record, _messages(record.prompt), True)
+            if record.implicit:
+                raise ValueError(
+                    f"{record.where}: there is no `prompt`, and strings have no turn at whose border a chat template "
+                    "could begin a response; expected `prompt`, or lists of chat messages: add `prompt`, or set "
+                    "config.data.template=plain"
+                )
+            if isinstance(record.prompt, str) and self.header.strip() and self.header.strip() in record.prompt:
+                raise ValueError(
+                    f"{record.where}: the prompt has {self.header.strip()!r} in it, so a chat template has written it "
+                    "already, and would again; expected the text alone: set config.data.template=plain, or change it"
+                )
+            return self._render(record, _messages(self.unmarked(record.prompt)), True)
+        if record.extras.tools or record.extras.template_kwargs or any(record.extras.messages):
+            raise ValueError(
+                f"{record.where}: there are tools, chat_template_kwargs or fields of a message beside role and "
+                "content, which only a chat template can write: set config.data.template=chat, or remove them"
+            )
         if not isinstance(record.prompt, str):
             raise ValueError(
                 f"{record.where}: the prompt is a list of chat messages; expected a string, since this run has "
@@ -65,23 +88,79 @@ class Template:
         """The text of one response, with the end of the turn; `prompt` is what `prompt()` gave.
 
         Raises:
-          ValueError: the chat template does not write a conversation as prompt, then response.
+          ValueError: the chat template does not write a conversation as prompt, then response, or writes another
+            response than that of the data.
         """
         if not self.chat:
             return record.responses[index]
-        answer = {"role": "assistant", "content": record.responses[index]}
-        whole = self._render(record, [*_messages(record.prompt), answer], False)
+        text = self.unmarked(record.responses[index])
+        answer = {"role": "assistant", "content": text, **record.extras.message(index)}
+        whole = self._render(record, [*_messages(self.unmarked(record.prompt)), answer], False)
         if not whole.startswith(prompt) or not whole.endswith(self.tail):
             raise ValueError(
                 f"{record.where}: the chat template does not write this conversation as the prompt "
                 f"(ending in {prompt[-40:]!r}), then the response (ending in {self.tail!r}); got "
                 f"{whole[-200:]!r}: set config.data.template=plain, or use a tokenizer whose template does"
             )
-        return whole[len(prompt) : len(whole) - len(self.tail)] + self.end
+        written = whole[len(prompt) : len(whole) - len(self.tail)]
+        if text.strip() not in written:
+            raise ValueError(
+                f"{record.where}: the chat template leaves out some of the response; expected {text.strip()[:200]!r}, "
+                f"got {written[:200]!r}: set config.data.template=plain, use another template, or change the response"
+            )
+        return written if record.extras.is_cut(index) else written + self.end
 
-    def _render(self, record: Exchange, messages: list[Any], generate: bool) -> str:
+    def unmarked(self, content: Any) -> Any:
+        """A string without BOS at its beginning and the end of a turn at its end, which the chat template writes."""
+        if not self.chat or not isinstance(content, str):
+            return content
+        begin = str(self.tokenizer.bos_token or "")
+        content = content.removeprefix(begin) if begin else content
+        for end in sorted({self.end.strip(), str(self.tokenizer.eos_token or "")} - {""}):
+            if content.rstrip().endswith(end):
+                content = content.rstrip().removesuffix(end)
+        return content
+
+    def unwritten(self, record: Exchange, text: str) -> list[str]:
+        """What the chat template leaves out without a word: `tools`, `tool_calls`, ..., or the text of a message.
+
+        Args:
+          text: what `prompt()` gave.
+        """
+        if not self.chat:
+            return []
+        messages, extras = _messages(self.unmarked(record.prompt)), record.extras
+        missing = []
+        if any(m["content"].strip() and m["content"].strip() not in text for m in messages):
+            missing.append("the whole text of every message of the prompt")
+        if extras.tools and self._render(record, messages, True, dataclasses.replace(extras, tools=None)) == text:
+            missing.append("tools")
+        bare_options = dataclasses.replace(extras, template_kwargs={})
+        if extras.template_kwargs and self._render(record, messages, True, bare_options) == text:
+            missing.append("chat_template_kwargs")
+        answers = [
+            [*messages, {"role": "assistant", "content": response, **extras.message(j)}]
+            for j, response in enumerate(record.responses)
+            if extras.message(j)
+        ]
+        for conversation in (messages, *answers):
+            for i, message in enumerate(conversation):
+                for name in message.keys() - {"role", "content"}:
+                    bare = [*conversation]
+                    bare[i] = {k: v for k, v in message.items() if k != name}
+                    try:
+                        same = self._render(record, bare, False) == self._render(record, conversation, False)
+                    except ValueError:
+                        continue  # the template cannot do without
+                    if same and name not in missing:
+                        missing.append(name)
+        return missing
+
+    def _render(self, record: Exchange, messages: list[Any], generate: bool, extras: Extras | None = None) -> str:
+        extras = record.extras if extras is None else extras
+        options = {**self.options, **extras.template_kwargs}
         try:
-            return _render(self.tokenizer, messages, generate)
+            return _render(self.tokenizer, messages, generate, extras.tools, options)
         except Exception as error:  # templates raise what they like: no system role, no two users in a row
             raise ValueError(
                 f"{record.where}: the chat template does not take this conversation ({error}); "
@@ -89,11 +168,14 @@ class Template:
             ) from error
 
 
-def make_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
+def make_template(
+    name: str, tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any] | None = None
+) -> Template:
     """The template of that name for a tokenizer.
 
     Args:
       name: `chat`, `plain`, or `auto`: chat if the tokenizer has a chat template, else plain.
+      options: for the chat template, `enable_thinking` say; those of a record's own win.
 
     Raises:
       ValueError: the name is none of these, or the tokenizer lacks what it needs.
@@ -110,14 +192,30 @@ def make_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
         with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         leading = (tokenizer.bos_token_id,) if with_bos else ()
         return Template(tokenizer, False, leading, (_eos(tokenizer),), "", "", "")
-    return _chat(tokenizer)
+    return _chat(tokenizer, options or {})
 
 
-def _chat(tokenizer: "PreTrainedTokenizerBase") -> Template:
-    """Finds out what the chat template writes around a response, from one that it cannot have of its own."""
-    question, mark = [{"role": "user", "content": "Hello"}], "0response0"
-    prompt = _render(tokenizer, question, True)
-    whole = _render(tokenizer, [*question, {"role": "assistant", "content": mark}], False)
+def _chat(tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any]) -> Template:
+    """Finds out what the chat template writes around a response, from one that it cannot have of its own.
+
+    Raises:
+      ValueError: it takes no conversation that is tried, or does not write one as prompt, then response.
+    """
+    mark = "0response0"
+    user, system = {"role": "user", "content": "Hello"}, {"role": "system", "content": "Answer."}
+    question, refusal = None, None
+    for question in ([user], [system, user]):  # some templates ask for a system message
+        try:
+            prompt = _render(tokenizer, question, True, None, options)
+            whole = _render(tokenizer, [*question, {"role": "assistant", "content": mark}], False, None, options)
+            break
+        except Exception as error:  # templates raise what they like
+            refusal = error
+    else:
+        raise ValueError(
+            f"the tokenizer's chat template takes no question of a user with an answer ({type(refusal).__name__}: "
+            f"{refusal}); expected one that does: set config.data.template=plain, or use another tokenizer"
+        ) from refusal
     if not whole.startswith(prompt) or mark not in whole[len(prompt) :]:
         raise ValueError(
             f"the tokenizer's chat template writes {prompt!r} as a prompt and {whole!r} with a "
@@ -125,14 +223,14 @@ def _chat(tokenizer: "PreTrainedTokenizerBase") -> Template:
             "another tokenizer"
         )
     tail = whole[whole.rindex(mark) + len(mark) :]
-    asked = _render(tokenizer, question, False)
+    asked = _render(tokenizer, question, False, None, options)
     header = prompt[len(asked) :] if prompt.startswith(asked) else ""
     # Also tokens that are not flagged special: some tokenizers do not flag the one that ends a turn.
     specials = {t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()}
     ends = [tail.index(s) + len(s) for s in specials if s in tail]
     if ends:
-        return Template(tokenizer, True, (), (), header, tail, tail[: min(ends)])
-    return Template(tokenizer, True, (), (_eos(tokenizer),), header, tail, "")
+        return Template(tokenizer, True, (), (), header, tail, tail[: min(ends)], options)
+    return Template(tokenizer, True, (), (_eos(tokenizer),), header, tail, "", options)
 
 
 def _eos(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -148,5 +246,10 @@ def _messages(prompt: Prompt) -> list[Any]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
-def _render(tokenizer: "PreTrainedTokenizerBase", messages: list[Any], generate: bool) -> str:
-    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False))
+def _render(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[Any], generate: bool, tools: Any, options: Mapping[str, Any]
+) -> str:
+    tools = None if tools is None else list(tools)
+    return str(
+        tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=generate, tokenize=False, **options)
+    )

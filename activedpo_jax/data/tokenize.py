@@ -1,12 +1,12 @@
 """Records to token ids: texts to learn from, and the pool of pairs that everything after this works on."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from activedpo_jax.data.groups import PairPool, Texts, group_pairs
-from activedpo_jax.data.preferences import Record, uniform
+from activedpo_jax.data.preferences import Record, prompt_key, uniform
 from activedpo_jax.data.templates import Exchange, Template, make_template
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ def tokenize_texts(
     template: str,
     max_prompt: int,
     max_response: int,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> Texts:
     """One group a record, in their order.
 
@@ -28,12 +29,13 @@ def tokenize_texts(
 
     Args:
       template: `auto`, `chat` or `plain`; see `templates`.
+      template_kwargs: options for the chat template.
 
     Raises:
       ValueError: the template does not suit the tokenizer or a prompt; `max_prompt` cannot hold the
         assistant's header; a prompt has no tokens.
     """
-    writer = make_template(template, tokenizer)
+    writer = make_template(template, tokenizer, template_kwargs)
     prompts, responses, notes = _encode(records, writer)
     header = len(_ids(writer, [writer.header])[0])
     if max_prompt <= header + 1:
@@ -59,6 +61,7 @@ def tokenize(
     max_prompt: int,
     max_response: int,
     seed: int,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> PairPool:
     """`tokenize_texts`, and all pairs of a record's responses in the order of `group_pairs`.
 
@@ -67,7 +70,7 @@ def tokenize(
     Raises:
       ValueError: as `tokenize_texts`, or two pairs have the same id.
     """
-    texts = tokenize_texts(records, tokenizer, template, max_prompt, max_response)
+    texts = tokenize_texts(records, tokenizer, template, max_prompt, max_response, template_kwargs)
     responses, notes = texts.response_tokens, list(texts.notes)
     pairs, pair_ids, preferences, rewards = [], [], [], []
     same = ties = 0
@@ -84,6 +87,7 @@ def tokenize(
             same += np.array_equal(responses[g][low], responses[g][high])
             ties += record.preferred is None and given is not None and given[low] == given[high]
     _check_unique(pair_ids, pairs, records)
+    notes += _copies(records, pairs, preferences)
     if same:
         notes.append(f"{same} of {len(pairs)} pairs have two responses of the same tokens: nothing can be learnt there")
     if ties:
@@ -111,34 +115,75 @@ def _encode(
     prompt's tokens would have to write it.
     """
     texts = [template.prompt(r) for r in records]
+    notes = _left_out(records, texts, template)
     answers = [
         [template.response(r, t, j) for j in range(len(r.responses))] for r, t in zip(records, texts, strict=True)
     ]
+    notes += _markers(records, template)
     flat = [(t, a) for t, several in zip(texts, answers, strict=True) for a in several]
-    prompts = _ids(template, texts)
-    whole = iter(_ids(template, [t + a for t, a in flat]))
+    prompts = _ids(template, texts, [r.where for r in records])
+    whole = iter(_ids(template, [t + a for t, a in flat], [r.where for r in records for _ in r.responses]))
     leading, trailing = list(template.leading), list(template.trailing)
     responses, across = [], 0
-    for prompt, several in zip(prompts, answers, strict=True):
+    for record, prompt, several in zip(records, prompts, answers, strict=True):
         group = []
-        for answer in several:
+        for j, answer in enumerate(several):
             both = next(whole)
             joined = both[: len(prompt)] == prompt
             across += not joined
             ids = both[len(prompt) :] if joined else _ids(template, [answer])[0]
-            group.append(np.array(ids + trailing, np.int32))
+            ends = record.extras.is_cut(j) or (trailing and ids[-len(trailing) :] == trailing)
+            group.append(np.array(ids if ends else ids + trailing, np.int32))
         responses.append(group)
-    notes = []
     if across:
         notes.append(
             f"{across} of {len(flat)} responses were tokenised apart from their prompts, since a token would "
             "have lain across the border"
         )
-    return [np.array(leading + p, np.int32) for p in prompts], responses, notes
+    begun = [bool(leading) and p[: len(leading)] == leading for p in prompts]
+    return [np.array(p if b else leading + p, np.int32) for p, b in zip(prompts, begun, strict=True)], responses, notes
 
 
-def _ids(template: Template, texts: list[str]) -> list[list[int]]:
-    return template.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+def _left_out(records: Sequence[Exchange], texts: Sequence[str], template: Template) -> list[str]:
+    """What the chat template does not write, counted: nothing is dropped in silence."""
+    missing: dict[str, list[str]] = {}
+    for record, text in zip(records, texts, strict=True):
+        for name in template.unwritten(record, text):
+            missing.setdefault(name, []).append(record.where)
+    return [
+        f"{len(where)} of {len(records)} records have {name}, which the chat template leaves out (first: {where[0]})"
+        for name, where in missing.items()
+    ]
+
+
+def _markers(records: Sequence[Exchange], template: Template) -> list[str]:
+    """How many texts have their own beginning or end of a sequence, which is not written a second time."""
+    bos, eos = (str(token or "") for token in (template.tokenizer.bos_token, template.tokenizer.eos_token))
+    begun = sum(isinstance(r.prompt, str) and bool(bos) and r.prompt.startswith(bos) for r in records)
+    ends = tuple({eos, template.end.strip()} - {""})
+    ended = sum(bool(ends) and text.rstrip().endswith(ends) for r in records for text in r.responses)
+    notes = [f"{begun} of {len(records)} prompts begin with {bos!r} themselves: it is not added again"] if begun else []
+    if ended:
+        total = sum(len(r.responses) for r in records)
+        notes.append(f"{ended} of {total} responses end in {' or '.join(ends)} themselves: it is not added again")
+    return notes
+
+
+def _ids(template: Template, texts: list[str], where: Sequence[str] = ("",)) -> list[list[int]]:
+    """Token ids of texts; `where` each stands, for what a tokenizer raises."""
+    if not texts:
+        return []
+    try:
+        return template.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:  # tokenizers raise what they like
+        for text, place in zip(texts, where, strict=False):
+            try:
+                template.tokenizer([text], add_special_tokens=False, verbose=False)
+            except Exception as one:
+                raise ValueError(
+                    f"{place}: the tokenizer does not take this text ({type(one).__name__}: {one}); change it"
+                ) from error
+        raise
 
 
 def _last(prompt: np.ndarray, size: int, bos: int | None) -> np.ndarray:
@@ -156,6 +201,27 @@ def _truncation(what: str, lost: str, lengths: list[int], size: int) -> list[str
     return [
         f"{longer} of {len(lengths)} {what} ({longer / len(lengths):.1%}) are longer than {size} tokens "
         f"(up to {max(lengths)}) and lost their {lost}: see config.data.buckets"
+    ]
+
+
+def _copies(records: Sequence[Record], pairs: Sequence[tuple[int, int, int]], preferences: Sequence[int]) -> list[str]:
+    """How many pairs of texts are there again, in either order, and how many of these have another label."""
+    first: dict[tuple[str, ...], str | None] = {}
+    again = opposite = 0
+    for (group, *shown), preference in zip(pairs, preferences, strict=True):
+        record = records[group]
+        texts = [record.responses[j].strip() for j in shown]
+        better = texts[preference] if preference >= 0 else None
+        key = (prompt_key(record.prompt), *sorted(texts))
+        if key in first:
+            again += 1
+            opposite += None not in (better, first[key]) and better != first[key]
+        else:
+            first[key] = better
+    if not again:
+        return []
+    return [
+        f"{again} of {len(pairs)} pairs are there a second time, {opposite} with the opposite label: each costs a label"
     ]
 
 
