@@ -43,7 +43,7 @@ from activedpo_jax.evidence.gradients import (
 from activedpo_jax.models.config import LoraConfig, ModelConfig, Rope
 from activedpo_jax.models.decoder import Decoder, init_params
 from activedpo_jax.models.lora import init_lora
-from activedpo_jax.training import losses
+from activedpo_jax.models.policy import response_logps
 
 SMOLLM2_135M = ModelConfig(
     vocab_size=49152,
@@ -94,7 +94,7 @@ def jax_contenders(args: argparse.Namespace, groups: Groups) -> dict[str, Callab
     signs = jnp.array([1.0, -1.0])
 
     def summed(params: Any, lora: Any, groups: Groups) -> Any:
-        return jax.grad(lambda w: jnp.sum(losses.response_logps(decoder, params, w, groups) * signs))(lora)
+        return jax.grad(lambda w: jnp.sum(response_logps(decoder, params, w, groups) * signs))(lora)
 
     def features(normalisation: str) -> Callable[..., Any]:
         spec = FeatureSpec(args.dim, normalisation)

@@ -38,9 +38,9 @@ from activedpo_jax.huggingface import loading
 from activedpo_jax.models.config import LoraConfig, ModelConfig
 from activedpo_jax.models.decoder import Decoder, init_params
 from activedpo_jax.models.lora import init_lora
+from activedpo_jax.models.policy import response_logps
 from activedpo_jax.models.quantise import FORMATS, quantise_params
 from activedpo_jax.selection.greedy import greedy
-from activedpo_jax.training import losses
 
 LLAMA_2_7B = ModelConfig(
     vocab_size=32000,
@@ -80,7 +80,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     decoder = Decoder(config, lora_config, jnp.dtype(args.dtype), args.remat)
     lora, spec = init_lora(config, lora_config, jax.random.key(0)), FeatureSpec(args.dim)
     features_of = jax.jit(lambda params, groups: pair_features(decoder, params, lora, groups, spec, seed))
-    log_probs_of = jax.jit(lambda params, groups: losses.response_logps(decoder, params, None, groups))
+    log_probs_of = jax.jit(lambda params, groups: response_logps(decoder, params, None, groups))
 
     loaded = {f: loading.load_model(args.model, dtype=jnp.dtype(args.dtype), quantisation=f)[1] for f in FORMATS}
     programs: dict[str, Callable[[Groups], Any]] = {}

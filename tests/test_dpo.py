@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from activedpo_jax.data.groups import Groups
 from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.models.lora import Lora
+from activedpo_jax.models.policy import response_logps
 from activedpo_jax.training import losses
 from tests import tiny
 from tests.tiny_hf import load_decoder, tiny_llama
@@ -124,7 +125,7 @@ def test_loss_and_gradient_are_those_of_trl(theirs: tuple[float, Trl], preferenc
     groups = swap(trl_.groups) if preference else trl_.groups
     n = len(RECORDS)
     pairs = losses.Preferences(
-        jnp.full(n, preference), losses.response_logps(decoder, params, None, groups), jnp.full(n, 1 / n)
+        jnp.full(n, preference), response_logps(decoder, params, None, groups), jnp.full(n, 1 / n)
     )
 
     def loss(lora: Lora) -> tuple[jax.Array, losses.DpoMetrics]:

@@ -22,7 +22,7 @@ from activedpo_jax.models.attention import Rule
 from activedpo_jax.models.decoder import Decoder, init_params
 from activedpo_jax.models.kernels import Backend, Call
 from activedpo_jax.models.lora import init_lora
-from activedpo_jax.training.losses import response_logps
+from activedpo_jax.models.policy import response_logps
 from tests import tiny
 
 LENGTH = 128

@@ -26,6 +26,7 @@ from activedpo_jax.huggingface import loading
 from activedpo_jax.models import quantise
 from activedpo_jax.models.decoder import Decoder, Params, unstack
 from activedpo_jax.models.lora import Lora
+from activedpo_jax.models.policy import response_logps
 from activedpo_jax.training import losses, optimiser
 from tests import test_round, tiny
 from tests.tiny_hf import tiny_llama
@@ -201,7 +202,7 @@ def test_no_layer_keeps_its_weights_for_the_backward_pass(form: str, remat: str,
         return response_features(decoder, params, lora, batch, DIM, SEED)
 
     def training(params: Params, lora: Lora) -> Any:
-        return jax.grad(lambda w: jnp.sum(losses.response_logps(decoder, params, w, batch)))(lora)
+        return jax.grad(lambda w: jnp.sum(response_logps(decoder, params, w, batch)))(lora)
 
     program: Any = {"features": features, "training": training}[use]
     found = list(scans(jax.make_jaxpr(program)(params, lora).jaxpr))

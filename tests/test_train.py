@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from activedpo_jax.data.groups import Groups
 from activedpo_jax.huggingface.families import FAMILIES
+from activedpo_jax.models.policy import response_logps
 from activedpo_jax.training import losses, optimiser
 from activedpo_jax.training.optimiser import DpoSpec, OptimiserSpec
 from tests import tiny
@@ -90,7 +91,7 @@ def test_update_is_torchs_adamw_after_clipping() -> None:
 def test_gradients_of_parts_add_up() -> None:
     decoder, params, lora = tiny.model()
     batch = tiny.groups(seed=3, count=4, m=2)
-    ref = np.asarray(losses.response_logps(decoder, params, None, batch))
+    ref = np.asarray(response_logps(decoder, params, None, batch))
     pairs = losses.Preferences(jnp.array([0, 1, 1, 0]), jnp.asarray(ref), jnp.full(4, 0.25))
     spec = DpoSpec(0.1, 0.0, OptimiserSpec(1e-3))
     gradient = jax.jit(lambda groups, pairs: optimiser.dpo_gradient(decoder, spec, params, lora, groups, pairs))

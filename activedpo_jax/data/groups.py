@@ -6,6 +6,7 @@ padding id may be any token, the end-of-sequence token included.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -54,22 +55,41 @@ class Texts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PairPool(Texts):
-    """Groups of two responses or more, and the pairs among them that can be labelled.
+class Candidates(Texts):
+    """Groups of two responses or more, and the pairs among them that may be asked about in a round.
 
     Pairs are the rows that selection works on; their order is the one that breaks ties.
     """
 
     pairs: np.ndarray  # [N, 3] int32: group, response shown first, response shown second
     pair_ids: Sequence[str]  # N stable, unique names
-    preferences: np.ndarray  # [N] int8: 0 the first shown is preferred, 1 the second, -1 not in the data
-    rewards: np.ndarray | None  # [N, 2] float32: given rewards of (first, second), NaN where there are none
     prompt_texts: Sequence[Any]  # per group: what a person reads (a string, or a list of chat messages)
     response_texts: Sequence[Sequence[str]]  # per group: one string a response
+    content: np.ndarray | None = None  # [N, 4] uint32: digests of the tokens, where ids say nothing of them
+    valid: np.ndarray | None = None  # [N] bool, false: a pair that cannot be asked about; None: all can
 
     @property
     def num_pairs(self) -> int:
         return len(self.pairs)
+
+    @property
+    def digests(self) -> np.ndarray:
+        """What a labelled pair is known by in later rounds: [N, 4] uint32."""
+        return digests_of(self.pair_ids) if self.content is None else self.content
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairPool(Candidates):
+    """The candidates of a data set, with what it says of them."""
+
+    preferences: np.ndarray  # [N] int8: 0 the first shown is preferred, 1 the second, -1 not in the data
+    rewards: np.ndarray | None  # [N, 2] float32: given rewards of (first, second), NaN where there are none
+
+
+def digests_of(pair_ids: Sequence[str]) -> np.ndarray:
+    """128 bits of each name: [N, 4] uint32."""
+    digests = b"".join(hashlib.blake2b(name.encode(), digest_size=16).digest() for name in pair_ids)
+    return np.frombuffer(digests, "<u4").reshape(-1, 4).astype(np.uint32)
 
 
 def check_tokens(texts: Texts, vocab_size: int, source: str) -> None:
@@ -167,7 +187,7 @@ def pad_groups(texts: Texts, group_rows: np.ndarray, bucket: Bucket, size: int |
     return _pad(prompts, responses, texts.responses_per_group, bucket, size)
 
 
-def pad_pairs(pool: PairPool, pair_rows: np.ndarray, bucket: Bucket, size: int | None = None) -> Groups:
+def pad_pairs(pool: Candidates, pair_rows: np.ndarray, bucket: Bucket, size: int | None = None) -> Groups:
     """Pairs of the pool as one padded batch of groups with m = 2 responses, in the order they are shown.
 
     Args and errors as of `pad_groups`, with [n] pairs of the pool.

@@ -12,13 +12,14 @@ from activedpo_jax import layout
 from activedpo_jax.data.groups import Bucket, Groups, PairPool, assign_buckets, microbatches, pad_pairs
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
+from activedpo_jax.models.policy import response_logps
 from activedpo_jax.training import losses
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def score(decoder: Decoder, params: Params, lora: Lora, groups: Groups) -> jax.Array:
     """log π(y|x) of a batch, [G, m] float32."""
-    return losses.response_logps(decoder, params, lora, groups)
+    return response_logps(decoder, params, lora, groups)
 
 
 class Batches:

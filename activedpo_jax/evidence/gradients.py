@@ -19,8 +19,8 @@ import numpy as np
 from activedpo_jax.data.groups import Groups, group_pairs
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora, Probe
+from activedpo_jax.models.policy import response_logps
 from activedpo_jax.models.sketch import tiled_count_sketch
-from activedpo_jax.training import losses
 
 NORMALISATIONS = ("response", "none")
 
@@ -103,7 +103,7 @@ def reference_gradients(decoder: Decoder, params: Params, lora: Lora, groups: Gr
 
     def log_prob(lora: Lora, prompt_ids: Any, prompt_len: Any, response_ids: Any, response_len: Any) -> jax.Array:
         one = Groups(prompt_ids[None], prompt_len[None], response_ids[None, None], response_len[None, None])
-        return losses.response_logps(decoder, params, lora, one)[0, 0]
+        return response_logps(decoder, params, lora, one)[0, 0]
 
     per_response = jax.vmap(jax.grad(log_prob), in_axes=(None, None, None, 0, 0))
     return jax.vmap(per_response, in_axes=(None, 0, 0, 0, 0))(lora, *groups)

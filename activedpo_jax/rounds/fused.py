@@ -17,6 +17,7 @@ from activedpo_jax.data.groups import Groups
 from activedpo_jax.evidence.gradients import FeatureSpec, pair_features
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
+from activedpo_jax.models.policy import response_logps
 from activedpo_jax.selection import strategies
 from activedpo_jax.selection.greedy import Picks
 from activedpo_jax.selection.posterior import condition, resolved_lam
@@ -173,7 +174,7 @@ def _reference(spec: RoundSpec, params: Params, sft_lora: Lora, pool: DevicePool
     count = rows.shape[0]
     width = min(spec.chunk, layout.round_up(count, spec.mesh))
     padded = jnp.pad(rows, (0, -count % width)).reshape(-1, width)
-    score = lambda chunk: losses.response_logps(spec.decoder, params, sft_lora, _gather(spec, pool, chunk))  # noqa: E731
+    score = lambda chunk: response_logps(spec.decoder, params, sft_lora, _gather(spec, pool, chunk))  # noqa: E731
     return jax.lax.map(score, padded).reshape(-1, 2)[:count]
 
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of responses, the implicit reward, and the DPO loss: pure functions (Rafailov et al. 2023)."""
+"""The implicit reward and the DPO loss: pure functions (Rafailov et al. 2023)."""
 
 from typing import NamedTuple
 
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from activedpo_jax.data.groups import Array, Groups
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
+from activedpo_jax.models.policy import response_logps
 
 
 class Preferences(NamedTuple):
@@ -24,12 +25,6 @@ class DpoMetrics(NamedTuple):
     loss: jax.Array
     accuracy: jax.Array  # share of pairs whose preferred response has the larger implicit reward; ties count half
     margin: jax.Array  # implicit reward of the preferred response less that of the other
-
-
-def response_logps(decoder: Decoder, params: Params, lora: Lora | None, groups: Groups) -> jax.Array:
-    """log π_θ(y|x), summed over the response's tokens: [G, m] float32; `lora=None`: of the base weights."""
-    variables = {"params": params} if lora is None else {"params": params, "lora": lora}
-    return jnp.sum(decoder.apply(variables, groups), axis=-1)  # type: ignore[arg-type]
 
 
 def reward_margins(logps: jax.Array, pairs: Preferences, beta: float) -> jax.Array:
