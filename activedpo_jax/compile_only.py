@@ -3,6 +3,7 @@
 `libtpu` (the extra `tpu`) brings the compiler; nothing is run and no weights are read.
 """
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -14,10 +15,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from activedpo_jax import layout, main, sft, start, tasks
+from activedpo_jax import layout, sft, specs, start, tasks, verbs
 from activedpo_jax.data.groups import Bucket, Groups
 from activedpo_jax.evaluation import heldout
-from activedpo_jax.rounds import fused, staged
+from activedpo_jax.models.policy import Policy
+from activedpo_jax.rounds import choose, fresh, fused, staged
+from activedpo_jax.rounds import state as states
+from activedpo_jax.rounds.spec import RoundSpec
 from activedpo_jax.training import finetune, optimiser
 
 Program = tuple[str, Any, tuple[Any, ...]]  # name, jitted function, arguments
@@ -70,10 +74,9 @@ def tpu_devices(topology: str) -> list[Any]:
 def programs(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) -> Iterator[Program]:
     """The programs of a run on abstract arguments."""
     like = lambda tree: _abstract(tree, layout.replicated(mesh))  # noqa: E731
-    spec = main.round_spec(config, config.strategies[0], task, mesh)
     lora = _weights(mesh, jax.eval_shape(lambda: start.fresh_lora(task.decoder, 0)))
     params = task.params_shape
-    key, seed = like(jax.eval_shape(lambda: jax.random.key(0))), like(jnp.uint32(0))
+    policy = Policy(task.decoder, params, lora)
     lam, number = like(jnp.float32(0)), like(jnp.int32(0))
 
     if task.base_model == tasks.SYNTHETIC:
@@ -109,47 +112,73 @@ def programs(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) ->
             (task.decoder, params, lora, pairs),
         )
 
-    m = task.pool.responses_per_group
     for strategy in config.strategies:
-        spec = main.round_spec(config, strategy, task, mesh)
-        labelled = like(jax.eval_shape(lambda spec=spec: fused.no_labels(spec)))
-        if main.is_fused(config, task, spec):
-            bucket = task.buckets[0]
-            chunks = -(-task.pool.num_groups // spec.chunk)
-            groups = jax.tree.map(
-                lambda x, spec=spec, chunks=chunks: jax.ShapeDtypeStruct(
-                    (chunks, *x.shape), x.dtype, sharding=layout.chunks(mesh)
-                ),
-                _groups(mesh, bucket, spec.chunk, m),
-            )
-            n = task.pool.num_pairs
-            pool = fused.DevicePool(groups, like(np.zeros((n, 3), np.int32)), like(np.zeros(n, np.int32)))
-            schedule = like(spec.schedule(config.labels_per_round, 0))
-            arguments = (spec, params, lora, labelled, lora, pool, schedule, key, seed, lam)
-            yield f"round, {strategy}", fused.compiled_round, arguments
-            continue
-        opt_state = jax.eval_shape(lambda w, spec=spec: optimiser.init_optimiser(spec.dpo.optimiser, w), lora)
-        gradient = (lora, like(jax.eval_shape(optimiser.no_gradient, lora)[1]))
-        schedule = spec.schedule(config.labels_per_round, 0)
+        spec = specs.round_spec(config, strategy, task, mesh)
+        shapes = jax.eval_shape(lambda spec=spec: states.empty_labelled(spec))
+        state = states.RunState(lora, like(shapes), like(jnp.uint32(0)), number)
+        yield from _round_programs(config, task, spec, policy, state)
+
+
+def _round_programs(
+    config: ml_collections.ConfigDict, task: tasks.Task, spec: RoundSpec, policy: Policy, state: states.RunState
+) -> Iterator[Program]:
+    mesh, strategy = spec.mesh, spec.selection.strategy
+    like = lambda tree: _abstract(tree, layout.replicated(mesh))  # noqa: E731
+    if specs.is_fused(config, task):
+        rounds = verbs.make(config, spec, task, policy, config.seeds[0])
+        assert isinstance(rounds, fused.FusedRound)
+        arguments: tuple[Any, ...] = (spec, policy, state, *like(rounds.arguments(1, config.seeds[0])))
+        yield f"round, {strategy}", fused.fused_round, arguments
+        return
+    lora, number = state.lora, state.round
+    m = 2 if task.pool is None else task.pool.responses_per_group
+    if spec.sampling is not None:
+        m = max(m, spec.responses)
+        weights = jax.eval_shape(functools.partial(fresh.unrolled, spec), policy, state)
+        weights = tuple(_weights(mesh, w) for w in weights)
         for bucket in task.buckets:
-            groups, pairs = _groups(mesh, bucket, spec.chunk, m), _groups(mesh, bucket, spec.microbatch, 2)
-            if spec.needs_features:
-                yield f"features {tuple(bucket)}", staged.features_program, (spec, params, lora, groups, seed)
-            part = like((schedule.slots[0][: spec.microbatch], schedule.weight[0][: spec.microbatch]))
-            arguments = (spec, params, lora, gradient, pairs, labelled, *part)
-            yield f"training gradient {tuple(bucket)}, {strategy}", staged.gradient_program, arguments
-        arguments = (spec, lora, like(opt_state), lora, number, number)
-        yield f"training update, {strategy}", staged.update_program, arguments
-        features = None
-        if spec.needs_features:
-            shape = (-(-task.pool.num_pairs // mesh.size) * mesh.size, spec.features.dim)
-            features = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout.rows(mesh))
-        rows = task.pool.num_pairs if features is None else features.shape[0]
-        yield f"selection, {strategy}", staged.select_program, (spec, features, labelled, rows, key, lam)
+            ids, length, _, _ = _groups(mesh, bucket, spec.chunk, m)
+            arguments = (spec, weights, state.seed, number, fresh.Prompts(ids, length))
+            yield f"responses {tuple(bucket)}", fresh.chunk_program, arguments
+    schedule = spec.schedule(np.arange(config.labels_per_round), 1, 0)
+    part = like((schedule.slots[0][: spec.training.microbatch], schedule.weight[0][: spec.training.microbatch]))
+    gradient = (lora, like(jax.eval_shape(optimiser.no_gradient, lora)[1]))
+    for bucket in task.buckets:
+        groups = _groups(mesh, bucket, spec.chunk, m)
+        if spec.needs:
+            arguments = (spec, policy, lora, groups, state.seed)
+            yield f"{' and '.join(spec.needs)} {tuple(bucket)}", staged.evidence_program, arguments
+        arguments = (spec, policy, lora, gradient, state.labelled, part, bucket)
+        yield f"training gradient {tuple(bucket)}, {strategy}", staged.gradient_program, arguments
+    opt_state = jax.eval_shape(lambda w: optimiser.init_optimiser(spec.training.dpo.optimiser, w), lora)
+    arguments = (spec, lora, like(opt_state), lora, number, number)
+    yield f"training update, {strategy}", staged.update_program, arguments
+    count = task.candidate_texts.num_groups * m * (m - 1) // 2 if task.pool is None else task.pool.num_pairs
+    padded = -(-count // mesh.size) * mesh.size
+    evidence = {}
+    if spec.needs:
+        groups = _groups(mesh, task.buckets[0], spec.chunk, m)
+        shapes = jax.eval_shape(functools.partial(choose.chunk_evidence, spec), policy, lora, groups, state.seed)
+        evidence = {
+            name: jax.ShapeDtypeStruct((padded, *x.shape[1:]), x.dtype, sharding=layout.rows(mesh))
+            for name, x in shapes.items()
+        }
+    empty = np.zeros((padded, 3), np.int32), np.zeros((padded, 4), np.uint32), np.zeros(padded, bool)
+    rows = choose.Rows(*like(empty))
+    vectors = states.vector_size(spec) if choose.needs_known(spec) else None
+    known = None if vectors is None else like(jax.eval_shape(lambda: jnp.zeros((spec.capacity, vectors))))
+    yield f"selection, {strategy}", staged.select_program, (spec, state, rows, evidence, known)
 
 
 def _abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=sharding), tree)
+    """Shapes of arrays, laid out so; what is laid out for the topology already stays as it is."""
+
+    def one(x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None:
+            return x
+        return jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=sharding)
+
+    return jax.tree.map(one, tree)
 
 
 def _weights(mesh: Mesh, tree: Any) -> Any:

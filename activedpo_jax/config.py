@@ -1,139 +1,263 @@
-"""The one list of options, with their defaults.  A file in `configs/` changes some, and is a run's record."""
+"""The one table of options: default, comment, and what the values may be.  A file in `configs/` changes some of them,
+and is a run's record."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import ml_collections
 
+# The linear maps of a decoder's layer, which LoRA can target, under PEFT's names.
+LINEAR_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Rule(NamedTuple):
+    """What the values of an option must satisfy."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def between(low: float, high: float) -> Rule:
+    return Rule(lambda value: low <= value <= high, f"a number from {low:,} to {high:,}")
+
+
+def _distinct(value: tuple[Any, ...]) -> bool:
+    return len(value) > 0 and len(set(value)) == len(value)
+
+
+ANYTHING = Rule(lambda value: True, "")
+POSITIVE = Rule(lambda value: value > 0, "a number above 0")
+NOT_NEGATIVE = Rule(lambda value: value >= 0, "0 or more")
+SHARE = between(0, 1)
+AXIS = Rule(lambda value: value > 0 or value == -1, "a number of devices, or -1 for all that are left")
+EXAMPLES = between(1, 2**20)  # of a batch, a chunk or a data set: arrays are made for so many
+TOKENS = between(1, 2**20)
+RESPONSES = between(2, 1024)  # of which pairs are made
+NAMES = Rule(_distinct, "one name or more, each once")
+SEEDS = Rule(
+    lambda value: _distinct(value) and min(value) >= 0 and max(value) < 2**32,
+    "one number or more, each once, from 0 to below 2**32",
+)
+MODULES = Rule(
+    lambda value: _distinct(value) and set(value) <= set(LINEAR_MAPS), f"some of {', '.join(LINEAR_MAPS)}, each once"
+)
+BUCKETS = Rule(
+    lambda value: _distinct(value) and all(len(pair) == 2 and all(map(TOKENS.holds, pair)) for pair in value),
+    "pairs of (prompt, response) tokens such as ((128, 128), (256, 512)), each once and up to 1,048,576 tokens",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    default: Any  # values have its type; an option of a float takes whole numbers too
+    comment: str
+    own_rule: Rule | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def rule(self) -> Rule:
+        """A number without a rule of its own is above 0."""
+        return self.own_rule or (POSITIVE if type(self.default) in (int, float) else ANYTHING)
+
+
+_SCHEDULES = ("linear", "cosine", "constant")
+
+# Where the paper fixes a value, that is the default (arXiv 2505.19241, section 5).
+OPTIONS: dict[str, Option] = {
+    # Several strategies or seeds get a folder each, `<strategy>/seed<seed>/`, and a comparison at the top.
+    "strategies": Option(("activedpo",), "how pairs are picked; each runs on every seed", NAMES),
+    "seeds": Option((0,), "of everything that is drawn", SEEDS),
+    "rounds": Option(10, "of picking, labelling and training"),
+    "labels_per_round": Option(50, "K"),
+    # The model
+    "model.path": Option("", "a Hugging Face directory or Hub name; empty: the synthetic task's own tiny decoder"),
+    "model.revision": Option("", "Hub branch, tag or commit; empty: the default branch"),
+    "model.dtype": Option(
+        "auto", "base weights and compute; auto: float32 on CPU, else bfloat16", choices=("auto", "float32", "bfloat16")
+    ),
+    "model.quantisation": Option(
+        "none", "base weights of the linear maps (pip install '.[quant]')", choices=("none", "int8", "nf4")
+    ),
+    "model.remat": Option(
+        "dots", "what the backward pass recomputes; dots: all but the linear maps", choices=("none", "dots", "full")
+    ),
+    "model.attention": Option(
+        "auto",
+        "splash is for TPU, cudnn for NVIDIA; auto: by platform, where it can run",
+        choices=("auto", "xla", "cudnn", "splash"),
+    ),
+    "model.logits_chunk": Option(512, "tokens whose logits exist at a time", TOKENS),
+    # The adapter
+    "lora.rank": Option(128, "of A and B", between(1, 2**16 - 1)),
+    "lora.alpha": Option(512.0, "BA is scaled by alpha/rank"),
+    "lora.target_modules": Option(LINEAR_MAPS, "linear maps that have an adapter", MODULES),
+    "lora.rslora": Option(False, "scale by alpha/√rank instead"),
+    "lora.path": Option("", "PEFT adapter of this shape to start from: directory or Hub name; empty: a fresh one"),
+    "lora.revision": Option("", "Hub branch, tag or commit; empty: the default branch"),
+    # Data
+    "data.train": Option("", "JSONL or Parquet file, a `datasets` name, or `synthetic` for the procedural task"),
+    "data.train_split": Option("train", "split of a `datasets` name"),
+    "data.heldout": Option("", "as data.train; empty: split off data.train, by prompt"),
+    "data.heldout_split": Option("test", "split of a `datasets` name"),
+    "data.heldout_fraction": Option(
+        0.1,
+        "share of the prompts held out when data.heldout is empty",
+        Rule(lambda value: 0 < value < 1, "a number between 0 and 1"),
+    ),
+    "data.train_limit": Option(0, "use this many pairs of the pool, drawn by seed; 0: all", NOT_NEGATIVE),
+    "data.heldout_limit": Option(0, "likewise of the held-out pairs, the same for every seed", NOT_NEGATIVE),
+    "data.template": Option(
+        "auto", "auto: the tokenizer's chat template if it has one, else plain", choices=("auto", "chat", "plain")
+    ),
+    "data.template_kwargs": Option("", 'options for the chat template as JSON, {"enable_thinking": false} for example'),
+    "data.buckets": Option(((128, 128), (256, 512)), "(prompt, response) tokens: one compiled program each", BUCKETS),
+    # The procedural task
+    "synthetic.families": Option(32, "kinds of prompts", between(1, 2**20)),
+    "synthetic.styles": Option(3, "that responses are written in, each named by a letter", between(2, 26)),
+    "synthetic.topics": Option(12, "words of a style", between(1, 2**20)),
+    "synthetic.topics_per_family": Option(2, "those that a family's responses are about"),
+    "synthetic.context_words": Option(2, "random words of a prompt beside its family", TOKENS),
+    "synthetic.min_response": Option(5, "words", TOKENS),
+    "synthetic.max_response": Option(8, "words", TOKENS),
+    "synthetic.purity": Option(0.7, "share of a response's words that come from its style", SHARE),
+    "synthetic.zipf": Option(1.5, "the k-th family's share of the pool is proportional to k**-zipf"),
+    "synthetic.pool_pairs": Option(1024, "pairs of the pool", EXAMPLES),
+    "synthetic.heldout_pairs": Option(1024, "held-out pairs, as many of each family", EXAMPLES),
+    # Its decoder
+    "scratch.hidden_size": Option(64, "width of the residual stream", between(2, 2**14)),
+    "scratch.intermediate_size": Option(128, "width of the feed-forward map", between(1, 2**16)),
+    "scratch.num_layers": Option(2, "transformer layers", between(1, 1024)),
+    "scratch.num_heads": Option(4, "query heads"),
+    "scratch.num_kv_heads": Option(2, "key and value heads"),
+    "scratch.steps": Option(400, "optimiser steps"),
+    "scratch.batch_size": Option(64, "examples an optimiser step", EXAMPLES),
+    "scratch.examples": Option(2048, "to draw the batches from", EXAMPLES),
+    "scratch.learning_rate": Option(3e-3, "the largest one; cosine schedule"),
+    # Supervised fine-tuning
+    "sft.data": Option("", "prompts with completions, or preferences, whose chosen response is learnt; empty: no SFT"),
+    "sft.split": Option("train", "split of a `datasets` name"),
+    "sft.limit": Option(0, "use this many examples, drawn by seed; 0: all", NOT_NEGATIVE),
+    "sft.weights": Option(
+        "lora", "what is trained: the adapter, which the rounds go on with, or all weights", choices=("lora", "full")
+    ),
+    "sft.learning_rate": Option(2e-5, "the largest one"),
+    "sft.epochs": Option(1, "times that every example is learnt"),
+    "sft.batch_size": Option(
+        8, "examples an optimiser step, whose loss is the mean over its completion tokens", EXAMPLES
+    ),
+    "sft.examples_per_chunk": Option(
+        8, "examples whose activations exist at a time; a chunk is of one bucket", EXAMPLES
+    ),
+    "sft.schedule": Option("linear", "of the learning rate after the warm-up", choices=_SCHEDULES),
+    "sft.warmup_fraction": Option(0.1, "of the steps", SHARE),
+    "sft.weight_decay": Option(0.0, "of everything that is trained, norms included", NOT_NEGATIVE),
+    "sft.max_grad_norm": Option(1.0, "larger gradients are scaled down to it"),
+    "sft.heldout_fraction": Option(
+        0.0,
+        "share of the prompts that the loss is measured on, not learnt; 0: none",
+        Rule(lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+    ),
+    "sft.checkpoint_every": Option(100, "steps"),
+    # Gradient features
+    "features.dim": Option(8192, "D", between(1, 2**30)),
+    "features.normalisation": Option(
+        "response", "whether the gradient of each response is scaled to unit length", choices=("response", "none")
+    ),
+    "features.groups_per_chunk": Option(8, "prompts, with their responses, that go through at a time", EXAMPLES),
+    # Which pairs are asked about
+    "selection.lam": Option(1.0, "λ of V = λI + Σ φφᵀ"),
+    "selection.posterior": Option(
+        "refreshed",
+        "features of labelled pairs: at the current θ, or as they were when picked",
+        choices=("refreshed", "frozen"),
+    ),
+    "selection.block": Option(1024, "candidates that a device holds while selecting"),
+    "selection.entropy_samples": Option(
+        8, "responses a prompt from which `aplp` estimates its entropy", between(1, 1024)
+    ),
+    "candidates.source": Option(
+        "pool",
+        "where a round's responses come from: the data's own pairs, the current policy, or both",
+        choices=("pool", "policy", "mixture"),
+    ),
+    "candidates.prompts_per_round": Option(
+        0, "0: all; else so many of the prompts, drawn by seed and round; where the policy responds", NOT_NEGATIVE
+    ),
+    # Who labels them
+    "oracle.kind": Option(
+        "dataset",
+        "the data's labels; a Python function of texts; a JAX function of tokens; people, through files",
+        choices=("dataset", "function", "reward", "people"),
+    ),
+    "oracle.function": Option(
+        "", "module:function, for `function` and `reward`; empty: the synthetic task's own reward"
+    ),
+    "oracle.annotators": Option(1, "answers that each pair gets from people"),
+    "oracle.noise": Option("none", "of the labels", choices=("none", "flip", "bradley_terry")),
+    "oracle.flip_probability": Option(0.0, "of a label, with `flip`", SHARE),
+    "oracle.temperature": Option(1.0, "of the rewards, with `bradley_terry`"),
+    # Training on the labels
+    "dpo.beta": Option(0.1, "β"),
+    "dpo.label_smoothing": Option(
+        0.0,
+        "probability that a label is taken to be wrong",
+        Rule(lambda value: 0 <= value < 0.5, "a number from 0 to below 0.5"),
+    ),
+    "dpo.learning_rate": Option(1e-4, "the largest one"),
+    "dpo.epochs": Option(4, "times that every labelled pair is learnt in a round"),
+    "dpo.batch_size": Option(8, "pairs an optimiser step", EXAMPLES),
+    "dpo.pairs_per_chunk": Option(
+        8, "pairs whose activations exist at a time; gradients of a batch's chunks add up", EXAMPLES
+    ),
+    "dpo.schedule": Option("linear", "of the learning rate after the warm-up", choices=_SCHEDULES),
+    "dpo.warmup_fraction": Option(0.1, "of the round's steps", SHARE),
+    "dpo.weight_decay": Option(0.0, "of the adapter", NOT_NEGATIVE),
+    "dpo.max_grad_norm": Option(1.0, "larger gradients are scaled down to it"),
+    "dpo.train_on": Option("all", "labels of all rounds, or of the newest", choices=("all", "newest")),
+    "dpo.start_from": Option(
+        "sft", "each round's θ: that before all rounds, or the current", choices=("sft", "current")
+    ),
+    "round.mode": Option(
+        "auto",
+        "one compiled program, or stages with progress bars; auto: by length",
+        choices=("auto", "fused", "staged"),
+    ),
+    "evaluation.pairs_per_chunk": Option(16, "held-out pairs that go through at a time", EXAMPLES),
+    "export.merged": Option(False, "beside `adapter/` write `merged/`, a whole Hugging Face checkpoint"),
+    # Responses of the model: to prompts of a file, or of `candidates`
+    "generation.prompts": Option("", "JSONL or Parquet file, or a `datasets` name, with prompts or preferences"),
+    "generation.split": Option("train", "split of a `datasets` name"),
+    "generation.responses": Option(3, "different ones to each prompt; m", RESPONSES),
+    # Logits are divided by the temperature, in float32.
+    "generation.temperature": Option(1.0, "of the sampling", between(0.001, 1000)),
+    "generation.top_k": Option(0, "sample among the k likeliest tokens; 0: all", NOT_NEGATIVE),
+    "generation.top_p": Option(
+        1.0,
+        "among the fewest likeliest tokens that have this probability between them; 1: all",
+        Rule(lambda value: 0 < value <= 1, "a number above 0, at most 1"),
+    ),
+    "generation.max_new_tokens": Option(128, "of a response", TOKENS),
+    "generation.resamples": Option(
+        3, "attempts to replace responses that are empty, or the same as another", between(0, 1000)
+    ),
+    "generation.prompts_per_chunk": Option(8, "prompts that are responded to at a time", EXAMPLES),
+    # Devices along each axis of the mesh
+    "mesh.data": Option(-1, "devices over which examples are cut", AXIS),
+    "mesh.fsdp": Option(1, "devices over which examples and weights are cut", AXIS),
+    "mesh.tensor": Option(1, "devices over which heads and hidden units are cut", AXIS),
+}
+
 
 def default() -> ml_collections.ConfigDict:
-    """Every option of a run.  Fields that the paper fixes have the paper's value (arXiv 2505.19241, section 5)."""
+    """Every option of a run, with its default."""
     config = ml_collections.ConfigDict()
-
-    # What to run: every strategy on every seed.  More than one run gets a folder each, `<strategy>/seed<seed>/`,
-    # and the comparison of them at the top of the work directory.
-    config.strategies = ("activedpo",)
-    config.seeds = (0,)
-    config.rounds = 10
-    config.labels_per_round = 50  # K
-
-    config.model = ml_collections.ConfigDict()
-    config.model.path = ""  # a Hugging Face directory or Hub name; empty: the synthetic task's own tiny decoder
-    config.model.revision = ""  # Hub branch, tag or commit; empty: the default branch
-    config.model.dtype = "auto"  # base weights and compute: auto (float32 on CPU, else bfloat16), float32, bfloat16
-    config.model.quantisation = "none"  # base weights of the linear maps: none, int8, nf4 (pip install '.[quant]')
-    config.model.remat = "dots"  # the backward pass recomputes: none, dots (all but the linear maps), full
-    config.model.attention = "auto"  # splash (TPU), cudnn (NVIDIA), xla; auto: by platform, where it can run
-    config.model.logits_chunk = 512  # tokens whose logits exist at a time
-
-    config.lora = ml_collections.ConfigDict()
-    config.lora.rank = 128
-    config.lora.alpha = 512.0
-    config.lora.target_modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    config.lora.rslora = False
-    config.lora.path = ""  # start from this PEFT adapter, of the shape above: directory or Hub name; empty: a fresh one
-    config.lora.revision = ""
-
-    config.data = ml_collections.ConfigDict()
-    config.data.train = ""  # JSONL or Parquet file, or a `datasets` name; `synthetic` for the procedural task
-    config.data.train_split = "train"  # split of a `datasets` name
-    config.data.heldout = ""  # likewise; empty: split off `train`, by prompt
-    config.data.heldout_split = "test"
-    config.data.heldout_fraction = 0.1  # share of the prompts held out when `heldout` is empty
-    config.data.train_limit = 0  # use this many pairs of the pool, drawn by seed; 0: all
-    config.data.heldout_limit = 0
-    config.data.template = "auto"  # auto (the tokenizer's chat template if it has one), chat, plain
-    config.data.template_kwargs = ""  # options for the chat template as JSON, {"enable_thinking": false} say
-    config.data.buckets = ((128, 128), (256, 512))  # (prompt, response) tokens: one compiled program each
-
-    config.synthetic = ml_collections.ConfigDict()  # the procedural task, data.train='synthetic'; see data/synthetic.py
-    config.synthetic.families = 32
-    config.synthetic.styles = 3
-    config.synthetic.topics = 12
-    config.synthetic.topics_per_family = 2
-    config.synthetic.context_words = 2
-    config.synthetic.min_response = 5  # words
-    config.synthetic.max_response = 8
-    config.synthetic.purity = 0.7
-    config.synthetic.zipf = 1.5
-    config.synthetic.pool_pairs = 1024
-    config.synthetic.heldout_pairs = 1024
-
-    config.scratch = ml_collections.ConfigDict()  # the decoder of the synthetic task, trained from nothing
-    config.scratch.hidden_size = 64
-    config.scratch.intermediate_size = 128
-    config.scratch.num_layers = 2
-    config.scratch.num_heads = 4
-    config.scratch.num_kv_heads = 2
-    config.scratch.steps = 400
-    config.scratch.batch_size = 64
-    config.scratch.examples = 2048
-    config.scratch.learning_rate = 3e-3
-
-    config.sft = ml_collections.ConfigDict()  # supervised fine-tuning, before the first round or alone
-    config.sft.data = ""  # prompts with completions, or preferences, whose chosen response is learnt; empty: no SFT
-    config.sft.split = "train"  # split of a `datasets` name
-    config.sft.limit = 0  # use this many examples, drawn by seed; 0: all
-    config.sft.weights = "lora"  # what is trained: lora (the adapter, which the rounds go on with), full (all weights)
-    config.sft.learning_rate = 2e-5
-    config.sft.epochs = 1
-    config.sft.batch_size = 8  # examples an optimiser step, whose loss is the mean over its completion tokens
-    config.sft.examples_per_chunk = 8  # examples whose activations exist at a time; a chunk is of one bucket
-    config.sft.schedule = "linear"  # after the warm-up: linear, cosine, constant
-    config.sft.warmup_fraction = 0.1
-    config.sft.weight_decay = 0.0  # of everything that is trained, norms included
-    config.sft.max_grad_norm = 1.0
-    config.sft.heldout_fraction = 0.0  # share of the prompts that the loss is measured on, not learnt; 0: none
-    config.sft.checkpoint_every = 100  # steps
-
-    config.features = ml_collections.ConfigDict()
-    config.features.dim = 8192  # D
-    config.features.normalisation = "response"  # response, none
-    config.features.groups_per_chunk = 8
-
-    config.selection = ml_collections.ConfigDict()
-    config.selection.lam = 1.0  # λ of V = λI + Σ φφᵀ
-    config.selection.posterior = "refreshed"  # features of labelled pairs: refreshed at the current θ, or frozen
-    config.selection.block = 1024  # candidates a device holds while selecting
-
-    config.oracle = ml_collections.ConfigDict()
-    config.oracle.noise = "none"  # none, flip, bradley_terry
-    config.oracle.flip_probability = 0.0  # of a label, with `flip`
-    config.oracle.temperature = 1.0  # of the rewards, with `bradley_terry`
-
-    config.dpo = ml_collections.ConfigDict()
-    config.dpo.beta = 0.1
-    config.dpo.label_smoothing = 0.0
-    config.dpo.learning_rate = 1e-4
-    config.dpo.epochs = 4
-    config.dpo.batch_size = 8  # pairs an optimiser step
-    config.dpo.pairs_per_chunk = 8  # pairs whose activations exist at a time; gradients of a batch's chunks add up
-    config.dpo.schedule = "linear"  # after the warm-up: linear, cosine, constant
-    config.dpo.warmup_fraction = 0.1  # of the round's steps
-    config.dpo.weight_decay = 0.0
-    config.dpo.max_grad_norm = 1.0
-    config.dpo.train_on = "all"  # labels: all, newest
-    config.dpo.start_from = "sft"  # each round's θ: sft, current
-
-    config.round = ml_collections.ConfigDict()
-    config.round.mode = "auto"  # fused (one compiled program), staged (progress bars), auto
-
-    config.evaluation = ml_collections.ConfigDict()
-    config.evaluation.pairs_per_chunk = 16
-
-    config.export = ml_collections.ConfigDict()
-    config.export.merged = False  # beside `adapter/` write `merged/`, a whole Hugging Face checkpoint
-
-    config.generation = ml_collections.ConfigDict()  # responses to prompts: `python -m activedpo_jax.generate`
-    config.generation.prompts = ""  # JSONL or Parquet file, or a `datasets` name, with prompts or preferences
-    config.generation.split = "train"  # split of a `datasets` name
-    config.generation.responses = 3  # different ones to each prompt; m
-    config.generation.temperature = 1.0
-    config.generation.top_k = 0  # sample among the k likeliest tokens; 0: all
-    config.generation.top_p = 1.0  # among the fewest likeliest tokens that have this probability between them; 1: all
-    config.generation.max_new_tokens = 128
-    config.generation.resamples = 3  # attempts to replace responses that are empty, or the same as another
-    config.generation.prompts_per_chunk = 8
-
-    config.mesh = ml_collections.ConfigDict()  # devices along each axis; -1: all that are left
-    config.mesh.data = -1
-    config.mesh.fsdp = 1
-    config.mesh.tensor = 1
+    for name, option in OPTIONS.items():
+        *groups, last = name.split(".")
+        inside = config
+        for group in groups:
+            if group not in inside:
+                inside[group] = ml_collections.ConfigDict()
+            inside = inside[group]
+        inside[last] = option.default
     return config

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -44,11 +44,42 @@ def write_atomic(path: pathlib.Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())  # before the rename: else a power cut could leave the name on an empty file
     os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+def append_lines(path: pathlib.Path, lines: Sequence[str]) -> None:
+    """Appends lines, each with its end, and returns once they are on disk.
+
+    A line that a crash cut short is taken away first, as `read_lines` leaves it out.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
+        file.write("".join(lines))
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(path.parent)
+
+
+def read_lines(path: pathlib.Path) -> Iterator[str]:
+    """The whole lines of a file, without their ends; none if it is not there."""
+    if path.exists():
+        with open(path, encoding="utf-8", newline="\n") as file:  # U+2028 in a text is no end of line
+            for line in file:
+                if line.endswith("\n"):
+                    yield line[:-1]
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -5,98 +5,60 @@
 A config file has `get_config()`, which starts from `config.default()` and changes some of its options.
 """
 
+import atexit
 import contextlib
 import difflib
-import inspect
+import errno
+import fnmatch
 import math
+import os
 import pathlib
 import re
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+import jax
 import ml_collections
+import numpy as np
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from activedpo_jax.config import default as default_config
+from activedpo_jax.config import OPTIONS
 from activedpo_jax.files import flatten
 
-_USAGE = """\
-python -m activedpo_jax.main --config FILE --workdir DIR [--config.OPTION=VALUE ...]
-python -m activedpo_jax.main --config FILE --compile_only=PLATFORM:TOPOLOGY    (v5e:4x4, for instance)
-python -m activedpo_jax.sft --config FILE --workdir DIR [...]         supervised fine-tuning alone: config.sft
-python -m activedpo_jax.generate --config FILE --workdir DIR [...]    responses to prompts: config.generation
-"""
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "model.dtype": ("auto", "float32", "bfloat16"),
-    "model.quantisation": ("none", "int8", "nf4"),
-    "model.remat": ("none", "dots", "full"),
-    "model.attention": ("auto", "xla", "cudnn", "splash"),
-    "data.template": ("auto", "chat", "plain"),
-    "features.normalisation": ("response", "none"),
-    "selection.posterior": ("refreshed", "frozen"),
-    "oracle.noise": ("none", "flip", "bradley_terry"),
-    "sft.weights": ("lora", "full"),
-    "sft.schedule": ("linear", "cosine", "constant"),
-    "dpo.schedule": ("linear", "cosine", "constant"),
-    "dpo.train_on": ("all", "newest"),
-    "dpo.start_from": ("sft", "current"),
-    "round.mode": ("auto", "fused", "staged"),
-}
+class Usage(NamedTuple):
+    """What `--help` says of a command."""
 
-_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    about: str
+    options: tuple[str, ...]  # that it looks at: names, or patterns of `fnmatch`
 
 
-def _several(value: tuple[Any, ...]) -> bool:
-    return len(value) > 0 and len(set(value)) == len(value)
+_MODEL_AND_TEXTS = ("model.*", "lora.*", "data.template", "data.template_kwargs", "data.buckets")
+_SAMPLING = tuple(f"generation.{name}" for name in ("responses", "temperature", "top_k", "top_p", "max_new_tokens"))
 
-
-_Rule = tuple[Callable[[Any], bool], str]  # what must hold, and in words
-_ANYTHING: _Rule = (lambda value: True, "")
-_POSITIVE: _Rule = (lambda value: value > 0, "a number above 0")
-_NOT_NEGATIVE: _Rule = (lambda value: value >= 0, "0 or more")
-_SHARE: _Rule = (lambda value: 0 <= value <= 1, "a number from 0 to 1")
-_AXIS: _Rule = (lambda value: value > 0 or value == -1, "a number of devices, or -1 for all that are left")
-
-# Numbers that are not here must be above 0.
-_RULES: dict[str, _Rule] = {
-    "strategies": (_several, "one name or more, each once"),  # which names there are, `validate` is told
-    "seeds": (
-        lambda value: _several(value) and min(value) >= 0 and max(value) < 2**32,
-        "one number or more, each once, from 0 to below 2**32",
+# By the name of their module.
+COMMANDS: dict[str, Usage] = {
+    "main": Usage(
+        "rounds of picking, labelling and training, and their evaluation",
+        (
+            *("strategies", "seeds", "rounds", "labels_per_round", "model.*", "lora.*", "data.*", "synthetic.*"),
+            *("scratch.*", "sft.*", "features.*", "selection.*", "candidates.*", "oracle.*", "dpo.*", "round.*"),
+            *("evaluation.*", "export.*", *_SAMPLING, "mesh.*"),
+        ),
     ),
-    "lora.target_modules": (
-        lambda value: _several(value) and set(value) <= set(_MODULES),
-        f"some of {', '.join(_MODULES)}, each once",
+    "sft": Usage("supervised fine-tuning alone", ("seeds", *_MODEL_AND_TEXTS, "sft.*", "mesh.*")),
+    "generate": Usage(
+        "responses to the prompts of a file",
+        (
+            *("seeds", "model.path", "model.revision", "model.dtype", "model.quantisation", "model.attention"),
+            *(*_MODEL_AND_TEXTS[1:], "generation.*", "mesh.*"),
+        ),
     ),
-    "data.heldout_fraction": (lambda value: 0 < value < 1, "a number between 0 and 1"),
-    "data.train_limit": _NOT_NEGATIVE,
-    "data.heldout_limit": _NOT_NEGATIVE,
-    "data.buckets": (
-        lambda value: _several(value) and all(len(pair) == 2 and min(pair) > 0 for pair in value),
-        "pairs of (prompt, response) tokens such as ((128, 128), (256, 512)), each once",
-    ),
-    "synthetic.purity": _SHARE,
-    "sft.limit": _NOT_NEGATIVE,
-    "sft.warmup_fraction": _SHARE,
-    "sft.weight_decay": _NOT_NEGATIVE,
-    "sft.heldout_fraction": (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
-    "oracle.flip_probability": _SHARE,
-    "dpo.label_smoothing": (lambda value: 0 <= value < 0.5, "a number from 0 to below 0.5"),
-    "dpo.warmup_fraction": _SHARE,
-    "dpo.weight_decay": _NOT_NEGATIVE,
-    "generation.responses": (lambda value: value >= 2, "2 or more, of which pairs are made"),
-    "generation.top_k": _NOT_NEGATIVE,
-    "generation.top_p": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
-    "generation.resamples": _NOT_NEGATIVE,
-    "mesh.data": _AXIS,
-    "mesh.fsdp": _AXIS,
-    "mesh.tensor": _AXIS,
 }
 
 
@@ -114,12 +76,13 @@ def read_config(argv: Sequence[str], strategies: Collection[str]) -> Command:
     """Reads `sys.argv`; on a mistake prints one line that says what was expected, and exits with code 2.
 
     Args:
-      argv: the program's name, then its arguments.
+      argv: the program's name, which tells the command, then its arguments.
       strategies: the names that `config.strategies` may hold.
     """
+    atexit.register(_flush)
     if {"-h", "--help"} & set(argv[1:]):
-        print(f"{_USAGE}\nOPTION is one of these, from activedpo_jax/config.py:\n")
-        print(inspect.getsource(default_config))
+        with clean_errors():
+            print(help_text(_command(argv)))
         sys.exit(0)
     try:
         return parse(argv, strategies)
@@ -136,12 +99,54 @@ def read_plain_run(argv: Sequence[str], strategies: Collection[str]) -> tuple[ml
     return command.config, command.workdir
 
 
+def _command(argv: Sequence[str]) -> str:
+    """The module that runs: `python -m` puts its file into `sys.argv[0]`."""
+    name = pathlib.Path(argv[0]).stem
+    return name if name in COMMANDS else "main"
+
+
+def help_text(command: str) -> str:
+    """How a command is called, and a table of the options that it looks at."""
+    lines = [
+        f"{COMMANDS[command].about}:",
+        f"python -m activedpo_jax.{command} --config FILE --workdir DIR [--config.OPTION=VALUE ...]",
+    ]
+    if command == "main":
+        compiling = "python -m activedpo_jax.main --config FILE --compile_only=PLATFORM:TOPOLOGY"
+        lines.append(f"{compiling}    (v5e:4x4, for instance)")
+    for other, usage in COMMANDS.items():
+        if other != command:
+            lines.append(f"python -m activedpo_jax.{other} --help    {usage.about}")
+    lines += ["", "FILE is a Python file as in configs/.  OPTION is one of these:", ""]
+    rows = [("OPTION", "TYPE", "DEFAULT", "VALUES", "MEANING")]
+    for name, option in OPTIONS.items():
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in COMMANDS[command].options):
+            values = ", ".join(option.choices) or option.rule.words
+            rows.append((name, _type_in_a_word(option.default), _as_typed(option.default), values, option.comment))
+    for row in rows:
+        *cells, comment = (cell.ljust(width) for cell, width in zip(row, (29, 14, 10, 28, 0), strict=True))
+        lines.append("  ".join([*cells, comment]))
+    return "\n".join(lines)
+
+
+_RESUMABLE = 75
+_PIPE = 128 + signal.SIGPIPE
+
+_LESS_MEMORY = (
+    "lower features.groups_per_chunk, evaluation.pairs_per_chunk, dpo.pairs_per_chunk or sft.examples_per_chunk, "
+    "generation.prompts_per_chunk, the largest of data.buckets, or lora.rank; or set model.remat=full or "
+    "model.quantisation=int8"
+)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 @contextlib.contextmanager
 def clean_errors() -> Iterator[None]:
     """Around a command's work: what a user can mend ends in one line, not in a traceback.
 
-    Exit codes: 2, a mistake in options, files or data; 1, numbers that are not finite, a disk that is full or cannot be
-    written; 75 (EX_TEMPFAIL of sysexits.h), SIGINT or SIGTERM, after which the same command resumes.
+    Exit codes: 2, a mistake in options, files or data; 1, numbers that are not finite, memory that does not suffice, a
+    disk that is full or cannot be written; 75 (EX_TEMPFAIL of sysexits.h), SIGINT or SIGTERM, after which the same
+    command resumes; 141, without a line, a pipe that nobody reads any more.
     """
     previous = signal.getsignal(signal.SIGTERM)
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -149,24 +154,67 @@ def clean_errors() -> Iterator[None]:
         signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
-    except ValueError as error:
-        fail(error)
-    except FloatingPointError as error:
-        fail(error, code=1)
-    except OSError as error:
-        fail(f"{error.filename or 'file'}: {error.strerror or error}", code=1)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _flush()
+        sys.exit(_PIPE)
     except KeyboardInterrupt:
         fail("interrupted; what is in the work directory is whole, and the same command resumes it", code=_RESUMABLE)
+    except Exception as error:
+        found = _in_one_line(error)
+        if found is None:
+            raise
+        fail(found[0], code=found[1])
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, previous)
 
 
-_RESUMABLE = 75
+def _in_one_line(error: Exception) -> tuple[str, int] | None:
+    """What to print of an error, and the exit code; None: it is a defect of the program, which needs the traceback."""
+    if disk := _disk_error(error):
+        return f"{disk}; once the disk has space and can be written, the same command resumes", 1
+    if isinstance(error, MemoryError) or (
+        isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    ):
+        reason = (str(error).splitlines() or [""])[0].removeprefix("RESOURCE_EXHAUSTED: ") or "the host has no more"
+        return f"out of memory ({reason}): {_LESS_MEMORY}", 1
+    if isinstance(error, ValueError):
+        return str(error), 2
+    if isinstance(error, FloatingPointError):
+        return str(error), 1
+    if isinstance(error, OSError):
+        return f"{error.filename or 'file'}: {error.strerror or error}", 1
+    return None
+
+
+def _disk_error(error: BaseException | None) -> str | None:
+    """File and reason, where a disk that is full or cannot be written is behind an error or those that led to it.
+
+    TensorStore, which writes checkpoints, has the reason in the text of a ValueError alone.
+    """
+    while error is not None:
+        for number in _DISK:
+            reason, text = os.strerror(number), str(error)
+            if isinstance(error, OSError) and error.errno == number:
+                return f"{error.filename or 'file'}: {reason}"
+            if isinstance(error, ValueError) and reason in text:
+                file = re.search(r'"(/[^"]*)"', text)
+                return f"{file[1] if file else 'file'}: {reason}"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
+
+
+def _flush() -> None:
+    """Writes out what was printed; where nobody reads it, drops it, of which the interpreter would complain."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(error: object, code: int = 2) -> NoReturn:
@@ -199,7 +247,7 @@ def parse(argv: Sequence[str], strategies: Collection[str]) -> Command:
 
     config = values.config
     _tidy_tuples(config)
-    validate(config, strategies)
+    validate(config, strategies, _command(argv))
     if values.compile_only and not re.fullmatch(r"\w+:\d+(x\d+)*", values.compile_only):
         raise UsageError(f"--compile_only: got {values.compile_only!r}, expected PLATFORM:TOPOLOGY such as v5e:4x4")
     if not values.workdir and not values.compile_only:
@@ -237,39 +285,58 @@ def load(file: str) -> ml_collections.ConfigDict:
     return config
 
 
-def validate(config: ml_collections.ConfigDict, strategies: Collection[str]) -> None:
-    """Checks every option against `config.default()` (names and types) and against its range.
+def validate(config: ml_collections.ConfigDict, strategies: Collection[str], command: str = "main") -> None:
+    """Checks every option against `config.OPTIONS`, and those that depend on each other.
 
     Args:
       strategies: the names that `config.strategies` may hold.
+      command: one of `COMMANDS`.
 
     Raises:
       UsageError: for the first option that is wrong: its name, what it is, and what was expected.
     """
-    known, values = flatten(default_config()), flatten(config)
+    values = flatten(config)
     for name in values:
-        if name not in known:
-            raise UsageError(_no_such_option(name, known))
-    for name, default in known.items():
+        if name not in OPTIONS:
+            raise UsageError(_no_such_option(name, OPTIONS))
+    for name, option in OPTIONS.items():
         if name not in values:
             raise UsageError(f"config.{name}: missing; a config file starts from config.default()")
         value = values[name]
-        if not _has_type_of(default, value):
-            raise UsageError(_expected(name, value, _type_in_words(default)))
-        if name in _CHOICES and value not in _CHOICES[name]:
-            raise UsageError(_expected(name, value, _one_of(value, _CHOICES[name])))
-        holds, expected = _RULES.get(name, _POSITIVE if type(default) in (int, float) else _ANYTHING)
-        if not holds(value):
-            raise UsageError(_expected(name, value, expected))
+        if not _has_type_of(option.default, value):
+            raise UsageError(_expected(name, value, _type_in_words(option.default)))
+        if option.choices and value not in option.choices:
+            raise UsageError(_expected(name, value, _one_of(value, option.choices)))
+        if not option.rule.holds(value):
+            raise UsageError(_expected(name, value, option.rule.words))
+        _check_width(name, option.default, value)
     for strategy in config.strategies:
         if strategy not in strategies:
             raise UsageError(_expected("strategies", strategy, _one_of(strategy, strategies)))
-    _check_together(config)
+    _check_data_and_model(config, command)
+    _check_oracle(config)
+    _check_labels(config)
+    _check_sizes(config)
+    if config.data.train == "synthetic":
+        _check_synthetic(config)
 
 
-def _check_together(config: ml_collections.ConfigDict) -> None:
-    """What no option can be checked for alone.  An option that would be ignored is an error, too."""
-    if not (config.data.train or config.sft.data or config.generation.prompts):  # SFT and generation need no pool
+_FLOAT32 = np.finfo(np.float32)
+_TINIEST, _LARGEST = float(_FLOAT32.tiny), float(_FLOAT32.max)
+
+
+def _check_width(name: str, default: Any, value: Any) -> None:
+    """Numbers go into arrays of int32 and float32, which must hold them."""
+    if type(default) is int and abs(value) >= 2**31:
+        raise UsageError(_expected(name, value, f"a number below {2**31:,}, for 32 bits"))
+    if type(default) is float and value and not _TINIEST <= abs(value) <= _LARGEST:
+        raise UsageError(_expected(name, value, f"a number from {_TINIEST:.1g} to {_LARGEST:.1g}, for 32 bits"))
+
+
+def _check_data_and_model(config: ml_collections.ConfigDict, command: str) -> None:
+    """Options that need, or exclude, each other.  An option that would be ignored is an error, too."""
+    needs_no_pool = config.sft.data or config.generation.prompts
+    if not (config.data.train or (command != "main" and needs_no_pool)):
         raise UsageError("config.data.train: got '', expected a file, the name of a data set, or synthetic")
     if config.sft.data and not config.model.path:
         raise UsageError(
@@ -291,24 +358,159 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
             "config.export.merged: got True without config.model.path; expected a Hugging Face directory or name "
             "there, into whose weights the adapter can be merged"
         )
-    noise = config.oracle.noise
-    if config.oracle.flip_probability and noise != "flip":
-        raise UsageError(
-            f"config.oracle.flip_probability: got {config.oracle.flip_probability} with "
-            f"oracle.noise={noise!r}, which flips nothing; expected oracle.noise='flip'"
-        )
-    if config.oracle.temperature != 1 and noise != "bradley_terry":
-        raise UsageError(
-            f"config.oracle.temperature: got {config.oracle.temperature} with oracle.noise={noise!r}, "
-            "which has no temperature; expected oracle.noise='bradley_terry'"
-        )
     if not config.model.path and config.data.train != "synthetic":
         raise UsageError(
             f"config.model.path: got '' with data.train={config.data.train!r}, expected a Hugging Face "
             "directory or name; only data.train='synthetic' brings a decoder of its own"
         )
+
+
+def _check_oracle(config: ml_collections.ConfigDict) -> None:
+    """Who labels, what, and how."""
+    oracle, source, mode = config.oracle, config.candidates.source, config.round.mode
+    kind, noise = oracle.kind, oracle.noise
+    if oracle.function and kind in ("dataset", "people"):
+        raise UsageError(
+            f"config.oracle.function: got {oracle.function!r} with oracle.kind={kind!r}, which asks no function; "
+            "expected an empty one, or oracle.kind='function' or 'reward'"
+        )
+    if kind == "reward" and not oracle.function and config.data.train != "synthetic":
+        raise UsageError(
+            "config.oracle.function: got '' with oracle.kind='reward', expected module:function; only "
+            "data.train='synthetic' brings a reward of its own"
+        )
+    if (kind == "function" or oracle.function) and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:\w+", oracle.function):
+        raise UsageError(_expected("oracle.function", oracle.function, "module:function, such as my.rewards:helpful"))
+    if oracle.annotators != 1 and kind != "people":
+        raise UsageError(
+            f"config.oracle.annotators: got {oracle.annotators} with oracle.kind={kind!r}, which answers once; "
+            "expected 1, or oracle.kind='people'"
+        )
+    if noise != "none" and kind in ("people", "reward"):
+        raise UsageError(
+            f"config.oracle.noise: got {noise!r} with oracle.kind={kind!r}, whose answers are taken as they are; "
+            "expected 'none', or oracle.kind='dataset' or 'function'"
+        )
+    if oracle.flip_probability and noise != "flip":
+        raise UsageError(
+            f"config.oracle.flip_probability: got {oracle.flip_probability} with "
+            f"oracle.noise={noise!r}, which flips nothing; expected oracle.noise='flip'"
+        )
+    if oracle.temperature != 1 and noise != "bradley_terry":
+        raise UsageError(
+            f"config.oracle.temperature: got {oracle.temperature} with oracle.noise={noise!r}, "
+            "which has no temperature; expected oracle.noise='bradley_terry'"
+        )
+    if source != "pool" and kind == "dataset":
+        raise UsageError(
+            f"config.candidates.source: got {source!r} with oracle.kind='dataset', which has no labels of fresh "
+            "responses; expected 'pool', or oracle.kind='function', 'reward' or 'people'"
+        )
+    if config.candidates.prompts_per_round and source == "pool":
+        raise UsageError(
+            f"config.candidates.prompts_per_round: got {config.candidates.prompts_per_round} with "
+            "candidates.source='pool', which takes all pairs; expected 0, or candidates.source='policy' or 'mixture'"
+        )
+    if mode == "fused" and kind in ("function", "people"):
+        raise UsageError(
+            f"config.round.mode: got 'fused' with oracle.kind={kind!r}, whose answers come from outside the "
+            "program; expected 'auto' or 'staged'"
+        )
+
+
+def _check_labels(config: ml_collections.ConfigDict) -> None:
+    """As many labels as there are pairs, and as the arrays of a run can hold."""
+    source, synthetic = config.candidates.source, config.data.train == "synthetic"
+    labels = config.rounds * config.labels_per_round
+    if labels * config.dpo.epochs >= 2**31:
+        raise UsageError(
+            f"config.rounds: got {config.rounds} with labels_per_round={config.labels_per_round} and "
+            f"dpo.epochs={config.dpo.epochs}, expected a product below {2**31:,}"
+        )
+    if source == "pool" and synthetic and labels > config.synthetic.pool_pairs:
+        raise UsageError(
+            f"config.rounds: got {config.rounds} with labels_per_round={config.labels_per_round}, expected at most "
+            f"synthetic.pool_pairs={config.synthetic.pool_pairs} labels together"
+        )
+    prompts = config.candidates.prompts_per_round
+    if synthetic and not (0 < prompts < config.synthetic.pool_pairs):
+        prompts = config.synthetic.pool_pairs
+    m = config.generation.responses
+    if source == "policy" and prompts and config.labels_per_round > prompts * (m * (m - 1) // 2):
+        raise UsageError(
+            f"config.labels_per_round: got {config.labels_per_round}, expected at most {prompts * (m * (m - 1) // 2)}: "
+            f"the pairs among generation.responses={m} responses to {prompts} prompts"
+        )
+
+
+def _check_sizes(config: ml_collections.ConfigDict) -> None:
+    """Products of options that are the sizes of arrays."""
+    m, response = config.generation.responses, max(response for _, response in config.data.buckets)
+    for name, count in (
+        ("generation.prompts_per_chunk", config.generation.prompts_per_chunk * m * config.generation.max_new_tokens),
+        ("features.groups_per_chunk", config.features.groups_per_chunk * m * response),
+        ("features.groups_per_chunk", config.features.groups_per_chunk * config.features.dim),
+        ("evaluation.pairs_per_chunk", config.evaluation.pairs_per_chunk * 2 * response),
+        ("dpo.pairs_per_chunk", config.dpo.pairs_per_chunk * 2 * response),
+        ("sft.examples_per_chunk", config.sft.examples_per_chunk * response),
+    ):
+        if count >= 2**31:
+            raise UsageError(
+                f"{_expected(name, flatten(config)[name], 'less')}: an array would have {count:,} numbers, and can "
+                f"have {2**31 - 1:,}"
+            )
     if list(config.mesh.values()).count(-1) > 1:
         raise UsageError(f"config.mesh: got {dict(config.mesh)}, expected -1 for one axis at most")
+
+
+def _check_synthetic(config: ml_collections.ConfigDict) -> None:
+    """The procedural task can be written, and its decoder can be built and trained."""
+    task, scratch = config.synthetic, config.scratch
+    at_random = task.purity + (1 - task.purity) / task.styles
+    devices = math.prod(size for axis, size in config.mesh.items() if axis != "tensor" and size > 0)
+    batch = -(-scratch.batch_size // devices) * devices
+    head = scratch.hidden_size // scratch.num_heads
+    for wrong, name, expected in (
+        (
+            task.topics_per_family > task.topics,
+            "synthetic.topics_per_family",
+            f"at most synthetic.topics={task.topics}",
+        ),
+        (
+            task.min_response > task.max_response,
+            "synthetic.min_response",
+            f"at most synthetic.max_response={task.max_response}",
+        ),
+        (
+            at_random < 0.1,
+            "synthetic.purity",
+            f"more: with synthetic.styles={task.styles} a word is of its response's style with probability "
+            f"{at_random:.2g}, and a style that leads would be found too rarely; 0.1 will do",
+        ),
+        (
+            scratch.hidden_size % scratch.num_heads != 0,
+            "scratch.hidden_size",
+            f"a multiple of scratch.num_heads={scratch.num_heads}",
+        ),
+        (
+            head % 2 != 0,
+            "scratch.hidden_size",
+            f"an even number for each of scratch.num_heads={scratch.num_heads} heads, since rotary embeddings rotate "
+            f"pairs of channels; {head} is odd",
+        ),
+        (
+            scratch.num_heads % scratch.num_kv_heads != 0,
+            "scratch.num_heads",
+            f"a multiple of scratch.num_kv_heads={scratch.num_kv_heads}",
+        ),
+        (
+            scratch.examples < batch,
+            "scratch.examples",
+            f"{batch} or more, a batch of scratch.batch_size={scratch.batch_size} on the devices of config.mesh",
+        ),
+    ):
+        if wrong:
+            raise UsageError(_expected(name, flatten(config)[name], expected))
 
 
 def _take_config_file(arguments: list[str]) -> tuple[str, list[str]]:
@@ -328,14 +530,13 @@ def _take_config_file(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _check_names(arguments: Sequence[str]) -> None:
-    known = flatten(default_config())
     for argument in arguments:
         override = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-        if override and override[1] not in known:
-            inside = [name for name in known if name.startswith(override[1] + ".")]
+        if override and override[1] not in OPTIONS:
+            inside = [name for name in OPTIONS if name.startswith(override[1] + ".")]
             if inside:
                 raise UsageError(f"config.{override[1]}: a group of options; set one of {', '.join(inside)}")
-            raise UsageError(_no_such_option(override[1], known))
+            raise UsageError(_no_such_option(override[1], OPTIONS))
 
 
 def _no_such_option(name: str, known: Collection[str]) -> str:
@@ -349,7 +550,7 @@ def _nearest(name: str, known: Collection[str]) -> str:
         whole = difflib.SequenceMatcher(None, name, candidate).ratio()
         return whole + difflib.SequenceMatcher(None, name.split(".")[-1], candidate.split(".")[-1]).ratio()
 
-    return max(known, key=similarity)
+    return max(sorted(known), key=similarity)
 
 
 def _wrong_value(message: str) -> UsageError:
@@ -357,12 +558,13 @@ def _wrong_value(message: str) -> UsageError:
     found = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
     if not found:
         return UsageError(" ".join(message.split()))
-    return UsageError(_expected(found[1], found[2], _type_in_words(flatten(default_config())[found[1]])))
+    return UsageError(_expected(found[1], found[2], _type_in_words(OPTIONS[found[1]].default)))
 
 
 def _tidy_tuples(config: ml_collections.ConfigDict) -> None:
     """Tuples as they were meant: names without quotes, which arrive as one text `a,b`, and a single pair."""
-    for name, default in flatten(default_config()).items():
+    for name, option in OPTIONS.items():
+        default = option.default
         if not isinstance(default, tuple):
             continue
         *groups, last = name.split(".")
@@ -389,6 +591,19 @@ def _type_in_words(default: Any) -> str:
         one = f"a tuple such as {default[0]}" if isinstance(default[0], tuple) else _type_in_words(default[0])
         return f"{one}, or several with commas between them"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[type(default)]
+
+
+def _type_in_a_word(default: Any) -> str:
+    if isinstance(default, tuple):
+        return "pairs" if isinstance(default[0], tuple) else f"{_type_in_a_word(default[0])}s"
+    return {bool: "true or false", int: "whole number", float: "number", str: "text"}[type(default)]
+
+
+def _as_typed(default: Any) -> str:
+    """As it stands on the command line."""
+    if isinstance(default, tuple):
+        return ",".join(f"({_as_typed(item)})" if isinstance(item, tuple) else _as_typed(item) for item in default)
+    return str(default).lower() if isinstance(default, bool) else str(default) or "''"
 
 
 def _one_of(value: Any, choices: Collection[str]) -> str:

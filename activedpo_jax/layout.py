@@ -5,11 +5,14 @@ hidden units).  Programs are plain `jax.jit`; the compiler derives every other l
 """
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -36,9 +39,9 @@ def make_mesh(sizes: ml_collections.ConfigDict, devices: Sequence[Any] | None = 
     """A mesh of all devices; one axis of size −1 takes what the others leave.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or JAX finds none.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = _found_devices() if devices is None else devices
     shape = [int(sizes[axis]) for axis in AXES]
     known = math.prod(n for n in shape if n != -1)
     if shape.count(-1) == 1 and known > 0 and len(devices) % known == 0:
@@ -50,6 +53,23 @@ def make_mesh(sizes: ml_collections.ConfigDict, devices: Sequence[Any] | None = 
             f"{len(devices)}, and one of them may be -1 for all that are left"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def _found_devices() -> list[Any]:
+    """`jax.devices()`; what it raises where there are none depends on how far it came.
+
+    Raises:
+      ValueError: there are none of the platforms that are asked for.
+    """
+    try:
+        return jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}"
+        reason = " ".join(str(error).split()) or "no plugin for it is installed, or it sees no device"
+        raise ValueError(
+            f"{asked}: JAX found no device ({reason}); unset JAX_PLATFORMS to take what there is, set it to cpu, or "
+            "install the extra that the device needs: pip install 'activedpo_jax[gpu]' or 'activedpo_jax[tpu]'"
+        ) from error
 
 
 def fit(mesh: Mesh, spec: P, shape: Sequence[int]) -> NamedSharding:
@@ -100,6 +120,23 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
+
+
+def put(tree: Any, sharding: Any) -> Any:
+    """Host arrays on the mesh: the one place where they get there.
+
+    Args:
+      sharding: of all leaves, or a tree of them.
+
+    Returns:
+      The same tree of `jax.Array`s; of `jax.ShapeDtypeStruct`s for a mesh of devices that are not there, which
+      programs are compiled for.
+    """
+    shardings = jax.tree.map(lambda _: sharding, tree) if isinstance(sharding, NamedSharding) else sharding
+    first = jax.tree.leaves(shardings)[0]
+    if first.mesh.devices.flat[0] in jax.devices():
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=s), tree, shardings)
 
 
 def round_up(n: int, mesh: Mesh) -> int:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, alone or as the first stage of a run: the files around `finetune`.
+"""Supervised fine-tuning, alone or as the first stage of a run: the files around `training.finetune`.
 
     python -m activedpo_jax.sft --config configs/sft_smollm2.py --workdir runs/sft
 
@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,10 +28,11 @@ from activedpo_jax.data.tokenize import tokenize_texts
 from activedpo_jax.huggingface import adapters, loading, merged
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
-from activedpo_jax.record import folders, inputs, metrics
+from activedpo_jax.record import checkpoints, folders, inputs, metrics
 from activedpo_jax.selection.strategies import STRATEGIES
-from activedpo_jax.training import optimiser
-from activedpo_jax.training.finetune import Examples, Recipe, fit
+from activedpo_jax.training import finetune, optimiser
+from activedpo_jax.training.finetune import Examples, Recipe, Trainee
+from activedpo_jax.training.loop import Work, descend
 
 
 def load(config: ml_collections.ConfigDict, seed: int) -> Examples:
@@ -91,15 +93,15 @@ def run(
     mesh: Mesh,
     folder: pathlib.Path,
 ) -> tuple[Params, Lora]:
-    """The whole stage, from where it stopped: trains, writes the result into `folder`, and says how it went.
+    """The whole stage, from the last checkpoint: trains, writes the result into `folder`, and says how it went.
 
     Args:
       params: base weights on the mesh.  With `config.sft.weights='full'` training starts from them as float32, best
-        loaded so, and they are used up: go on with those returned.
+        loaded so, and they are used up: use those returned.
       lora: the adapter on the mesh, which `lora` trains a copy of, and `full` does not look at.
 
     Returns:
-      base weights (in the decoder's dtype if they were trained) and adapter to go on with.
+      base weights (in the decoder's dtype if they were trained) and adapter that come of it.
 
     Raises:
       FloatingPointError: the training has diverged.
@@ -118,17 +120,63 @@ def run(
             lora = adapters.load_adapter(str(result), "", decoder.config, decoder.lora, shardings)
     elif full:
         weights = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-        weights = fit(recipe(config, mesh), decoder, None, weights, examples, mesh, seed, folder)
+        weights = fit(recipe(config, mesh), Trainee(decoder, None, weights), examples, mesh, seed, folder)
         params = jax.tree.map(lambda x: x.astype(decoder.dtype), weights)
         merged.save_merged(params, None, decoder.lora, base_model, revision, result, decoder.dtype)
     else:
-        weights = jax.tree.map(jnp.copy, lora)
-        lora = fit(recipe(config, mesh), decoder, params, weights, examples, mesh, seed, folder)
+        trainee = Trainee(decoder, params, jax.tree.map(jnp.copy, lora))
+        lora = fit(recipe(config, mesh), trainee, examples, mesh, seed, folder)
         adapters.save_adapter(lora, decoder.lora, base_model, result, revision)
     # The result is whole; what it took to get there is several times as large.
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     print(f"SFT, seed {seed}: {_in_words(metrics.read_metrics(folder / 'metrics.jsonl'))}")
     return params, lora
+
+
+def fit(recipe: Recipe, trainee: Trainee, examples: Examples, mesh: Mesh, seed: int, folder: pathlib.Path) -> Any:
+    """Trains, from the last checkpoint in `folder` if there is one, and returns the weights; those given are used up.
+
+    Raises:
+      FloatingPointError: a loss is not finite; nothing of that step is saved.
+    """
+    weights = trainee.weights
+    per_epoch = recipe.steps_per_epoch(examples)
+    store = checkpoints.Checkpoints(folder)
+    shapes = finetune.state_shapes(recipe, mesh, weights)
+    done, restored = store.restore_latest(shapes)
+    if restored is None:
+        opt_state = finetune.initial_moments(recipe, mesh, weights)
+    else:
+        jax.tree.map(lambda x: x.delete(), weights)
+        weights, opt_state = restored
+
+    def heldout_loss(weights: Any) -> dict[str, float]:
+        if examples.heldout is None:
+            return {}
+        base, lora = (weights, None) if trainee.params is None else (trainee.params, weights)
+        arguments = (trainee.decoder, base, lora, examples.heldout, examples.buckets, recipe.microbatch, mesh)
+        return {"sft/heldout_loss": finetune.mean_loss(*arguments)}
+
+    first, total = done or 0, recipe.epochs * per_epoch
+    with metrics.MetricsWriter(folder, first + 1 if first else 0) as writer:
+        if not first and examples.heldout is not None:
+            writer.write(0, 0, heldout_loss(weights))
+        clock = time.perf_counter()
+        work = Work("SFT", first, total, "config.sft.learning_rate")
+        advance = finetune.steps(recipe, trainee, examples, mesh, seed)
+        for step in descend(work, weights, opt_state, advance):
+            weights, number = step.weights, step.number
+            speed = step.report.tokens / (time.perf_counter() - clock)
+            figures = {"sft/loss": float(step.report.loss), "sft/learning_rate": float(step.report.rate)}
+            figures["sft/tokens_per_second"] = speed
+            if number % per_epoch == 0:
+                figures |= heldout_loss(weights)
+            writer.write(number, number, figures)
+            if number % recipe.checkpoint_every == 0 and number < total:
+                store.save(number, (weights, step.opt_state))  # after its figures: whatever is saved is on record
+            clock = time.perf_counter()
+    store.close()
+    return weights
 
 
 def result_folder(config: ml_collections.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
@@ -178,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 params = start.load_params(config, mesh, stored)
                 lora = start.initial_lora(config, decoder, mesh, seed)
                 run(config, seed, examples[seed], decoder, params, lora, mesh, place)
-        print(f"{result}: go on from it with --config.{_OPTION[config.sft.weights]}={result}")
+        print(f"{result}: start from it with --config.{_OPTION[config.sft.weights]}={result}")
 
 
 _OPTION = {"lora": "lora.path", "full": "model.path"}

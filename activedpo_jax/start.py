@@ -2,18 +2,26 @@
 
 import functools
 import json
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from activedpo_jax import layout
+from activedpo_jax.data.templates import make_template
+from activedpo_jax.generation.decoding import DecodingSpec
+from activedpo_jax.generation.sampling import Sampling
 from activedpo_jax.huggingface import adapters, hub, loading
 from activedpo_jax.models.config import LoraConfig, ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora, init_lora
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def lora_config(config: ml_collections.ConfigDict) -> LoraConfig:
@@ -94,3 +102,35 @@ def fingerprints(config: ml_collections.ConfigDict) -> dict[str, str]:
     """Of the files of `config.model.path` and `config.lora.path`, where they are given: see `huggingface.hub`."""
     sources = {"model": config.model, "adapter": config.lora}
     return {name: hub.fingerprint(of.path, of.revision) for name, of in sources.items() if of.path}
+
+
+def stop_tokens(path: str, revision: str, tokenizer: "PreTrainedTokenizerBase", template: str) -> tuple[int, ...]:
+    """What ends a response: the tokens that the model's files and its tokenizer say, and that which the template writes
+    at the end of one.
+
+    Raises:
+      ValueError: there is none.
+    """
+    writer = make_template(template, tokenizer)
+    stop = {*loading.eos_token_ids(path, revision), tokenizer.eos_token_id, *writer.trailing}
+    stop |= set(tokenizer(writer.end, add_special_tokens=False)["input_ids"][-1:])
+    return tuple(sorted(int(token) for token in stop - {None}))
+
+
+def text_of(tokenizer: "PreTrainedTokenizerBase", stop: Collection[int]) -> Callable[[np.ndarray], str]:
+    """The text of a response's tokens, without the one that ends it."""
+
+    def decode(tokens: np.ndarray) -> str:
+        ids = tokens[:-1] if len(tokens) and tokens[-1] in stop else tokens
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    return decode
+
+
+def decoding_spec(
+    config: ml_collections.ConfigDict, decoder: Decoder, stop: tuple[int, ...], mesh: Mesh
+) -> DecodingSpec:
+    """How `config.generation` samples."""
+    options = config.generation
+    sampling = Sampling(float(options.temperature), options.top_k, float(options.top_p))
+    return DecodingSpec(decoder.clone(unrolled=True), sampling, stop, options.max_new_tokens, mesh)

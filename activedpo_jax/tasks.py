@@ -11,19 +11,22 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from activedpo_jax import layout, start
-from activedpo_jax.data.groups import Bucket, Groups, PairPool, check_tokens, pad_groups, shared_prompts
+from activedpo_jax.data.groups import Bucket, Groups, PairPool, Texts, check_tokens, pad_groups, shared_prompts
 from activedpo_jax.data.preferences import limit, read_records, split_by_prompt
-from activedpo_jax.data.synthetic import SyntheticTask
-from activedpo_jax.data.tokenize import tokenize
+from activedpo_jax.data.prompts import prompts_of, read_prompts
+from activedpo_jax.data.synthetic import STOP, SyntheticReward, SyntheticTask
+from activedpo_jax.data.tokenize import tokenize, tokenize_texts
 from activedpo_jax.huggingface import loading
 from activedpo_jax.models.config import ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
 from activedpo_jax.models.quantise import quantise_params
+from activedpo_jax.oracles.reward import Reward
 from activedpo_jax.record import checkpoints
+from activedpo_jax.rounds.fresh import PromptSet
 from activedpo_jax.training import optimiser
+from activedpo_jax.training.loop import Work, descend
 
 SYNTHETIC = "synthetic"
 
@@ -36,9 +39,20 @@ class Task:
     base_model: str  # the name that an exported adapter refers to
     params_shape: Params  # jax.ShapeDtypeStruct with sharding
     load_params: Callable[[], Params]
-    pool: PairPool
+    pool: PairPool | None  # None: the policy responds to prompts, and nothing else is a candidate
     heldout: PairPool
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[Bucket, ...]  # the last holds whatever the others hold
+    stop: tuple[int, ...] = ()  # tokens that end a response
+    prompts: PromptSet | None = None  # that the policy responds to
+    reward: Reward | None = None  # of the synthetic task
+
+    @property
+    def candidate_texts(self) -> Texts:
+        """What is known of the candidates before the first round: the pool, or the prompts alone."""
+        if self.pool is not None:
+            return self.pool
+        assert self.prompts is not None
+        return self.prompts.texts
 
 
 def load(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: pathlib.Path | None) -> Task:
@@ -70,13 +84,23 @@ def params_shape(decoder: Decoder, mesh: Mesh, dtype: Any, quantisation: str) ->
 def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> Task:
     data, path, revision = config.data, config.model.path, config.model.revision
     buckets = tuple(sorted(Bucket(*b) for b in data.buckets))
-    train_records = read_records(data.train, data.train_split)
+    source = config.candidates.source
+    if source == "policy" and data.train_limit:
+        raise ValueError(
+            f"config.data.train_limit={data.train_limit} counts pairs, of which there are none with "
+            "config.candidates.source='policy'; expected 0: set config.candidates.prompts_per_round instead"
+        )
+    records, prompt_records = [], []
+    if source == "policy" and data.heldout:
+        prompt_records = read_prompts(data.train, data.train_split)
+    else:
+        records = read_records(data.train, data.train_split)
     if data.heldout:
         heldout_records = read_records(data.heldout, data.heldout_split)
     else:
-        train_records, heldout_records = split_by_prompt(train_records, data.heldout_fraction, seed)
+        records, heldout_records = split_by_prompt(records, data.heldout_fraction, seed)
     if data.train_limit:
-        train_records = limit(train_records, data.train_limit, seed)
+        records = limit(records, data.train_limit, seed)
     if data.heldout_limit:
         # Every seed is judged by the same held-out pairs.
         heldout_records = limit(heldout_records, data.heldout_limit, 0)
@@ -84,17 +108,28 @@ def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> Tas
     tokenizer = loading.load_tokenizer(path, revision)
     longest = max(b.prompt for b in buckets), max(b.response for b in buckets)
     kwargs = start.template_kwargs(config)
-    pool = tokenize(train_records, tokenizer, data.template, *longest, seed, kwargs)
-    heldout = tokenize(heldout_records, tokenizer, data.template, *longest, seed, kwargs)
-    shared = shared_prompts(heldout, pool)
-    notes = (f"{shared} of {heldout.num_groups} records have a prompt of the pool",) if shared else ()
-    heldout = dataclasses.replace(heldout, notes=(*heldout.notes, *notes))
     decoder = start.load_decoder(config, mesh)
-    for texts, source in ((pool, data.train), (heldout, data.heldout or data.train)):
-        check_tokens(texts, decoder.config.vocab_size, source)
+    stop = start.stop_tokens(path, revision, tokenizer, data.template)
+    pool = prompts = None
+    if source != "policy":
+        pool = tokenize(records, tokenizer, data.template, *longest, seed, kwargs)
+    if source != "pool":
+        prompt_records = prompt_records or prompts_of(records)
+        texts = tokenize_texts(prompt_records, tokenizer, data.template, *longest, kwargs)
+        texts = dataclasses.replace(texts, response_tokens=[[np.zeros(0, np.int32)]] * len(prompt_records))
+        shown = [record.prompt for record in prompt_records]
+        names = [record.id for record in prompt_records]
+        prompts = PromptSet(names, texts, shown, start.text_of(tokenizer, stop)).distinct()
+    heldout = tokenize(heldout_records, tokenizer, data.template, *longest, seed, kwargs)
     load_params = functools.partial(start.load_params, config, mesh, decoder.dtype)
     shape = params_shape(decoder, mesh, decoder.dtype, config.model.quantisation)
-    return Task(decoder, path, shape, load_params, pool, heldout, buckets)
+    task = Task(decoder, path, shape, load_params, pool, heldout, buckets, stop, prompts)
+    shared = shared_prompts(heldout, task.candidate_texts)
+    notes = (f"{shared} of {heldout.num_groups} records have a prompt of the pool",) if shared else ()
+    heldout = dataclasses.replace(heldout, notes=(*heldout.notes, *notes))
+    for texts, name in ((task.candidate_texts, data.train), (heldout, data.heldout or data.train)):
+        check_tokens(texts, decoder.config.vocab_size, name)
+    return dataclasses.replace(task, heldout=heldout)
 
 
 def _synthetic(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: pathlib.Path | None) -> Task:
@@ -130,14 +165,24 @@ def _synthetic(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: 
             checkpoints.save_tree(path, params)
         return quantised(params)
 
+    source, pool = config.candidates.source, task.pool(seed, pool_pairs)
+    prompts = None
+    if source != "pool":
+        texts = Texts(prompt_tokens=pool.prompt_tokens, response_tokens=[[np.zeros(0, np.int32)]] * pool.num_groups)
+        words = lambda tokens: " ".join(task.word(t) for t in tokens if t not in STOP)  # noqa: E731
+        names = [f"prompt-{i:05d}" for i in range(pool.num_groups)]
+        prompts = PromptSet(names, texts, pool.prompt_texts, words).distinct()
     return Task(
-        decoder,
-        SYNTHETIC,
-        shape,
-        load_params,
-        task.pool(seed, pool_pairs),
-        task.heldout(seed, heldout_pairs),
-        (task.bucket,),
+        decoder=decoder,
+        base_model=SYNTHETIC,
+        params_shape=shape,
+        load_params=load_params,
+        pool=None if source == "policy" else pool,
+        heldout=task.heldout(seed, heldout_pairs),
+        buckets=(task.bucket,),
+        stop=STOP,
+        prompts=prompts,
+        reward=jax.tree_util.Partial(SyntheticReward(task), jnp.asarray(task.likings(seed), jnp.float32)),
     )
 
 
@@ -157,13 +202,18 @@ def _train_from_scratch(
     groups = pad_groups(texts, np.arange(texts.num_groups), task.bucket)
     init = init_params(decoder, jax.random.key(seed))
     params = jax.device_put(init, layout.weight_shardings(mesh, init))
-    opt_state = optimiser.init_optimiser(spec, params)
     rng = np.random.default_rng(seed)
     size = layout.round_up(scratch.batch_size, mesh)
-    for step in tqdm(range(scratch.steps), desc="training the base model", unit="step", leave=False):
+
+    def advance(step: int, params: Params, opt_state: Any) -> tuple[Params, Any, tuple[jax.Array]]:
         rows = rng.choice(texts.num_groups, size, replace=False)
-        batch = jax.device_put(Groups(*(np.asarray(x)[rows] for x in groups)), layout.batch(mesh))
+        batch = layout.put(Groups(*(np.asarray(x)[rows] for x in groups)), layout.batch(mesh))
         rate = optimiser.learning_rate(spec, jnp.float32(step), jnp.float32(scratch.steps))
         params, opt_state, loss = language_model_step(decoder, spec, params, opt_state, batch, rate)
+        return params, opt_state, (loss,)
+
+    work = Work("training the base model", 0, scratch.steps, "config.scratch.learning_rate")
+    for step in descend(work, params, optimiser.init_optimiser(spec, params), advance):
+        params, (loss,) = step.weights, step.report
     print(f"base model of seed {seed}: {float(loss):.3f} nats a token after {scratch.steps} steps")
     return jax.device_put(params, layout.weight_shardings(mesh, params))

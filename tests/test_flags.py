@@ -1,17 +1,28 @@
 """The command line: what is typed arrives, and every mistake gets one line that says what to type instead."""
 
+import dataclasses
+import errno
+import fnmatch
+import os
 import pathlib
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
-from activedpo_jax import config, flags
+from activedpo_jax import config, flags, layout
+from activedpo_jax.config import OPTIONS
 from activedpo_jax.files import flatten
+from activedpo_jax.models.config import LINEAR_MAPS, LoraConfig
+from activedpo_jax.models.lora import linear_shapes
+from tests import tiny
 
 STRATEGIES = ("activedpo", "random")
+POLICY = ("--config.candidates.source=policy",)
 CONFIG = """\
 from activedpo_jax.config import default
 
@@ -125,6 +136,8 @@ def test_what_is_typed_arrives(parse: Parse, arguments: tuple[str, ...], name: s
         (["--config.dpo.train_on=x"], "expected one of all, newest"),
         (["--config.dpo.start_from=x"], "expected one of sft, current"),
         (["--config.round.mode=x"], "expected one of auto, fused, staged"),
+        (["--config.candidates.source=x"], "expected one of pool, policy, mixture"),
+        (["--config.oracle.kind=human"], "expected one of dataset, function, reward, people"),
         (
             ["--config.lora.target_modules=q_proj,query"],
             "got ('q_proj', 'query'), expected some of q_proj, k_proj",
@@ -148,7 +161,109 @@ def test_what_is_typed_arrives(parse: Parse, arguments: tuple[str, ...], name: s
         (["--config.data.buckets=(1,0),(4,5)"], "expected pairs of (prompt, response) tokens"),
         (["--config.mesh.fsdp=0"], "config.mesh.fsdp: got 0, expected a number of devices, or -1"),
         (["--config.mesh.fsdp=-1"], "config.mesh: got {'data': -1, 'fsdp': -1, 'tensor': 1}"),
-        # options that would be ignored
+        (["--config.rounds=2147483648"], "config.rounds: got 2147483648, expected a number below 2,147,483,648"),
+        (["--config.dpo.learning_rate=1e39"], "config.dpo.learning_rate: got 1e+39, expected a number from 1e-38 to"),
+        (["--config.selection.lam=1e-40"], "config.selection.lam: got 1e-40, expected a number from 1e-38 to 3e+38"),
+        (["--config.seeds=4294967296"], "config.seeds: got (4294967296,), expected one number or more"),
+        (["--config.lora.rank=65536"], "config.lora.rank: got 65536, expected a number from 1 to 65,535"),
+        (["--config.features.dim=2147483647"], "config.features.dim: got 2147483647, expected a number from 1 to"),
+        (["--config.dpo.batch_size=1048577"], "config.dpo.batch_size: got 1048577, expected a number from 1 to"),
+        (["--config.data.buckets=(1,2097152),"], "expected pairs of (prompt, response) tokens"),
+        (["--config.generation.responses=1"], "config.generation.responses: got 1, expected a number from 2 to"),
+        (["--config.candidates.prompts_per_round=-1"], "got -1, expected 0 or more"),
+        (["--config.selection.entropy_samples=0"], "got 0, expected a number from 1 to 1,024"),
+        (["--config.oracle.annotators=0"], "config.oracle.annotators: got 0, expected a number above 0"),
+        (["--config.rounds=100000", "--config.labels_per_round=100000"], "expected a product below 2,147,483,648"),
+        (
+            ["--config.rounds=103", "--config.labels_per_round=10"],
+            "config.rounds: got 103 with labels_per_round=10, expected at most synthetic.pool_pairs=1024 labels",
+        ),
+        (
+            ["--config.features.groups_per_chunk=1000000"],
+            "config.features.groups_per_chunk: got 1000000, expected less: an array would have 8,192,000,000 numbers",
+        ),
+        (
+            ["--config.generation.prompts_per_chunk=10000", "--config.generation.max_new_tokens=100000"],
+            "config.generation.prompts_per_chunk: got 10000, expected less: an array would have 3,000,000,000",
+        ),
+        # the synthetic task
+        (["--config.synthetic.styles=1"], "config.synthetic.styles: got 1, expected a number from 2 to 26"),
+        (
+            ["--config.synthetic.topics_per_family=13"],
+            "config.synthetic.topics_per_family: got 13, expected at most synthetic.topics=12",
+        ),
+        (
+            ["--config.synthetic.min_response=9"],
+            "config.synthetic.min_response: got 9, expected at most synthetic.max_response=8",
+        ),
+        (
+            ["--config.synthetic.styles=20", "--config.synthetic.purity=0.01"],
+            "config.synthetic.purity: got 0.01, expected more: with synthetic.styles=20",
+        ),
+        (
+            ["--config.scratch.hidden_size=66"],
+            "config.scratch.hidden_size: got 66, expected a multiple of scratch.num_heads=4",
+        ),
+        (["--config.scratch.hidden_size=68"], "rotate pairs of channels; 17 is odd"),
+        (
+            ["--config.scratch.num_kv_heads=3"],
+            "config.scratch.num_heads: got 4, expected a multiple of scratch.num_kv_heads=3",
+        ),
+        (
+            ["--config.scratch.examples=63"],
+            "config.scratch.examples: got 63, expected 64 or more, a batch of scratch.batch_size=64",
+        ),
+        (
+            ["--config.scratch.examples=64", "--config.mesh.data=3", "--config.mesh.fsdp=2", "--config.mesh.tensor=5"],
+            "config.scratch.examples: got 64, expected 66 or more",
+        ),
+        # options that would be ignored, or need others
+        (
+            ["--config.oracle.function=a:b"],
+            "config.oracle.function: got 'a:b' with oracle.kind='dataset', which asks no function",
+        ),
+        (["--config.oracle.kind=people", "--config.oracle.function=a:b"], "with oracle.kind='people', which asks no"),
+        (
+            ["--config.oracle.kind=function"],
+            "config.oracle.function: got '', expected module:function, such as my.rewards:helpful",
+        ),
+        (["--config.oracle.kind=function", "--config.oracle.function=a.b"], "got 'a.b', expected module:function"),
+        (["--config.oracle.kind=reward", "--config.oracle.function=a:"], "got 'a:', expected module:function"),
+        (
+            ["--config.oracle.kind=reward", "--config.data.train=x.jsonl", "--config.model.path=m"],
+            "config.oracle.function: got '' with oracle.kind='reward', expected module:function; only "
+            "data.train='synthetic'",
+        ),
+        (["--config.oracle.annotators=2"], "config.oracle.annotators: got 2 with oracle.kind='dataset'"),
+        (
+            ["--config.oracle.kind=people", "--config.oracle.noise=flip"],
+            "config.oracle.noise: got 'flip' with oracle.kind='people', whose answers are taken as they are",
+        ),
+        (
+            ["--config.oracle.kind=reward", "--config.oracle.noise=bradley_terry"],
+            "config.oracle.noise: got 'bradley_terry' with oracle.kind='reward'",
+        ),
+        (
+            ["--config.candidates.source=mixture"],
+            "config.candidates.source: got 'mixture' with oracle.kind='dataset', which has no labels of fresh",
+        ),
+        (
+            ["--config.candidates.prompts_per_round=5"],
+            "config.candidates.prompts_per_round: got 5 with candidates.source='pool', which takes all pairs",
+        ),
+        (
+            ["--config.oracle.kind=people", "--config.round.mode=fused"],
+            "config.round.mode: got 'fused' with oracle.kind='people', whose answers come from outside the program",
+        ),
+        (
+            [*POLICY, "--config.oracle.kind=function", "--config.oracle.function=a:b", "--config.round.mode=fused"],
+            "config.round.mode: got 'fused' with oracle.kind='function'",
+        ),
+        (
+            [*POLICY, "--config.oracle.kind=reward", "--config.candidates.prompts_per_round=16"],
+            "config.labels_per_round: got 50, expected at most 48: the pairs among generation.responses=3 responses "
+            "to 16 prompts",
+        ),
         (["--config.oracle.flip_probability=0.1"], "with oracle.noise='none', which flips nothing"),
         (["--config.oracle.temperature=2"], "with oracle.noise='none', which has no temperature"),
         (["--config.data.train=pairs.jsonl"], "config.model.path: got '' with data.train='pairs.jsonl'"),
@@ -230,19 +345,207 @@ def test_a_process_prints_the_line_and_exits_with_2(tmp_path: pathlib.Path) -> N
     assert done.stderr == "error: config.dpo.betta: no such option; the nearest is config.dpo.beta\n"
 
 
-def test_help_lists_the_options(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as raised:
-        flags.read_config(["main", "--help"], STRATEGIES)
-    assert raised.value.code == 0
-    shown = capsys.readouterr().out
-    assert "--config FILE --workdir DIR" in shown
-    for name in flatten(config.default()):
-        assert f"config.{name} = " in shown
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (*POLICY, "--config.oracle.kind=reward", "--config.round.mode=fused"),
+        (*POLICY, "--config.oracle.kind=reward", "--config.candidates.prompts_per_round=17"),
+        ("--config.candidates.source=mixture", "--config.oracle.kind=people", "--config.oracle.annotators=3"),
+        ("--config.oracle.kind=function", "--config.oracle.function=a.b_c:d", "--config.oracle.noise=bradley_terry"),
+        ("--config.oracle.kind=reward", "--config.oracle.function=a:b", "--config.rounds=20"),
+        ("--config.synthetic.topics_per_family=12", "--config.synthetic.min_response=8"),
+        ("--config.scratch.examples=64", "--config.mesh.data=64"),
+        ("--config.lora.rank=65535", "--config.seeds=4294967295", "--config.dpo.learning_rate=1e-30"),
+    ],
+)
+def test_what_goes_together_passes(parse: Parse, arguments: tuple[str, ...]) -> None:
+    parse(*arguments)
 
 
-def test_rules_and_defaults_agree() -> None:
-    """Every rule is of an option, and holds for its default; `data.train` alone has none."""
-    assert flags._RULES.keys() | flags._CHOICES.keys() <= flatten(config.default()).keys()
+def test_each_command_says_what_it_lacks(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "x.py").write_text(CONFIG.replace('"synthetic"', '""'))
+    arguments = [
+        "--config",
+        str(tmp_path / "x.py"),
+        "--workdir=w",
+        "--config.model.path=m",
+        "--config.sft.data=x.jsonl",
+    ]
+    flags.parse(["/somewhere/activedpo_jax/sft.py", *arguments], STRATEGIES)
+    with pytest.raises(flags.UsageError, match="config.data.train: got ''"):
+        flags.parse(["/somewhere/activedpo_jax/main.py", *arguments], STRATEGIES)
+
+
+# The table of options
+
+
+def test_defaults_are_what_they_may_be() -> None:
+    """`data.train` alone has no default that a run could have."""
     options = config.default()
     options.data.train = "synthetic"
     flags.validate(options, STRATEGIES)
+    assert flatten(config.default()) == {name: option.default for name, option in OPTIONS.items()}
+
+
+@pytest.mark.parametrize(("name", "option"), [(n, o) for n, o in OPTIONS.items() if type(o.default) in (int, float)])
+def test_every_number_has_limits(name: str, option: config.Option) -> None:
+    options = config.default()
+    options.data.train = "synthetic"
+    for value in (-2, 2**31) if isinstance(option.default, int) else (-1e-3, 1e39):
+        options.update_from_flattened_dict({name: value})
+        with pytest.raises(flags.UsageError, match=rf"^config\.{name}: got {value}, expected ".replace("+", r"\+")):
+            flags.validate(options, STRATEGIES)
+
+
+def test_linear_maps_are_the_same_everywhere() -> None:
+    assert OPTIONS["lora.target_modules"].default == LoraConfig().target_modules == tuple(linear_shapes(tiny.MODEL))
+    model = dataclasses.replace(tiny.MODEL, hidden_size=3, intermediate_size=5, num_heads=4, num_kv_heads=2, head_dim=6)
+    assert linear_shapes(model) == {
+        "q_proj": (3, 24),
+        "k_proj": (3, 12),
+        "v_proj": (3, 12),
+        "o_proj": (24, 3),
+        "gate_proj": (3, 5),
+        "up_proj": (3, 5),
+        "down_proj": (5, 3),
+    }
+    kernels = {m: {"kernel": jax.ShapeDtypeStruct((2, 8, 8), np.float32)} for m in LINEAR_MAPS}
+    mesh = layout.make_mesh(config.default().mesh)
+    cut = layout.weight_shardings(mesh, {"layers": kernels})["layers"]
+    assert all(len([axis for axis in cut[m]["kernel"].spec if axis]) == 2 for m in LINEAR_MAPS)
+
+
+@pytest.mark.parametrize("command", flags.COMMANDS)
+def test_help_is_a_table_of_the_options_of_the_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        flags.read_config([f"activedpo_jax/{command}.py", "--help"], STRATEGIES)
+    assert raised.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"python -m activedpo_jax.{command} --config FILE --workdir DIR" in shown
+    assert ("--compile_only=PLATFORM:TOPOLOGY" in shown) == (command == "main")
+    rows = {line.split()[0]: line for line in shown.splitlines() if line.split() and line.split()[0] in OPTIONS}
+    used = {n for n in OPTIONS if any(fnmatch.fnmatchcase(n, p) for p in flags.COMMANDS[command].options)}
+    assert rows.keys() == used
+    for name, line in rows.items():
+        option = OPTIONS[name]
+        assert option.comment and line.endswith(option.comment)
+        assert all(choice in line for choice in option.choices) and option.rule.words in line
+    assert rows["seeds"].split()[1:4] == ["whole", "numbers", "0"]
+    assert rows["data.buckets"].split()[1:3] == ["pairs", "(128,128),(256,512)"]
+    assert rows["lora.path"].split()[1:3] == ["text", "''"] and rows["lora.rslora"].split()[4] == "false"
+
+
+def test_every_option_is_used_by_a_command() -> None:
+    patterns = [pattern for usage in flags.COMMANDS.values() for pattern in usage.options]
+    assert [name for name in OPTIONS if not any(fnmatch.fnmatchcase(name, p) for p in patterns)] == []
+    assert [pattern for pattern in patterns if not fnmatch.filter(OPTIONS, pattern)] == []
+    assert "dpo.beta" not in flags.help_text("sft") and "sft.data" not in flags.help_text("generate")
+
+
+# Ends of a process
+
+ROOT = pathlib.Path(flags.__file__).parents[1]
+
+
+def run_script(script: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", script]
+    env = os.environ | environment
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "read_config(['main', '--help'], ())",
+        "read_config(['main', '--config=configs/quickstart.py', '--workdir=x'], ('activedpo', 'random')); print('y')",
+        "with clean_errors(): print('y')",
+        "with clean_errors(): print('y' * 100_000)",
+    ],
+)
+def test_a_reader_that_leaves_is_no_error(work: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", f"from activedpo_jax.flags import *\n{work}"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes: dict[str, Any] = {"stdout": write, "stderr": subprocess.PIPE, "text": True}
+    done = subprocess.run(command, cwd=ROOT, env=environment, **pipes)
+    os.close(write)
+    assert done.stderr == "" and done.returncode == (0 if "quickstart" in work else 141)
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "nonsense"])
+def test_platforms_that_are_not_there_get_one_line(platforms: str) -> None:
+    script = (
+        "from activedpo_jax import config, flags, layout\n"
+        "with flags.clean_errors(): layout.make_mesh(config.default().mesh)"
+    )
+    done = run_script(script, JAX_PLATFORMS=platforms)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert last.startswith(f"error: JAX_PLATFORMS='{platforms}': JAX found no device")
+    assert "unset JAX_PLATFORMS" in last
+
+
+def ending(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
+    """The exit code and the line of a command whose work raises this."""
+    with pytest.raises(SystemExit) as raised, flags.clean_errors():
+        raise error
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1
+    return raised.value.code, line
+
+
+def test_memory_that_does_not_suffice_gets_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(MemoryError) as of_numpy:
+        np.zeros(2**58)
+    with pytest.raises(jax.errors.JaxRuntimeError) as of_jax:
+        jax.block_until_ready(jax.numpy.zeros(2**46, np.int8))
+    for error, reason in (
+        (of_numpy.value, "Unable to allocate 2.00 EiB"),
+        (of_jax.value, "Out of memory allocating 70368744177664 bytes"),
+        (MemoryError(), "the host has no more"),
+    ):
+        code, line = ending(error, capsys)
+        assert code == 1 and f"out of memory ({reason}" in line
+        for name in ("features.groups_per_chunk", "dpo.pairs_per_chunk", "data.buckets", "lora.rank", "model.remat"):
+            assert name in line and name in OPTIONS
+    with pytest.raises(jax.errors.JaxRuntimeError), flags.clean_errors():
+        raise jax.errors.JaxRuntimeError("INTERNAL: a defect")
+
+
+def chained(error: Exception, behind: Exception, how: str) -> Exception:
+    """`error`, raised while `behind` was handled, or `from` it."""
+    setattr(error, how, behind)
+    return error
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("how", ["__cause__", "__context__"])
+def test_a_full_disk_behind_an_error_gets_one_line(number: int, how: str, capsys: pytest.CaptureFixture[str]) -> None:
+    disk = OSError(number, os.strerror(number), "/runs/checkpoints/1")
+    error = chained(RuntimeError("save failed"), chained(ValueError("commit failed\nat length"), disk, how), how)
+    for each in (error, disk):
+        code, line = ending(each, capsys)
+        assert (
+            code == 1 and f"/runs/checkpoints/1: {os.strerror(number)}" in line and "the same command resumes" in line
+        )
+
+
+def test_a_full_disk_that_tensorstore_met(capsys: pytest.CaptureFixture[str]) -> None:
+    """The text is what version 0.1.80 raised on a tmpfs of 1 MB."""
+    text = (
+        'RESOURCE_EXHAUSTED: Error writing "a/0" in OCDBT database at local file "/runs/d/": Failed writing: '
+        '"/runs/d/0d20": Failed to write 926742 bytes to file 14: No space left on device [os_error_code="28"]'
+    )
+    code, line = ending(ValueError(text), capsys)
+    assert code == 1 and "/runs/d/: No space left on device" in line
+
+
+def test_other_errors_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    missing = FileNotFoundError(errno.ENOENT, "No such file or directory", "x.jsonl")
+    assert ending(missing, capsys) == (1, "error: x.jsonl: No such file or directory\n")
+    assert ending(chained(ValueError("no data"), missing, "__cause__"), capsys) == (2, "error: no data\n")
+    assert ending(FloatingPointError("not finite"), capsys) == (1, "error: not finite\n")
+    assert ending(KeyboardInterrupt(), capsys)[0] == 75
+    with pytest.raises(KeyError), flags.clean_errors():
+        raise chained(KeyError("a defect"), missing, "__cause__")

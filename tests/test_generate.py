@@ -25,12 +25,13 @@ from activedpo_jax.data.groups import Groups
 from activedpo_jax.data.pool_files import PoolFiles
 from activedpo_jax.data.preferences import read_records
 from activedpo_jax.data.prompts import PromptRecord, read_prompts
-from activedpo_jax.generate import GenerationSpec, generate, stop_tokens
 from activedpo_jax.generation.decoding import DecodingSpec, Requests, respond
+from activedpo_jax.generation.responses import GenerationSpec, generate
 from activedpo_jax.generation.sampling import Sampling, truncate
 from activedpo_jax.huggingface import loading
 from activedpo_jax.models.config import LoraConfig, Rope
 from activedpo_jax.models.decoder import Decoder, unstack
+from activedpo_jax.start import stop_tokens
 from tests import tiny
 from tests.tiny_hf import tiny_model
 from tests.tiny_tokenizer import CHATML, make_tokenizer

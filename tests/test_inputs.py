@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,7 +15,9 @@ from activedpo_jax import main
 from activedpo_jax.record import folders
 from activedpo_jax.rounds.checks import check_learnt, check_picks
 from activedpo_jax.selection.greedy import Picks
+from activedpo_jax.training import losses
 from tests.test_main import CONFIG
+from tests.test_oracle_dataset import make_pool
 from tests.tiny_hf import tiny_llama
 from tests.tiny_tokenizer import CHATML, make_tokenizer
 
@@ -155,22 +158,33 @@ def test_a_second_process_is_refused(tmp_path: pathlib.Path) -> None:
 
 
 def test_picks_are_checked() -> None:
+    pool = make_pool([0] * 10, None)
+
     def check(rows: list[int], scores: list[float]) -> None:
-        check_picks(Picks(np.array(rows), np.array(scores)), np.array([4, -1]), 10, 3)  # type: ignore[arg-type]
+        picks = Picks(np.array(rows), np.array(scores))  # type: ignore[arg-type]
+        check_picks(picks, pool, pool.digests[[4]], 3)
 
     check([1, 2], [0.5, 0.0])
-    for rows in ([1, -1], [1, 10], [2, 2], [1, 4]):
+    for rows in ([-1, 1], [1, 10], [2, 2], [1, 4]):
         with pytest.raises(FloatingPointError, match="round 3"):
             check(rows, [1.0, 1.0])
+    with pytest.raises(FloatingPointError, match="labelled already: pair4"):
+        check([1, 4], [1.0, 1.0])
+    with pytest.raises(ValueError, match="round 3: 1 pairs can be asked about, and the round is to label 2"):
+        check([1, -1], [1.0, 0.0])
     with pytest.raises(FloatingPointError, match="round 3"):
         check([1, 2], [1.0, np.nan])
 
 
 def test_what_was_learnt_is_checked() -> None:
-    check_learnt(0.5, {"a": np.ones(3)}, 1)
+    def training(loss: float) -> losses.DpoMetrics:
+        return losses.DpoMetrics(jnp.float32(loss), jnp.float32(0), jnp.float32(0))
+
+    check_learnt(training(0.5), {"a": np.ones(3)}, 1)
+    check_learnt(None, {"a": np.ones(3)}, 1)
     for loss, weight in ((np.nan, 1.0), (0.5, np.inf)):
         with pytest.raises(FloatingPointError, match="round 1: training has diverged"):
-            check_learnt(loss, {"a": np.array([0.0, weight])}, 1)
+            check_learnt(training(loss), {"a": np.array([0.0, weight])}, 1)
 
 
 def test_a_run_that_diverges_records_nothing(half_done: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,8 @@ from activedpo_jax.huggingface import loading
 from activedpo_jax.models import quantise
 from activedpo_jax.models.decoder import Decoder, Params, unstack
 from activedpo_jax.models.lora import Lora
-from activedpo_jax.models.policy import response_logps
+from activedpo_jax.models.policy import Policy, response_logps
+from activedpo_jax.oracles.labels import Pending
 from activedpo_jax.training import losses, optimiser
 from tests import test_round, tiny
 from tests.tiny_hf import tiny_llama
@@ -272,8 +273,10 @@ def test_a_whole_round(form: str, tmp_path: pathlib.Path) -> None:
     assert jax.tree.all(same)
     jax.tree.map(np.testing.assert_array_equal, task.load_params(), params)  # kept as trained, quantised anew
     lora = start.initial_lora(config, task.decoder, mesh, 0)
-    judge = main.evaluator(config, task, params, lora, mesh, 0)
-    summary = main.run(config, "activedpo", 0, task, params, lora, judge, mesh, tmp_path)
+    policy = Policy(task.decoder, params, lora)
+    setting = main.Setting(config, mesh, 0, task, policy, main.evaluator(config, task, policy, mesh, 0))
+    summary = main.run(setting, "activedpo", tmp_path)
+    assert not isinstance(summary, Pending)
     assert [r["labels"] for r in summary["rounds"]] == [0, 6]
     score, loss = summary["rounds"][1]["score_min"], summary["rounds"][1]["loss"]
     assert score is not None and score > 0

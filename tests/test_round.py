@@ -19,6 +19,8 @@ from activedpo_jax.config import default
 from activedpo_jax.data.groups import Bucket
 from activedpo_jax.models.decoder import Decoder, init_params
 from activedpo_jax.models.lora import Lora
+from activedpo_jax.models.policy import Policy
+from activedpo_jax.oracles.labels import Pending
 
 BOUND = 1e-5
 MESHES = [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 4, 1), (2, 2, 2), (2, 1, 4), (1, 8, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8)]
@@ -62,9 +64,12 @@ def execute(
     params = init_params(task.decoder, jax.random.key(0))
     params = jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, params)  # out of the linear range
     params = jax.device_put(params, layout.weight_shardings(mesh, params))
-    sft_lora = start.initial_lora(config, task.decoder, mesh, 0) if first is None else first(task.decoder, mesh)
-    judge = main.evaluator(config, task, params, sft_lora, mesh, 0)
-    summary = main.run(config, config.strategies[0], 0, task, params, sft_lora, judge, mesh, folder)
+    reference = start.initial_lora(config, task.decoder, mesh, 0) if first is None else first(task.decoder, mesh)
+    policy = Policy(task.decoder, params, reference)
+    judge = main.evaluator(config, task, policy, mesh, 0)
+    setting = main.Setting(config, mesh, 0, task, policy, judge)
+    summary = main.run(setting, config.strategies[0], folder)
+    assert not isinstance(summary, Pending)
     picks = []
     for number in range(1, config.rounds + 1):
         lines = (folder / "rounds" / f"{number:03d}" / "selected.jsonl").read_text().splitlines()
@@ -161,7 +166,6 @@ def test_an_adapter_that_is_trained_already_is_the_reference(tmp_path: pathlib.P
     assert_same(execute(tmp_path / "staged", {**changes, "round.mode": "staged"}, first=trained), fused)
 
 
-def test_too_small_a_pool_is_an_error(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
+def test_too_small_a_pool_is_an_error(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="42 labels, but the pool has 40 pairs"):
         execute(tmp_path, {"rounds": 7})
-    assert "42 labels, but the pool has 40 pairs" in capsys.readouterr().err

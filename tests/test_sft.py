@@ -29,7 +29,7 @@ from activedpo_jax.data.groups import Bucket, Texts
 from activedpo_jax.record.metrics import read_metrics
 from activedpo_jax.start import initial_lora, load_decoder, load_params
 from activedpo_jax.training import finetune, optimiser
-from activedpo_jax.training.finetune import Examples, Recipe
+from activedpo_jax.training.finetune import Examples, Recipe, Trainee
 from activedpo_jax.training.optimiser import OptimiserSpec
 from tests import tiny
 from tests.test_resume import finish, kill_when
@@ -219,7 +219,7 @@ def trained(
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "update_program", update)
         examples = Examples(random_texts(0, 20), None, buckets)
-        weights = finetune.fit(how, decoder, base, weights, examples, mesh, 3, folder)
+        weights = sft.fit(how, Trainee(decoder, base, weights), examples, mesh, 3, folder)
     return Trained(gradients[0], jax.device_get(weights), learnt(read_metrics(folder / "metrics.jsonl")))
 
 
@@ -286,8 +286,8 @@ def test_divergence_stops_before_anything_is_saved(tmp_path: pathlib.Path) -> No
     broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
     mesh = layout.make_mesh(default().mesh, jax.devices()[:1])
     how = Recipe(OptimiserSpec(1e-3), epochs=1, batch_size=2, microbatch=2, checkpoint_every=1)
-    with pytest.raises(FloatingPointError, match="step 1: the loss is nan; lower config.sft.learning_rate"):
-        finetune.fit(how, decoder, None, broken, Examples(random_texts(0, 4), None, BUCKETS), mesh, 0, tmp_path)
+    with pytest.raises(FloatingPointError, match="step 1 of 2: the loss is nan; lower config.sft.learning_rate"):
+        sft.fit(how, Trainee(decoder, None, broken), Examples(random_texts(0, 4), None, BUCKETS), mesh, 0, tmp_path)
     assert not any((tmp_path / "checkpoints").iterdir())
 
 

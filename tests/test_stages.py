@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from activedpo_jax import layout, main
+from activedpo_jax import layout, specs
 from activedpo_jax.data.groups import Bucket, Groups, PairPool
 from activedpo_jax.evaluation import heldout
 from activedpo_jax.evidence.gradients import FeatureSpec, pair_features
+from activedpo_jax.models.policy import Policy
 from activedpo_jax.rounds import staged
+from activedpo_jax.rounds.state import initial_state
 from activedpo_jax.tasks import Task
 from tests import tiny
 from tests.test_round import options
@@ -50,8 +52,10 @@ def test_pool_features_are_in_pool_order() -> None:
     config.features.dim, config.features.groups_per_chunk = 64, 2
     mesh = layout.make_mesh(config.mesh, jax.devices()[:1])
     task = Task(decoder, "tiny", params, lambda: params, data, data, BUCKETS)
-    spec = main.round_spec(config, "activedpo", task, mesh)
-    got = staged.pool_features(spec, params, lora, data, BUCKETS, jnp.uint32(0))
+    spec = specs.round_spec(config, "activedpo", task, mesh)
+    policy = Policy(decoder, params, lora)
+    state = initial_state(spec, lora, 0)
+    got = staged.pool_evidence(spec, policy, state, data, BUCKETS)["features"]
 
     # Row by row: the pair's own two responses, unpadded prompt, padded to one length to compile once.
     compute = jax.jit(lambda g: pair_features(decoder, params, lora, g, FeatureSpec(64), jnp.uint32(0))[:, 0])
@@ -71,17 +75,17 @@ def test_pool_features_are_in_pool_order() -> None:
 
 def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown() -> None:
     decoder, params, lora = tiny.model()
-    sft_lora = tiny.model(1)[2]
+    policy = Policy(decoder, params, tiny.model(1)[2])
     data = pool(1)
     mesh = layout.make_mesh(options().mesh, jax.devices()[:1])
     beta, smoothing = 0.3, 0.1
     every = np.arange(data.num_pairs)
     batches = heldout.Batches(data, every, BUCKETS, 4, mesh)
-    judge = heldout.Evaluator(decoder, params, sft_lora, data, data.preferences, batches, beta, smoothing)
+    judge = heldout.Evaluator(policy, data.preferences, batches, beta, smoothing)
     got = judge(lora)
 
     gains = heldout.log_probs(decoder, params, lora, batches, data.num_pairs, "").astype(np.float64)
-    gains -= heldout.log_probs(decoder, params, sft_lora, batches, data.num_pairs, "")
+    gains -= heldout.log_probs(decoder, params, policy.reference, batches, data.num_pairs, "")
     preferred = data.preferences.astype(int)
     margins = beta * (gains[every, preferred] - gains[every, 1 - preferred])
     assert np.isclose(got["accuracy"], np.mean(margins > 0))
@@ -95,6 +99,6 @@ def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown() -> None:
         data, pairs=data.pairs[:, [0, 2, 1]], preferences=(1 - data.preferences).astype(np.int8)
     )
     batches = heldout.Batches(other_way, every, BUCKETS, 4, mesh)
-    judge = heldout.Evaluator(decoder, params, sft_lora, other_way, other_way.preferences, batches, beta, smoothing)
+    judge = heldout.Evaluator(policy, other_way.preferences, batches, beta, smoothing)
     again = judge(lora)
     assert np.isclose(again["margin"], got["margin"], atol=1e-6) and again["accuracy"] == got["accuracy"]

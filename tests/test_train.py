@@ -44,7 +44,7 @@ def test_learning_rate(schedule: str, warmup: float) -> None:
 def test_every_label_once_an_epoch(first: int, n: int, epochs: int, size: int, spare: int, seed: int) -> None:
     per_epoch = -(-n // size)
     steps = epochs * per_epoch + spare
-    schedule = optimiser.batch_schedule(first, first + n, epochs, size, size + spare, steps, seed)
+    schedule = optimiser.batch_schedule(np.arange(first, first + n), epochs, size, size + spare, steps, seed)
     assert schedule.slots.shape == schedule.weight.shape == (steps, size + spare)
     assert (schedule.num_steps, schedule.steps_per_epoch) == (epochs * per_epoch, per_epoch)
     for epoch in range(epochs):
@@ -55,14 +55,14 @@ def test_every_label_once_an_epoch(first: int, n: int, epochs: int, size: int, s
         for row in weight:  # equal shares
             assert len(set(row[row > 0])) == 1
     assert not schedule.weight[epochs * per_epoch :].any()
-    again = optimiser.batch_schedule(first, first + n, epochs, size, size + spare, steps, seed)
+    again = optimiser.batch_schedule(np.arange(first, first + n), epochs, size, size + spare, steps, seed)
     np.testing.assert_array_equal(schedule.slots, again.slots)
 
 
 def test_epochs_and_seeds_are_shuffled_anew() -> None:
-    slots = optimiser.batch_schedule(0, 30, 2, 30, 30, 2, 0).slots
+    slots = optimiser.batch_schedule(np.arange(30), 2, 30, 30, 2, 0).slots
     assert np.any(slots[0] != slots[1])
-    assert np.any(slots != optimiser.batch_schedule(0, 30, 2, 30, 30, 2, 1).slots)
+    assert np.any(slots != optimiser.batch_schedule(np.arange(30), 2, 30, 30, 2, 1).slots)
 
 
 def test_update_is_torchs_adamw_after_clipping() -> None:

@@ -17,8 +17,8 @@ from activedpo_jax.record.folders import Selected
 
 ROWS = [
     # What JSON lines trip over: line ends in the text, among them U+2028, which splitlines() takes for one.
-    Selected("b/7", "two\nlines", 'say "yes"', "sep\u2028arator", 1.5, "second", "dataset", 2),
-    Selected("a/1", [{"role": "user", "content": "héllo"}], "x", "y", None, "first", "dataset, flipped", 2),
+    Selected("b/7", "two\nlines", 'say "yes"', "sep\u2028arator", 1.5, "second", 1.0, "dataset", 2),
+    Selected("a/1", [{"role": "user", "content": "héllo"}], "x", "y", None, "both_bad", 0.5, "dataset, flipped", 2),
 ]
 
 
@@ -34,7 +34,7 @@ def test_selected_comes_back_in_pick_order(tmp_path: pathlib.Path) -> None:
     [
         (
             {"preference": "chosen"},
-            r"selected\.jsonl:2: preference: got 'chosen', expected 'first' or 'second'",
+            r"selected\.jsonl:2: preference: got 'chosen', expected one of first, second, tie,",
         ),
         ({"pair_id": 3}, r"selected\.jsonl:2: pair_id: got 3, expected a string"),
         ({"score": "high"}, r"selected\.jsonl:2: score: got 'high', expected a number or null"),

@@ -67,6 +67,7 @@ class Candidates(Texts):
     response_texts: Sequence[Sequence[str]]  # per group: one string a response
     content: np.ndarray | None = None  # [N, 4] uint32: digests of the tokens, where ids say nothing of them
     valid: np.ndarray | None = None  # [N] bool, false: a pair that cannot be asked about; None: all can
+    fresh: int = 0  # so many of the groups, the last ones, are responses of the policy in this round
 
     @property
     def num_pairs(self) -> int:

@@ -5,20 +5,20 @@
                            not there because they were empty or equal to another
     DIR/too_few.jsonl      likewise, prompts with fewer than two responses, of which no pair can be made
 
-Lines are whole or not there, whatever kills the process: a line that was cut is taken away, and its prompt is missing.
+Lines are whole or not there, whatever kills the process: a line that was cut counts for nothing, and its prompt is
+missing.
 """
 
 import json
-import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from activedpo_jax.data.prompts import PromptRecord
-from activedpo_jax.files import write_atomic
+from activedpo_jax.files import append_lines, read_lines, write_atomic
 
 if TYPE_CHECKING:
-    from activedpo_jax.generate import Generated
+    from activedpo_jax.generation.responses import Generated
 
 
 class PoolFiles:
@@ -37,8 +37,7 @@ class PoolFiles:
         row_of = {record.id: i for i, record in enumerate(records)}
         self.missing = set(range(len(records)))  # rows of the data that are in neither file
         for path in self.paths.values():
-            _cut_unfinished_line(path)
-            for number, line in enumerate(_lines(path), start=1):
+            for number, line in enumerate(read_lines(path), start=1):
                 if (name := json.loads(line)["id"]) not in row_of:
                     raise ValueError(
                         f"{path}:{number}: no prompt of the data has the id {name!r}; expected the data that this work "
@@ -64,10 +63,7 @@ class PoolFiles:
                     fields |= {"missing": len(result.texts) - len(kept)} if result.flawed else {}
                     lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
             if lines:
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write("".join(lines))
-                    file.flush()
-                    os.fsync(file.fileno())
+                append_lines(path, lines)
         self.missing -= set(new)
 
     def finish(self, responses: int, max_new_tokens: int, resamples: int) -> str:
@@ -75,7 +71,7 @@ class PoolFiles:
         place = {record.id: i for i, record in enumerate(self.records)}
         rows: dict[bool, list[dict[str, Any]]] = {}
         for usable, path in self.paths.items():
-            lines = sorted(_lines(path), key=lambda line: place[json.loads(line)["id"]])
+            lines = sorted(read_lines(path), key=lambda line: place[json.loads(line)["id"]])
             rows[usable] = [json.loads(line) for line in lines]
             if lines:
                 write_atomic(path, "".join(line + "\n" for line in lines))
@@ -96,17 +92,3 @@ class PoolFiles:
                     f"{path}: {len(names)} prompts {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
                 )
         return "\n".join(report)
-
-
-def _lines(path: pathlib.Path) -> Iterator[str]:
-    if path.exists():
-        with open(path, encoding="utf-8", newline="\n") as file:  # U+2028 in a response is no end of line
-            yield from (line.removesuffix("\n") for line in file)
-
-
-def _cut_unfinished_line(path: pathlib.Path) -> None:
-    if path.exists():
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(path, whole)

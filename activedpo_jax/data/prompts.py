@@ -2,10 +2,11 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from activedpo_jax.data.fields import Extras, Prompt, check_prompt, read_extras, refuse_unread
-from activedpo_jax.data.preferences import parse_record, prompt_key
+from activedpo_jax.data.preferences import Record, parse_record, prompt_key
 from activedpo_jax.data.sources import fail, kind, read_rows
 
 
@@ -63,4 +64,15 @@ def read_prompts(source: str, split: str = "train") -> list[PromptRecord]:
         found[key] = PromptRecord(name, prompt, where, extras, implicit)
     if not found:
         raise ValueError(f"{source}: there is no prompt in it; expected one at least: check config.generation.prompts")
+    return list(found.values())
+
+
+def prompts_of(records: Sequence[Record]) -> list[PromptRecord]:
+    """The different prompts of preference records, in their order; each has a hash of its content as its id."""
+    found: dict[str, PromptRecord] = {}
+    for record in records:
+        key = prompt_key(record.prompt)
+        extras = Extras(tools=record.extras.tools, template_kwargs=record.extras.template_kwargs)
+        name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+        found.setdefault(key, PromptRecord(name, record.prompt, record.where, extras, record.implicit))
     return list(found.values())

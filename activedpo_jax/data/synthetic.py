@@ -13,11 +13,14 @@ random spends most labels on families that are long understood.
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from activedpo_jax.data.groups import Bucket, PairPool
+from activedpo_jax.data.groups import Bucket, Groups, PairPool
 
 _BOS, _EOS, _FIRST_FAMILY = 0, 1, 2
+STOP = (_EOS,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,3 +122,25 @@ class SyntheticTask:
             counts = np.bincount(styles, minlength=self.styles)
             if np.sum(counts == counts.max()) == 1 and counts.argmax() == style:
                 return _FIRST_FAMILY + self.families + styles * self.topics + rng.choice(topics, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticReward:
+    """The known reward as a function of tokens that can be traced; with the likings in front a
+    `jax.tree_util.Partial` of it is an oracle (`oracles.reward`)."""
+
+    task: SyntheticTask
+
+    def __call__(self, likings: jax.Array, groups: Groups) -> jax.Array:
+        """[G, m] float32; a response without a word has −1."""
+        task = self.task
+        first_word = _FIRST_FAMILY + task.families
+        ids, lengths = jnp.asarray(groups.response_ids), jnp.asarray(groups.response_len)
+        is_word = (jnp.arange(ids.shape[-1]) < lengths[..., None]) & (ids >= first_word)
+        styles = jnp.where(is_word, (ids - first_word) // task.topics, -1)
+        counts = jnp.sum(styles[..., None] == jnp.arange(task.styles), axis=-2)  # [G, m, styles]
+        major, words = jnp.argmax(counts, axis=-1), jnp.sum(is_word, axis=-1)
+        family = jnp.clip(jnp.asarray(groups.prompt_ids)[:, -1] - _FIRST_FAMILY, 0, task.families - 1)
+        liking = likings[family[:, None], major]
+        share = jnp.max(counts, axis=-1) / jnp.maximum(words, 1)
+        return jnp.where(words > 0, liking + 0.25 * share, -1.0).astype(jnp.float32)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from activedpo_jax import layout
 from activedpo_jax.data.groups import Bucket, Groups, PairPool, assign_buckets, microbatches, pad_pairs
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
-from activedpo_jax.models.policy import response_logps
+from activedpo_jax.models.policy import Policy, response_logps
+from activedpo_jax.progress import progress
 from activedpo_jax.training import losses
 
 
@@ -40,7 +40,7 @@ class Batches:
     def __iter__(self):  # type: ignore[no-untyped-def]
         for b, rows in self._chunks:
             groups = pad_pairs(self._pool, rows, self._buckets[b], self._size)
-            yield rows, jax.device_put(groups, self._sharding)
+            yield rows, layout.put(groups, self._sharding)
 
 
 def log_probs(
@@ -53,7 +53,7 @@ def log_probs(
 ) -> np.ndarray:
     """log π(y|x) of both responses of every row in `batches`: [num_rows, 2] float32, indexed by row."""
     out = np.zeros((num_rows, 2), np.float32)
-    for rows, groups in tqdm(batches, desc=label, unit="batch", leave=False):
+    for rows, groups in progress(batches, desc=label, unit="batch"):
         out[rows] = np.asarray(score(decoder, params, lora, groups))[: len(rows)]
     return out
 
@@ -61,34 +61,30 @@ def log_probs(
 class Evaluator:
     """Scores adapters on a held-out set, whose reference log-probabilities are computed once.
 
-    The reference model is that of `sft_lora`, the adapter that the runs start from.
+    Args:
+      preferences: of every pair of the set, [N]: 0 the first shown is preferred, 1 the second.
+      batches: of all of them.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        params: Params,
-        sft_lora: Lora,
-        pool: PairPool,
-        preferences: np.ndarray,
-        batches: Batches,
-        beta: float,
-        label_smoothing: float,
-    ):
-        self._decoder, self._params, self._batches = decoder, params, batches
-        self._num_rows, self._beta, self._smoothing = pool.num_pairs, beta, label_smoothing
-        self._ref = log_probs(decoder, params, sft_lora, batches, pool.num_pairs, "held-out reference")
+    def __init__(self, policy: Policy, preferences: np.ndarray, batches: Batches, beta: float, label_smoothing: float):
+        self._policy, self._batches = policy, batches
+        self._num_rows, self._beta, self._smoothing = len(preferences), beta, label_smoothing
+        self._ref = self._log_probs(policy.reference, "held-out reference")
         # Weight one and the division afterwards, so that an accuracy is the exact fraction.
-        weight = jnp.ones(pool.num_pairs, jnp.float32)
+        weight = jnp.ones(self._num_rows, jnp.float32)
         self._pairs = losses.Preferences(jnp.asarray(preferences, jnp.int32), jnp.asarray(self._ref), weight)
 
     def __call__(self, lora: Lora) -> dict[str, float]:
         """Accuracy (ties count half), mean reward margin (nats) and DPO loss (nats) over the held-out pairs."""
-        return self._metrics(log_probs(self._decoder, self._params, lora, self._batches, self._num_rows, "evaluation"))
+        return self._metrics(self._log_probs(lora, "evaluation"))
 
     def untrained(self) -> dict[str, float]:
         """The same of the reference model, which every run starts as."""
         return self._metrics(self._ref)
+
+    def _log_probs(self, lora: Lora, label: str) -> np.ndarray:
+        policy = self._policy
+        return log_probs(policy.decoder, policy.params, lora, self._batches, self._num_rows, label)
 
     def _metrics(self, logps: np.ndarray) -> dict[str, float]:
         out = losses.metrics(jnp.asarray(logps), self._pairs, self._beta, self._smoothing)

@@ -9,7 +9,6 @@ drop out: the first scales every feature alike, the second has no gradient.)
 compute, written with `vmap(grad)` for everyone to read and for the tests to compare with.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -17,24 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from activedpo_jax.data.groups import Groups, group_pairs
+from activedpo_jax.evidence.spec import EvidenceSpec, FeatureSpec
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora, Probe
-from activedpo_jax.models.policy import response_logps
+from activedpo_jax.models.policy import Policy, response_logps
 from activedpo_jax.models.sketch import tiled_count_sketch
-
-NORMALISATIONS = ("response", "none")
-
-
-@dataclasses.dataclass(frozen=True)
-class FeatureSpec:
-    """D, and how a response's sketch is scaled."""
-
-    dim: int
-    normalisation: str = "response"
-
-    def __post_init__(self) -> None:
-        if self.normalisation not in NORMALISATIONS:
-            raise ValueError(f"features.normalisation={self.normalisation!r}: expected one of {NORMALISATIONS}")
 
 
 def _weighted_gradient(
@@ -96,6 +82,11 @@ def pair_features(
         features = normalise(features)
     first, second = np.asarray(group_pairs(m)).T
     return features[:, first] - features[:, second]
+
+
+def features(spec: EvidenceSpec, policy: Policy, lora: Lora, groups: Groups, seed: jax.Array) -> jax.Array:
+    """`pair_features` as a kind of evidence: [G, m(m−1)/2, D] float32."""
+    return pair_features(policy.decoder, policy.params, lora, groups, spec.features, seed)
 
 
 def reference_gradients(decoder: Decoder, params: Params, lora: Lora, groups: Groups) -> dict[str, Any]:

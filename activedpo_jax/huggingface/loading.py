@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
-from tqdm import tqdm
 
 from activedpo_jax.files import read_json
 from activedpo_jax.huggingface import hub
@@ -22,6 +21,7 @@ from activedpo_jax.huggingface.tensors import Tensor, equal, put_tensor, read_he
 from activedpo_jax.models.config import LoraConfig, ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
 from activedpo_jax.models.quantise import is_quantised, quantise_kernel, quantise_params
+from activedpo_jax.progress import Progress, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,7 +123,7 @@ def load_model(
     params: list[Any] = [None] * len(leaves)
     # The largest tensors first: what their conversion takes beside them is free again when the devices fill up.
     order = sorted(range(len(leaves)), key=lambda i: -math.prod(parts[i][0].shape))
-    with tqdm(total=sum(map(len, parts)), desc=f"loading {path}", unit="tensor", leave=False) as bar:
+    with progress(total=sum(map(len, parts)), desc=f"loading {path}", unit="tensor") as bar:
         for i in order:
             transit = _transit(transits[i], weights[i], parts[i][0])
             params[i] = _load_leaf(parts[i], weights[i], targets[i], places[i], transit, quantisation, bar)
@@ -215,7 +215,7 @@ def _load_leaf(
     place: Any,
     transit: Sharding,
     quantisation: str,
-    bar: "tqdm[Any]",
+    bar: Progress,
 ) -> Any:
     """A leaf of the parameter tree: one tensor, or those of all layers written one by one into their stack.
 

@@ -14,7 +14,6 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from activedpo_jax.files import read_json, write_json
 from activedpo_jax.huggingface import hub, loading
@@ -23,6 +22,7 @@ from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
 from activedpo_jax.models.lora import Lora, init_lora
 from activedpo_jax.models.quantise import Kernel, dequantise, is_quantised
+from activedpo_jax.progress import progress
 
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 # What else of the base model belongs to the new one.
@@ -106,7 +106,7 @@ def save_merged(
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    with tqdm(total=len(sources), desc=f"writing {directory}", unit="tensor", leave=False) as bar:
+    with progress(total=len(sources), desc=f"writing {directory}", unit="tensor") as bar:
 
         def read(name: str) -> np.ndarray:
             tensor, finite = _merged(*sources[name], lora_config.scale, dtype)

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from activedpo_jax.config import LINEAR_MAPS
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -87,7 +89,7 @@ class LoraConfig:
 
     rank: int = 16
     alpha: float = 32.0
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    target_modules: tuple[str, ...] = LINEAR_MAPS
     rslora: bool = False
 
     @property

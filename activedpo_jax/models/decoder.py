@@ -202,16 +202,24 @@ class Decoder(nn.Module):
         Returns:
           [G, m, R] float32, 0 at padding.
         """
-        blocks = [self._embedded(groups.prompt_ids), self._embedded(groups.response_ids)]
-        (prompt, response), _ = self._through_layers(blocks, Places(jnp.asarray(groups.prompt_len), 0), probe)
-
         # The state before each response token: the prompt's last, then the response's own but its last.
-        first = jnp.broadcast_to(prompt[:, None, -1:], (*response.shape[:2], 1, response.shape[3]))
+        first, response = self._encoded(groups, probe)
         states = self.final_norm(jnp.concatenate([first, response[:, :, :-1]], axis=2))
         targets, softcap = jnp.asarray(groups.response_ids), self.config.logit_softcap
         logps = token_logprobs(states, self._output_table(), targets, self.logits_chunk, train_base, softcap)
         present = jnp.arange(logps.shape[2]) < jnp.asarray(groups.response_len)[..., None]
         return jnp.where(present, logps, 0.0)
+
+    def states(self, groups: Groups) -> jax.Array:
+        """The last hidden state of every response, after the final norm.
+
+        Returns:
+          [G, m, d] float32: of the response's last token; of the prompt's where the response has none.
+        """
+        prompt, response = self._encoded(groups, None)
+        length = jnp.asarray(groups.response_len)[..., None, None]
+        last = jnp.take_along_axis(response, jnp.maximum(length - 1, 0), axis=2)
+        return self.final_norm(jnp.where(length > 0, last, prompt)[:, :, 0]).astype(jnp.float32)
 
     def prefill(self, prompt_ids: jax.Array, prompt_len: jax.Array) -> tuple[jax.Array, Cache]:
         """Encodes prompts, left-padded as in `Groups`; needs an unrolled decoder.
@@ -240,6 +248,12 @@ class Decoder(nn.Module):
         blocks = [self._embedded(tokens[:, :, None])]
         (response,), new = self._through_layers(blocks, Places(prompt_len, place), None, prompt, cache)
         return self._logits(response[:, :, 0]), new
+
+    def _encoded(self, groups: Groups, probe: Probe | None) -> tuple[jax.Array, jax.Array]:
+        """What the last layer gives for the prompt's last token, [G, m, 1, d], and for the responses', [G, m, R, d]."""
+        blocks = [self._embedded(groups.prompt_ids), self._embedded(groups.response_ids)]
+        (prompt, response), _ = self._through_layers(blocks, Places(jnp.asarray(groups.prompt_len), 0), probe)
+        return jnp.broadcast_to(prompt[:, None, -1:], (*response.shape[:2], 1, response.shape[3])), response
 
     def _embedded(self, ids: Any) -> jax.Array:
         x = jnp.take(self.embed(), ids, axis=0).astype(self.dtype)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from activedpo_jax.models import quantise
-from activedpo_jax.models.config import LoraConfig, ModelConfig
+from activedpo_jax.models.config import LINEAR_MAPS, LoraConfig, ModelConfig
 from activedpo_jax.models.few_tokens import OutputsFirst
 from activedpo_jax.models.sketch import tiled_count_sketch
 
@@ -31,15 +31,7 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(d_in, d_out) of every linear map of a layer: the modules that LoRA can target."""
     d, f, head = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_heads * head, config.num_kv_heads * head
-    return {
-        "q_proj": (d, q),
-        "k_proj": (d, kv),
-        "v_proj": (d, kv),
-        "o_proj": (q, d),
-        "gate_proj": (d, f),
-        "up_proj": (d, f),
-        "down_proj": (f, d),
-    }
+    return dict(zip(LINEAR_MAPS, ((d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)), strict=True))
 
 
 def init_lora(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Lora:

@@ -4,6 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, get_args
 
+import numpy as np
+
+from activedpo_jax.data.groups import Bucket, Groups, Texts, pad_groups
+
 Preference = Literal["first", "second", "tie", "both_bad", "skip"]
 PREFERENCES: tuple[Preference, ...] = get_args(Preference)
 
@@ -51,6 +55,9 @@ class Pending:
 class Oracle(Protocol):
     """Whoever can be asked which of two responses is better."""
 
+    answers_per_pair: int  # of different annotators
+    asks_whole_rounds: bool  # each time about all of a round's pairs, else about those without an answer on record
+
     def ask(self, questions: Sequence[Question]) -> Sequence[Label] | Pending:
         """The answers to a round's questions, in any order, or that they have not all come.
 
@@ -60,3 +67,12 @@ class Oracle(Protocol):
           ValueError: it cannot answer one of them; says which, and what to change.
         """
         ...
+
+
+def question_groups(questions: Sequence[Question], bucket: Bucket) -> Groups:
+    """Groups with m = 2, in the order shown, padded to the bucket."""
+    texts = Texts(
+        prompt_tokens=[np.array(q.prompt_tokens, np.int32) for q in questions],
+        response_tokens=[[np.array(q.first_tokens, np.int32), np.array(q.second_tokens, np.int32)] for q in questions],
+    )
+    return pad_groups(texts, np.arange(len(questions)), bucket)

@@ -1,4 +1,4 @@
-"""State on disk, through Orbax: what a run needs to go on where it stopped."""
+"""State on disk, through Orbax: what a run needs to resume."""
 
 import pathlib
 from typing import Any

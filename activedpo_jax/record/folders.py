@@ -4,7 +4,7 @@ DIR/config.json                the command and its options, written at the start
 DIR/inputs/                    what data, model and adapter the command began with; see `inputs`
 DIR/.lock                      held by the process that works here, and let go when it ends, however it ends
 DIR/<strategy>/seed<seed>/     one folder a run, where there are several; else the run lies in DIR
-    rounds/NNN/selected.jsonl  the pairs picked in round NNN, in pick order, with their labels
+    rounds/NNN/                asked.jsonl, labels.jsonl and selected.jsonl: see `labels`
     metrics.jsonl, tensorboard/, checkpoints, adapter/
     summary.json               see `RunSummary`
 """
@@ -14,14 +14,15 @@ import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import Any, Literal, NotRequired, TypedDict, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
 
 import ml_collections
 
 from activedpo_jax.files import flatten, plain, read_json, write_atomic, write_json
-
-Preference = Literal["first", "second"]
+from activedpo_jax.oracles.labels import PREFERENCES, Preference
+from activedpo_jax.record.labels import Verdict
+from activedpo_jax.rounds.picked import Picked
 
 
 class RoundSummary(TypedDict):
@@ -37,6 +38,11 @@ class RoundSummary(TypedDict):
     information_gain: NotRequired[float | None]  # of the round's picks: the growth of log det V, in nats
     score_min: NotRequired[float | None]  # of the round's picks
     score_max: NotRequired[float | None]
+    lam: NotRequired[float]  # λ as used, where it is not the option's
+    fallback: NotRequired[str]  # why the strategy picked at random
+    unlearnt: NotRequired[int]  # of the round's pairs, those without a preference: skipped, or both bad
+    ties: NotRequired[int]  # of the round's pairs
+    agreement: NotRequired[float]  # of annotators: share of their pairs of answers that agree, mean over pairs
 
 
 class RunSummary(TypedDict):
@@ -56,7 +62,8 @@ class Selected:
     first: str  # the response shown first
     second: str
     score: float | None  # what the strategy ranked it by when it was picked; None: it ranks by nothing
-    preference: Preference  # which of the two is better
+    preference: Preference  # which of the two is better, if any
+    weight: float  # of the label in the loss
     source: str  # where the label came from
     round: int
 
@@ -159,6 +166,48 @@ def write_selected(folder: pathlib.Path, round_number: int, rows: Sequence[Selec
     write_atomic(selected_path(folder, round_number), "".join(line + "\n" for line in lines))
 
 
+def joined(picked: Picked, verdicts: Mapping[str, Verdict]) -> list[Selected]:
+    """A round's picks, in pick order, with what was said of them."""
+    rows = []
+    for question in picked.questions:
+        label = verdicts[question.pair_id].label
+        rows.append(
+            Selected(
+                pair_id=question.pair_id,
+                prompt=question.prompt,  # type: ignore[arg-type]
+                first=question.first,
+                second=question.second,
+                score=question.score,
+                preference=label.preference,
+                weight=label.weight,
+                source=label.source,
+                round=question.round,
+            )
+        )
+    return rows
+
+
+def resumed_summary(folder: pathlib.Path, strategy: str, seed: int, done: int | None) -> RunSummary:
+    """The summary up to the last round that was saved.
+
+    Raises:
+      ValueError: a round was saved and the summary does not have it, or there are rounds on record and no checkpoint.
+    """
+    path = folder / "summary.json"
+    if done is None:
+        if (folder / "rounds").exists() and not (folder / "checkpoints").exists():
+            raise ValueError(
+                f"{folder}: there are rounds on record, but no checkpoints/; restore it, or give another --workdir "
+                "to start again"
+            )
+        return {"strategy": strategy, "seed": seed, "rounds": []}
+    summary = read_json(path) if path.exists() else None
+    rounds = summary.get("rounds") if isinstance(summary, dict) else None
+    if not isinstance(rounds, list) or len(rounds) <= done:
+        raise ValueError(f"{path}: missing, or without round {done}, which was saved; restore the file")
+    return {"strategy": strategy, "seed": seed, "rounds": rounds[: done + 1]}
+
+
 def read_selected(folder: pathlib.Path, round_number: int) -> list[Selected]:
     """Reads a round's picks back, in pick order.
 
@@ -185,7 +234,8 @@ def _selected(row: Any, round_number: int) -> Selected:
     expected: dict[str, tuple[bool, str]] = {
         "prompt": (isinstance(row["prompt"], str | list), "a string or a list of messages"),
         "score": (isinstance(row["score"], int | float | None), "a number or null"),
-        "preference": (row["preference"] in get_args(Preference), "'first' or 'second'"),
+        "preference": (row["preference"] in PREFERENCES, f"one of {', '.join(PREFERENCES)}"),
+        "weight": (isinstance(row["weight"], int | float), "a number"),
         "round": (row["round"] == round_number, str(round_number)),
     }
     for name in ("pair_id", "first", "second", "source"):

@@ -2,20 +2,97 @@
 
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from activedpo_jax.record.comparison import CONFIDENCE, Curves, compare, learning_curves, mean_interval, table
 from activedpo_jax.record.folders import RoundSummary, RunSummary
+from activedpo_jax.record.labels import Verdict
+from activedpo_jax.rounds.picked import Picked
+from activedpo_jax.rounds.spec import SelectionSpec
+from activedpo_jax.selection.posterior import information_gain
+from activedpo_jax.training.losses import DpoMetrics
 
 # Okabe and Ito's palette, which people of every kind of colour vision can tell apart, without its yellow,
 # which is too light for a line.
 _FIXED = {"activedpo": "#0072B2", "random": "#707070"}
 _COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STYLES = ("-", "--", "-.", ":")  # another for each time that the colours run out
+
+
+def round_zero(scores: Mapping[str, float]) -> RoundSummary:
+    """What is known before any label."""
+    return {
+        "round": 0,
+        "labels": 0,
+        "accuracy": scores["accuracy"],
+        "margin": scores["margin"],
+        "heldout_loss": scores["loss"],
+        "seconds": {},
+    }
+
+
+def round_summary(
+    selection: SelectionSpec,
+    picked: Picked,
+    verdicts: Mapping[str, Verdict],
+    training: DpoMetrics | None,
+    scores: Mapping[str, float],
+    seconds: dict[str, float],
+) -> RoundSummary:
+    """What `summary.json` and `metrics.jsonl` say of one round.
+
+    Args:
+      scores: of the held-out set.
+    """
+    number = picked.questions[0].round
+    entry: RoundSummary = {
+        "round": number,
+        "labels": number * selection.labels_per_round,
+        "accuracy": scores["accuracy"],
+        "margin": scores["margin"],
+        "heldout_loss": scores["loss"],
+        "loss": None if training is None else float(training.loss),
+        "seconds": seconds,
+    }
+    if selection.rule.ranks and not picked.fallback:
+        if selection.rule.gains:
+            entry["information_gain"] = float(information_gain(jnp.array(picked.scores, jnp.float32)))
+        entry["score_min"], entry["score_max"] = min(picked.scores), max(picked.scores)
+    if picked.fallback:
+        entry["fallback"] = "every reward margin is zero: picked at random"
+    if picked.lam > np.float32(selection.lam):
+        entry["lam"] = picked.lam
+    said = [verdicts[q.pair_id] for q in picked.questions]
+    if unlearnt := sum(v.label.preference in ("skip", "both_bad") for v in said):
+        entry["unlearnt"] = unlearnt
+    if ties := sum(v.label.preference == "tie" for v in said):
+        entry["ties"] = ties
+    if agreeing := [v.agreeing for v in said if not math.isnan(v.agreeing)]:
+        entry["agreement"] = math.fsum(agreeing) / len(agreeing)
+    return entry
+
+
+def round_notes(selection: SelectionSpec, entry: RoundSummary) -> dict[str, str]:
+    """What a person should know of a round, by kind; a run says each kind once."""
+    notes = {}
+    if "lam" in entry:
+        notes["lam"] = (
+            f"config.selection.lam={selection.lam} is below what float32 resolves for these features; "
+            f"{entry['lam']:.3g} is used, and scores and gains are those under it: set a larger one, or a larger "
+            "config.features.dim"
+        )
+    if "fallback" in entry:
+        notes["fallback"] = f"round {entry['round']}: {entry['fallback']}"
+    if "unlearnt" in entry:
+        notes["unlearnt"] = (
+            f"{entry['unlearnt']} pairs of round {entry['round']} have no preference, and are not learnt"
+        )
+    return notes
 
 
 def round_line(strategy: str, seed: int, rounds: int, record: RoundSummary) -> str:
@@ -30,7 +107,9 @@ def round_line(strategy: str, seed: int, rounds: int, record: RoundSummary) -> s
     if "score_min" not in record:  # the strategy ranks by nothing
         return f"{head}  {middle}"
     scores = f"{_number(record.get('score_min'), '.3g')} to {_number(record.get('score_max'), '.3g')}"
-    return f"{head}  scores {scores}  gain {_number(record.get('information_gain'), '.2f')} nats  {middle}"
+    gain = f"gain {_number(record.get('information_gain'), '.2f')} nats  " if "information_gain" in record else ""
+    agreement = f"agreement {record['agreement']:.0%}  " if "agreement" in record else ""
+    return f"{head}  scores {scores}  {gain}{agreement}{middle}"
 
 
 def final_table(summaries: Sequence[RunSummary], baseline: str = "random") -> str:

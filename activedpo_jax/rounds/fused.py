@@ -1,256 +1,167 @@
-"""One round as one compiled program: features → selection → labels → DPO.
+"""A round as one compiled program, where the answers are known on the device: learn ∘ ask ∘ choose.
 
-The pieces are pure functions; `fused_round` strings them together inside one `jax.jit`, `staged` calls the same ones
-one by one with progress bars.  What a round leaves behind is in `Labelled` and the adapter, nothing else.
+The program shows no progress, and nothing leaves the device before its end.
 """
 
-import dataclasses
-from typing import NamedTuple
+import functools
+import time
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from activedpo_jax import layout
-from activedpo_jax.data.groups import Groups
-from activedpo_jax.evidence.gradients import FeatureSpec, pair_features
-from activedpo_jax.models.decoder import Decoder, Params
-from activedpo_jax.models.lora import Lora
-from activedpo_jax.models.policy import response_logps
-from activedpo_jax.selection import strategies
-from activedpo_jax.selection.greedy import Picks
-from activedpo_jax.selection.posterior import condition, resolved_lam
+from activedpo_jax.data.groups import Bucket, Candidates, pad_groups
+from activedpo_jax.models.policy import Policy
+from activedpo_jax.oracles.labels import Label, Preference, Question
+from activedpo_jax.oracles.reward import Reward, preferences
+from activedpo_jax.rounds.checks import check_picks
+from activedpo_jax.rounds.choose import DeviceCandidates, Rows, choose
+from activedpo_jax.rounds.learn import learn
+from activedpo_jax.rounds.picked import Picked, picked
+from activedpo_jax.rounds.spec import RoundSpec
+from activedpo_jax.rounds.state import Answers, Chosen, RoundResult, RunState
 from activedpo_jax.training import losses, optimiser
 
-
-@dataclasses.dataclass(frozen=True)
-class RoundSpec:
-    """Everything about a round that is fixed when it is compiled."""
-
-    decoder: Decoder
-    mesh: Mesh
-    features: FeatureSpec
-    dpo: optimiser.DpoSpec
-    strategy: str
-    frozen_posterior: bool
-    labels_per_round: int  # K
-    capacity: int  # labels of the whole run
-    block: int  # candidates a device holds while selecting
-    chunk: int  # examples per chunk, divided evenly by the mesh
-    epochs: int
-    batch_size: int  # pairs an optimiser step
-    microbatch: int  # pairs whose activations exist at a time while training, divided evenly by the mesh
-    train_on_newest: bool
-    start_from_sft: bool
-
-    @property
-    def needs_features(self) -> bool:
-        return "features" in strategies.get(self.strategy).needs
-
-    @property
-    def batch_width(self) -> int:
-        """The padded batch of an optimiser step: whole microbatches."""
-        return -(-self.batch_size // self.microbatch) * self.microbatch
-
-    def schedule(self, labels: int, seed: int) -> optimiser.BatchSchedule:
-        """The minibatches of the round that ends with so many labels."""
-        first = labels - self.labels_per_round if self.train_on_newest else 0
-        most = self.labels_per_round if self.train_on_newest else self.capacity
-        max_steps = self.epochs * -(-most // self.batch_size)
-        return optimiser.batch_schedule(first, labels, self.epochs, self.batch_size, self.batch_width, max_steps, seed)
+Ask = Callable[[Chosen], Answers]  # a `jax.tree_util.Partial`, so that arrays in it are arguments of the program
+Source = Callable[[RoundSpec, Policy, RunState], DeviceCandidates]  # likewise
 
 
-class Labelled(NamedTuple):
-    """The pairs labelled so far, in the order of the picks; C = capacity, the first n places are filled."""
-
-    size: jax.Array  # scalar int32, n
-    rows: jax.Array  # [C] int32 rows of the pool, −1 where empty
-    preferences: jax.Array  # [C] int32, 0 the first response is preferred, 1 the second
-    ref_logps: jax.Array  # [C, 2] float32, computed once
-    features: jax.Array | None  # [C, D] float32 as they were when picked; None unless the posterior is `frozen`
-
-
-class RoundResult(NamedTuple):
-    """What a round reports."""
-
-    picks: Picks
-    preferences: jax.Array  # [K] int32
-    training: losses.DpoMetrics  # means over the last epoch
-    lam: jax.Array  # λ as used: see `posterior.resolved_lam`
-
-
-class DevicePool(NamedTuple):
-    """A pool of one bucket in device memory, for the fused round."""
-
-    groups: Groups  # arrays of [chunks, G, ...]
-    pairs: jax.Array  # [N, 3] int32: group, first response, second response
-    preferences: jax.Array  # [N] int32: the answers, looked up only for what was picked
-
-
-def no_labels(spec: RoundSpec) -> Labelled:
-    """The state before the first round."""
-    c, kept = spec.capacity, spec.frozen_posterior and spec.needs_features
-    return Labelled(
-        size=jnp.int32(0),
-        rows=jnp.full(c, -1, jnp.int32),
-        preferences=jnp.zeros(c, jnp.int32),
-        ref_logps=jnp.zeros((c, 2), jnp.float32),
-        features=jnp.zeros((c, spec.features.dim), jnp.float32) if kept else None,
-    )
-
-
-def chunk_features(spec: RoundSpec, params: Params, lora: Lora, groups: Groups, seed: jax.Array) -> jax.Array:
-    """φ of all pairs of one chunk of groups: [G·m(m−1)/2, D] float32, in pool order."""
-    return pair_features(spec.decoder, params, lora, groups, spec.features, seed).reshape(-1, spec.features.dim)
-
-
-def select(
-    spec: RoundSpec, features: jax.Array | None, labelled: Labelled, num_rows: int, key: jax.Array, lam: jax.Array
-) -> tuple[Picks, jax.Array]:
-    """The K pairs to label, [K] rows and scores, and λ as used.
-
-    Args:
-      features: φ of the whole pool at the current θ, [N, D]; None for strategies that do not look at them.
-    """
-    taken = jnp.where(labelled.rows < 0, num_rows, labelled.rows)
-    available = jnp.ones(num_rows, bool).at[taken].set(False, mode="drop")
-    precision = None
-    if features is not None:
-        known = features[labelled.rows] if labelled.features is None else labelled.features
-        lam = resolved_lam(features, available, lam)
-        precision = condition(known, labelled.rows >= 0, lam)
-    evidence = strategies.Evidence(features=features, posterior=precision, lam=lam)
-    strategy = strategies.get(spec.strategy)
-    return strategy.select(evidence, available, key, spec.labels_per_round, spec.block, spec.mesh), lam
-
-
-def add_labels(
-    spec: RoundSpec,
-    labelled: Labelled,
-    picks: Picks,
-    preferences: jax.Array,
-    ref_logps: jax.Array,
-    features: jax.Array | None,
-) -> Labelled:
-    """Appends the K new labels; their features are kept only where the posterior is `frozen`."""
-
-    def append(store: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(store, new.astype(store.dtype), labelled.size, axis=0)
-
-    kept = labelled.features
-    if features is not None and kept is not None:
-        kept = append(kept, features[picks.rows])
-    return Labelled(
-        size=labelled.size + spec.labels_per_round,
-        rows=append(labelled.rows, picks.rows),
-        preferences=append(labelled.preferences, preferences),
-        ref_logps=append(labelled.ref_logps, ref_logps),
-        features=kept,
-    )
-
-
-def batch_preferences(labelled: Labelled, slots: jax.Array, weight: jax.Array) -> losses.Preferences:
-    """The labels at these places, as a batch."""
-    return losses.Preferences(labelled.preferences[slots], labelled.ref_logps[slots], weight)
-
-
-def _gather(spec: RoundSpec, pool: DevicePool, rows: jax.Array) -> Groups:
-    """The pairs of these pool rows as groups with m = 2, in the order in which they are shown."""
-    flat = Groups(*(x.reshape(-1, *x.shape[2:]) for x in pool.groups))
-    group, first, second = pool.pairs[rows].T
-    shown = jnp.stack([first, second], axis=1)
-    batch = Groups(
-        flat.prompt_ids[group],
-        flat.prompt_len[group],
-        flat.response_ids[group[:, None], shown],
-        flat.response_len[group[:, None], shown],
-    )
-    return jax.lax.with_sharding_constraint(batch, layout.batch(spec.mesh))
-
-
-def _reference(spec: RoundSpec, params: Params, sft_lora: Lora, pool: DevicePool, rows: jax.Array) -> jax.Array:
-    """log π_ref of the pairs of these rows, chunk by chunk: [K, 2]."""
-    count = rows.shape[0]
-    width = min(spec.chunk, layout.round_up(count, spec.mesh))
-    padded = jnp.pad(rows, (0, -count % width)).reshape(-1, width)
-    score = lambda chunk: response_logps(spec.decoder, params, sft_lora, _gather(spec, pool, chunk))  # noqa: E731
-    return jax.lax.map(score, padded).reshape(-1, 2)[:count]
-
-
+@functools.partial(jax.jit, static_argnums=0)
 def fused_round(
     spec: RoundSpec,
-    params: Params,
-    lora: Lora,
-    labelled: Labelled,
-    sft_lora: Lora,
-    pool: DevicePool,
+    policy: Policy,
+    state: RunState,
+    source: Source,
+    ask: Ask,
     schedule: optimiser.BatchSchedule,
-    key: jax.Array,
-    sketch_seed: jax.Array,
-    lam: jax.Array,
-) -> tuple[Lora, Labelled, RoundResult]:
-    """One round of ActiveDPO (arXiv 2505.19241, algorithm 1) from θ and the labels so far to the next of both.
+) -> tuple[RunState, RoundResult, DeviceCandidates | None]:
+    """One round of ActiveDPO (arXiv 2505.19241, algorithm 1), from one state to the next.
 
-    Traceable; `compiled_round` is what one calls.
+    One compilation serves every round and seed, and every adapter of the same shape.
 
     Args:
-      sft_lora: the adapter that the run starts from, which with the base weights is π_ref.  A fresh one has B = 0, so
-        π_ref is the base model, exactly; one that SFT has trained makes it the SFT model.
+      source: of the candidates: `given` for those of a pool.
+      ask: the oracle.
       schedule: for the number of labels after this round.
+
+    Returns:
+      the state, what there is to report, and the candidates if the policy has responded: nobody else knows them.
     """
-    num_rows = pool.pairs.shape[0]
-    features = None
-    if spec.needs_features:
-        features = jax.lax.map(lambda g: chunk_features(spec, params, lora, g, sketch_seed), pool.groups)
-        features = features.reshape(-1, spec.features.dim)[:num_rows]
-
-    picks, lam = select(spec, features, labelled, num_rows, key, lam)
-    preferences = pool.preferences[picks.rows]
-    ref_logps = _reference(spec, params, sft_lora, pool, picks.rows)
-    labelled = add_labels(spec, labelled, picks, preferences, ref_logps, features)
-
-    start = sft_lora if spec.start_from_sft else lora
-    opt_state = optimiser.init_optimiser(spec.dpo.optimiser, start)
-    total = jnp.asarray(schedule.num_steps)
-
-    def step(i: jax.Array, carry):  # type: ignore[no-untyped-def]
-        lora, opt_state, sums = carry
-
-        def add(total, part):  # type: ignore[no-untyped-def]
-            slots, weight = part
-            groups = _gather(spec, pool, jnp.maximum(labelled.rows[slots], 0))
-            pairs = batch_preferences(labelled, slots, weight)
-            new = optimiser.dpo_gradient(spec.decoder, spec.dpo, params, lora, groups, pairs)
-            return jax.tree.map(jnp.add, total, new), None
-
-        parts = jax.tree.map(lambda x: x[i].reshape(-1, spec.microbatch), (schedule.slots, schedule.weight))
-        (gradient, metrics), _ = jax.lax.scan(add, optimiser.no_gradient(lora), parts)
-        rate = optimiser.learning_rate(spec.dpo.optimiser, i, total)
-        lora, opt_state = optimiser.update(spec.dpo.optimiser, lora, opt_state, gradient, rate)
-        last_epoch = i >= total - schedule.steps_per_epoch
-        return lora, opt_state, jax.tree.map(lambda s, x: s + jnp.where(last_epoch, x, 0.0), sums, metrics)
-
-    zeros = losses.DpoMetrics(*(jnp.float32(0),) * 3)
-    lora, _, sums = jax.lax.fori_loop(0, total, step, (start, opt_state, zeros))
-    # Laid out as they came in, or the next round would be compiled anew.
-    lora = jax.lax.with_sharding_constraint(lora, layout.weight_shardings(spec.mesh, lora))
-    labelled = jax.lax.with_sharding_constraint(labelled, layout.replicated(spec.mesh))
-    training = jax.tree.map(lambda s: s / schedule.steps_per_epoch, sums)
-    return lora, labelled, RoundResult(picks, preferences, training, lam)
+    candidates = source(spec, policy, state)
+    chosen = choose(spec, policy, state, candidates)
+    answers = ask(chosen)
+    state, training = learn(spec, policy, state, chosen, answers, schedule)
+    fresh = None if spec.sampling is None else candidates
+    return state, RoundResult(chosen, answers, training), fresh
 
 
-# One compilation serves every round, seed and adapter of the same shape.  θ is donated; the labels are small, and the
-# caller still writes them out.
-compiled_round = jax.jit(fused_round, static_argnums=0, donate_argnums=2)
+def place(spec: RoundSpec, candidates: Candidates, bucket: Bucket) -> DeviceCandidates:
+    """The candidates of a pool on the mesh.
+
+    Args:
+      candidates: every group with as many responses.
+      bucket: which holds all of them.
+    """
+    count = candidates.num_groups
+    groups = pad_groups(candidates, np.arange(count), bucket, -(-count // spec.chunk) * spec.chunk)
+    groups = jax.tree.map(lambda x: x.reshape(-1, spec.chunk, *x.shape[1:]), groups)
+    rows = layout.put(host_rows(candidates), layout.replicated(spec.mesh))
+    return DeviceCandidates(layout.put(groups, layout.chunks(spec.mesh)), rows)
 
 
-def device_pool(spec: RoundSpec, groups: Groups, pairs: np.ndarray, preferences: np.ndarray) -> DevicePool:
-    """Places the padded groups of a whole pool on the mesh, cut into chunks of `spec.chunk` groups."""
-    groups = Groups(*(np.asarray(x).reshape(-1, spec.chunk, *x.shape[1:]) for x in groups))
-    everywhere = layout.replicated(spec.mesh)
-    return DevicePool(
-        groups=jax.device_put(groups, layout.chunks(spec.mesh)),
-        pairs=jax.device_put(pairs.astype(np.int32), everywhere),
-        preferences=jax.device_put(preferences.astype(np.int32), everywhere),
-    )
+def host_rows(candidates: Candidates) -> Rows:
+    valid = np.ones(candidates.num_pairs, bool) if candidates.valid is None else candidates.valid
+    return Rows(candidates.pairs.astype(np.int32), candidates.digests, valid)  # type: ignore[arg-type]
+
+
+def given(candidates: DeviceCandidates, spec: RoundSpec, policy: Policy, state: RunState) -> DeviceCandidates:
+    """A source, as `jax.tree_util.Partial(given, place(...))`: the same candidates in every round."""
+    return candidates
+
+
+def known_answers(spec: RoundSpec, known: np.ndarray) -> Ask:
+    """An oracle that knows the preference of every pair of the pool, [N], and looks up those that were picked."""
+    return jax.tree_util.Partial(_look_up, layout.put(known.astype(np.float32), layout.replicated(spec.mesh)))
+
+
+def _look_up(known: jax.Array, chosen: Chosen) -> Answers:
+    found = known[chosen.picks.rows]
+    return Answers(found, jnp.ones_like(found))
+
+
+def rewarded(reward: Reward) -> Ask:
+    """An oracle that prefers the response with the larger reward."""
+    return jax.tree_util.Partial(_compare, reward)
+
+
+def _compare(reward: Reward, chosen: Chosen) -> Answers:
+    found = preferences(reward, chosen.groups)
+    return Answers(found, jnp.ones_like(found))
+
+
+class FusedRound:
+    """The verbs of a round that runs as one program: it is run by the first, and the others tell what came of it.
+
+    Args:
+      source: what the program takes its candidates from, by the number of the round.
+      candidates: the same on the host, once the program has run from a state.
+      ask: the oracle of the program; name: of it, for the record.
+    """
+
+    answers_per_pair = 1
+    asks_whole_rounds = False
+    one_program = True
+
+    def __init__(
+        self,
+        spec: RoundSpec,
+        policy: Policy,
+        source: Callable[[int], Source],
+        candidates: Callable[[RunState, DeviceCandidates | None], Candidates],
+        ask: tuple[Ask, str],
+    ) -> None:
+        self._spec, self._policy, self._source, self._candidates = spec, policy, source, candidates
+        self._ask, self._name = ask
+        self._after: tuple[RunState, RoundResult, list[Question]] | None = None
+        self.seconds: dict[str, float] = {}
+
+    def arguments(self, number: int, seed: int) -> tuple[Source, Ask, optimiser.BatchSchedule]:
+        """What `fused_round` takes beside policy and state in round `number`."""
+        labels = number * self._spec.selection.labels_per_round
+        return self._source(number), self._ask, self._spec.schedule(np.arange(labels), number, seed)
+
+    def choose(self, state: RunState) -> Picked:
+        """Runs the round, and returns its picks.
+
+        Raises:
+          FloatingPointError, ValueError: as of `checks.check_picks`.
+        """
+        clock = time.perf_counter()
+        number, size = int(state.round) + 1, int(state.labelled.size)
+        after, result, fresh = jax.block_until_ready(
+            fused_round(self._spec, self._policy, state, *self.arguments(number, int(state.seed)))
+        )
+        self.seconds = {"round": time.perf_counter() - clock}
+        candidates = self._candidates(state, fresh)
+        picks = result.chosen.picks
+        check_picks(picks, candidates, np.asarray(state.labelled.digests)[:size], number)
+        found = picked(self._spec, candidates, picks, result.chosen.lam, number)
+        self._after = (after, result, list(found.questions))
+        return found
+
+    def ask(self, questions: Sequence[Question]) -> list[Label]:
+        """What the program's oracle said."""
+        assert self._after is not None
+        _, result, asked = self._after
+        words: dict[float, Preference] = {0.0: "first", 0.5: "tie", 1.0: "second"}
+        said = {q.pair_id: words[float(p)] for q, p in zip(asked, result.answers.preferences, strict=True)}
+        return [Label(q.pair_id, said[q.pair_id], self._name) for q in questions]
+
+    def learn(self, state: RunState, picks: Picked, answers: Answers) -> tuple[RunState, losses.DpoMetrics | None]:
+        """The state after the round, and the means over the last epoch."""
+        assert self._after is not None
+        after, result, _ = self._after
+        self._after = None
+        return after, result.training

@@ -32,12 +32,14 @@ class Picks(NamedTuple):
     """K rows of the pool in the order they were picked."""
 
     rows: jax.Array  # [K] int32; −1 where no row was left
-    scores: jax.Array  # [K] float32: φᵀV⁻¹φ at the time of the pick; 0 where float32 resolves none, or no row was left
+    scores: jax.Array  # [K] float32, what the strategy ranked them by; 0 where no row was left
+    fallback: jax.Array | bool = False  # scalar bool: there was nothing to rank by, and they are random
 
 
 class _State(NamedTuple):
     made: jax.Array  # number of picks so far
-    picks: Picks
+    rows: jax.Array  # [K] int32
+    scores: jax.Array  # [K] float32
     new: jax.Array  # [K rounded up, D]: the rows that the picks append to W; zero for those still to come
 
 
@@ -64,8 +66,9 @@ def greedy(
       mesh: devices, over all axes of which the rows are cut.
 
     Returns:
-      Picks with rows −1 and score 0 at the end if fewer than K rows are available.  If a number that goes into the
-      scores is not finite, all rows are −1 and all scores NaN.
+      Picks with rows −1 and score 0 at the end if fewer than K rows are available.  A score is φᵀV⁻¹φ at the time of
+      the pick, 0 where float32 resolves none.  If a number that goes into the scores is not finite, all rows are −1 and
+      all scores NaN.
 
     Raises:
       ValueError: shapes or dtypes do not fit, or K or the block is less than 1.
@@ -78,9 +81,10 @@ def greedy(
         available = jnp.pad(available, (0, padding))
     block = min(block, features.shape[0] // mesh.size)
     local = functools.partial(_greedy, num_picks=num_picks, block=block, axes=axes)
-    return jax.shard_map(local, mesh=mesh, in_specs=(P(axes), P(axes), P(), P()), out_specs=P())(
+    rows, scores = jax.shard_map(local, mesh=mesh, in_specs=(P(axes), P(axes), P(), P()), out_specs=P())(
         features, available, posterior, jnp.asarray(lam, jnp.float32)
     )
+    return Picks(rows, scores)
 
 
 def _check(features: Any, available: Any, posterior: Any, num_picks: int, block: int) -> None:
@@ -109,8 +113,9 @@ def _greedy(
     num_picks: int,
     block: int,
     axes: tuple[str, ...],
-) -> Picks:
-    """What one device does: features [N/devices, D] and available [N/devices] are its own rows."""
+) -> tuple[jax.Array, jax.Array]:
+    """What one device does, whose rows are features [N/devices, D] and available [N/devices]: rows and scores of the
+    picks, [K] each."""
     num_local = features.shape[0]
     first_row = jax.lax.axis_index(axes) * num_local
     rows = first_row + jnp.arange(num_local, dtype=jnp.int32)  # pool rows of the local ones
@@ -138,8 +143,7 @@ def _greedy(
         # From φ and W, which are the same numbers on every device and every mesh.
         w, score = downdate(phi, (posterior, state.new), lam)
         k = state.made
-        picks = Picks(state.picks.rows.at[k].set(row), state.picks.scores.at[k].set(score))
-        return _State(k + 1, picks, state.new.at[k].set(w)), w
+        return _State(k + 1, state.rows.at[k].set(row), state.scores.at[k].set(score), state.new.at[k].set(w)), w
 
     def lowered(scores: jax.Array, by: jax.Array) -> jax.Array:
         return jnp.where(scores < 0, -jnp.inf, jnp.maximum(scores - by, 0.0))  # −∞: not available, and stays so
@@ -182,14 +186,15 @@ def _greedy(
 
             first, end = start // _REFRESH_TILE, -(-state.made // _REFRESH_TILE)
             by = jax.lax.fori_loop(first, end, tile, jnp.zeros_like(scores))
-            picked = state.picks.rows - first_row
+            picked = state.rows - first_row
             picked = jnp.where((picked >= 0) & (picked < num_local), picked, num_local)
             return lowered(scores, by).at[picked].set(-jnp.inf, mode="drop")
 
         return state, jax.lax.cond(state.made < limit, refresh, lambda: scores)
 
-    nothing = Picks(jnp.full(num_picks, -1, jnp.int32), jnp.where(broken, jnp.nan, jnp.zeros(num_picks, jnp.float32)))
+    no_scores = jnp.where(broken, jnp.nan, jnp.zeros(num_picks, jnp.float32))
     capacity = -(-num_picks // _REFRESH_TILE) * _REFRESH_TILE
-    state = _State(jnp.int32(0), nothing, jnp.zeros((capacity, features.shape[1]), jnp.float32))
+    no_new = jnp.zeros((capacity, features.shape[1]), jnp.float32)
+    state = _State(jnp.int32(0), jnp.full(num_picks, -1, jnp.int32), no_scores, no_new)
     state, _ = jax.lax.while_loop(lambda carry: carry[0].made < limit, one_block, (state, scores))
-    return state.picks
+    return state.rows, state.scores

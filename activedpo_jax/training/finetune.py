@@ -7,8 +7,6 @@ mesh as `layout.weight_shardings` says.  The base weights under an adapter stay 
 """
 
 import functools
-import pathlib
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from activedpo_jax import layout
 from activedpo_jax.data.groups import Bucket, Groups, Texts, assign_buckets, microbatches, pad_groups
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
-from activedpo_jax.record import checkpoints, metrics
+from activedpo_jax.progress import progress
 from activedpo_jax.training import optimiser
+from activedpo_jax.training.loop import Advance
 
 
 class Examples(NamedTuple):
@@ -44,85 +42,64 @@ class Recipe(NamedTuple):
     microbatch: int  # examples whose activations exist at a time, divided evenly by the mesh
     checkpoint_every: int  # steps
 
+    def steps_per_epoch(self, examples: Examples) -> int:
+        return -(-examples.train.num_groups // self.batch_size)
 
-def fit(
-    how: Recipe,
-    decoder: Decoder,
-    params: Params | None,
-    weights: Any,
-    examples: Examples,
-    mesh: Mesh,
-    seed: int,
-    folder: pathlib.Path,
-) -> Any:
-    """Trains, going on from the last checkpoint in `folder` if there is one, and returns the weights.
 
-    Args:
-      params: the base weights under an adapter; None: `weights` are all that there are.
-      weights: what is trained, float32, laid out as `layout.weight_shardings` says.  They are used up.
+class Trainee(NamedTuple):
+    """A model, and what of it is trained."""
 
-    Raises:
-      FloatingPointError: a loss is not finite; nothing of that step is saved.
-    """
+    decoder: Decoder
+    params: Params | None  # the base weights under an adapter; None: `weights` are all that there are
+    weights: Any  # what is trained, float32, laid out as `layout.weight_shardings` says
+
+
+class Report(NamedTuple):
+    """What one step says of itself."""
+
+    loss: jax.Array  # nats a token, of the batch
+    rate: jax.Array  # the learning rate
+    tokens: int  # in the batch, of prompts and completions
+
+
+def steps(recipe: Recipe, trainee: Trainee, examples: Examples, mesh: Mesh, seed: int) -> Advance:
+    """The optimiser steps of the whole stage, as `loop.descend` takes them."""
     texts, buckets = examples.train, examples.buckets
     bucket_of = assign_buckets(texts, buckets)
     useful = np.array([len(p) + len(r) for p, (r,) in zip(texts.prompt_tokens, texts.response_tokens, strict=True)])
     learnt = np.array([len(r) for (r,) in texts.response_tokens])
-    per_epoch = -(-texts.num_groups // how.batch_size)
-    steps = how.epochs * per_epoch
-    schedule = optimiser.batch_schedule(0, texts.num_groups, how.epochs, how.batch_size, how.batch_size, steps, seed)
+    total_steps = recipe.epochs * recipe.steps_per_epoch(examples)
+    every = np.arange(texts.num_groups)
+    size = recipe.batch_size
+    schedule = optimiser.batch_schedule(every, recipe.epochs, size, size, total_steps, seed)
 
-    store = checkpoints.Checkpoints(folder)
-    done = store.latest or 0
-    state_shardings = optimiser.optimiser_shardings(how.optimiser, mesh, weights)
-    init = jax.jit(functools.partial(optimiser.init_optimiser, how.optimiser), out_shardings=state_shardings)
-    if done:
-        like = _shapes(weights), _shapes(jax.eval_shape(init, weights), state_shardings)
-        jax.tree.map(lambda x: x.delete(), weights)  # room for those that come
-        weights, opt_state = store.restore(done, like)
-    else:
-        opt_state = init(weights)
+    def advance(step: int, weights: Any, opt_state: optax.OptState) -> tuple[Any, optax.OptState, Report]:
+        rows = schedule.slots[step][schedule.weight[step] > 0]
+        share = np.float32(1 / learnt[rows].sum())
+        total = no_gradient(mesh, weights)
+        for b, part in microbatches(bucket_of[rows], recipe.microbatch):
+            groups = layout.put(pad_groups(texts, rows[part], buckets[b], recipe.microbatch), layout.batch(mesh))
+            total = gradient_program(trainee.decoder, mesh, trainee.params, weights, total, groups, share)
+        gradient, loss = total
+        place, count = jnp.int32(step), jnp.int32(total_steps)
+        weights, opt_state, rate = update_program(recipe.optimiser, mesh, weights, opt_state, gradient, place, count)
+        return weights, opt_state, Report(loss, rate, int(useful[rows].sum()))
 
-    def heldout_loss() -> dict[str, float]:
-        if examples.heldout is None:
-            return {}
-        base, lora = (weights, None) if params is None else (params, weights)
-        return {"sft/heldout_loss": mean_loss(decoder, base, lora, examples.heldout, buckets, how.microbatch, mesh)}
+    return advance
 
-    with (
-        metrics.MetricsWriter(folder, done + 1 if done else 0) as writer,
-        tqdm(total=steps, initial=done, desc="SFT", unit="step", leave=False) as bar,
-    ):
-        if not done and examples.heldout is not None:
-            writer.write(0, 0, heldout_loss())
-        for step in range(done, steps):
-            start = time.perf_counter()
-            rows = schedule.slots[step][schedule.weight[step] > 0]
-            share = np.float32(1 / learnt[rows].sum())
-            total = no_gradient(mesh, weights)
-            for b, part in microbatches(bucket_of[rows], how.microbatch):
-                groups = pad_groups(texts, rows[part], buckets[b], how.microbatch)
-                groups = jax.device_put(groups, layout.batch(mesh))
-                total = gradient_program(decoder, mesh, params, weights, total, groups, share)
-            gradient, loss = total
-            weights, opt_state, rate = update_program(
-                how.optimiser, mesh, weights, opt_state, gradient, jnp.int32(step), jnp.int32(steps)
-            )
-            del total, gradient  # or they would stand beside the next step's
-            value, number = float(loss), step + 1
-            if not np.isfinite(value):
-                raise FloatingPointError(f"SFT, step {number}: the loss is {value}; lower config.sft.learning_rate")
-            speed = useful[rows].sum() / (time.perf_counter() - start)
-            figures = {"sft/loss": value, "sft/learning_rate": float(rate), "sft/tokens_per_second": speed}
-            if number % per_epoch == 0:
-                figures |= heldout_loss()
-            writer.write(number, number, figures)
-            if number % how.checkpoint_every == 0 and number < steps:
-                store.save(number, (weights, opt_state))  # after its figures: whatever is saved is on record
-            bar.set_postfix(loss=f"{value:.3f}", tokens_per_second=f"{speed:.0f}", refresh=False)
-            bar.update()
-    store.close()
-    return weights
+
+def initial_moments(recipe: Recipe, mesh: Mesh, weights: Any) -> Any:
+    """The optimiser's state before the first step, laid out as the weights are."""
+    shardings = optimiser.optimiser_shardings(recipe.optimiser, mesh, weights)
+    init = functools.partial(optimiser.init_optimiser, recipe.optimiser)
+    return jax.jit(init, out_shardings=shardings)(weights)
+
+
+def state_shapes(recipe: Recipe, mesh: Mesh, weights: Any) -> tuple[Any, Any]:
+    """What a checkpoint of weights and moments is read into."""
+    moments = jax.eval_shape(functools.partial(optimiser.init_optimiser, recipe.optimiser), weights)
+    shardings = optimiser.optimiser_shardings(recipe.optimiser, mesh, weights)
+    return _shapes(weights, jax.tree.map(lambda x: x.sharding, weights)), _shapes(moments, shardings)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -184,8 +161,8 @@ def mean_loss(
     """The mean negative log-likelihood of all completion tokens, in nats, `size` examples at a time."""
     total = 0.0
     parts = list(microbatches(assign_buckets(texts, buckets), size))
-    for b, rows in tqdm(parts, desc="held-out loss", unit="batch", leave=False):
-        groups = jax.device_put(pad_groups(texts, rows, buckets[b], size), layout.batch(mesh))
+    for b, rows in progress(parts, desc="held-out loss", unit="batch"):
+        groups = layout.put(pad_groups(texts, rows, buckets[b], size), layout.batch(mesh))
         total += float(loss_program(decoder, params, lora, groups))
     return total / sum(len(r) for (r,) in texts.response_tokens)
 
@@ -194,7 +171,5 @@ def _laid_out(mesh: Mesh, tree: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, layout.weight_shardings(mesh, tree))
 
 
-def _shapes(tree: Any, shardings: Any = None) -> Any:
-    """What a checkpoint is read into."""
-    shardings = jax.tree.map(lambda x: x.sharding, tree) if shardings is None else shardings
+def _shapes(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

@@ -147,19 +147,20 @@ class BatchSchedule(NamedTuple):
 
 
 def batch_schedule(
-    first: int, last: int, epochs: int, batch_size: int, width: int, max_steps: int, seed: int
+    usable: np.ndarray, epochs: int, batch_size: int, width: int, max_steps: int, seed: int
 ) -> BatchSchedule:
-    """Shuffled epochs over the labels [first, last), every label once an epoch, the last batch of an epoch smaller.
+    """Shuffled epochs over some examples, each of them once an epoch, the last batch of an epoch smaller.
 
     Args:
+      usable: [n] int, the places of the examples.
       width: B, at least `batch_size`: the padded batch that the mesh divides.
     """
     rng = np.random.default_rng(seed)
-    per_epoch = -(-(last - first) // batch_size)
+    per_epoch = -(-len(usable) // batch_size)
     slots = np.zeros((max_steps, width), np.int32)
     weight = np.zeros((max_steps, width), np.float32)
     for epoch in range(epochs):
-        order = first + rng.permutation(last - first)
+        order = usable[rng.permutation(len(usable))]
         for i in range(per_epoch):
             batch = order[i * batch_size : (i + 1) * batch_size]
             slots[epoch * per_epoch + i, : len(batch)] = batch

@@ -1,0 +1,20 @@
+"""Embeddings of response pairs in the frozen SFT model (Das et al. 2024, arXiv 2402.10500)."""
+
+import jax
+
+from activedpo_jax.data.groups import Groups, group_pairs
+from activedpo_jax.evidence.spec import EvidenceSpec
+from activedpo_jax.models.lora import Lora
+from activedpo_jax.models.policy import Policy
+
+
+def embeddings(spec: EvidenceSpec, policy: Policy, lora: Lora, groups: Groups, seed: jax.Array) -> jax.Array:
+    """ψ = e(x,y_i) − e(x,y_j) of every pair i < j: [G, m(m−1)/2, d] float32.
+
+    e is the hidden state of the response's last token, after the final norm, of π_ref, whatever θ is; it is not scaled.
+    The adapter of π_θ and the seed are not used.
+    """
+    variables = {"params": policy.params, "lora": policy.reference}
+    states: jax.Array = policy.decoder.apply(variables, groups, method="states")  # type: ignore[assignment]
+    first, second = group_pairs(groups.response_ids.shape[1]).T
+    return states[:, first] - states[:, second]

@@ -1,0 +1,45 @@
+"""The kinds of evidence by name.  A strategy names what it looks at, and only that is computed."""
+
+from collections.abc import Iterable
+
+import jax
+
+from activedpo_jax.data.groups import Groups
+from activedpo_jax.evidence.embeddings import embeddings
+from activedpo_jax.evidence.entropies import entropies
+from activedpo_jax.evidence.gradients import features
+from activedpo_jax.evidence.log_probs import log_probs
+from activedpo_jax.evidence.margins import margins
+from activedpo_jax.evidence.spec import EvidenceFunction, EvidenceSpec
+from activedpo_jax.models.lora import Lora
+from activedpo_jax.models.policy import Policy
+
+EVIDENCE: dict[str, EvidenceFunction] = {
+    "embeddings": embeddings,
+    "entropies": entropies,
+    "features": features,
+    "log_probs": log_probs,
+    "margins": margins,
+}
+
+
+def compute(
+    names: Iterable[str], spec: EvidenceSpec, policy: Policy, lora: Lora, groups: Groups, seed: jax.Array
+) -> dict[str, jax.Array]:
+    """These kinds of evidence about all pairs of a chunk of groups; names and spec are static.
+
+    Args:
+      lora: the adapter of π_θ.
+      seed: scalar uint32.
+
+    Returns:
+      By name: [G · m(m−1)/2, ...] float32, group by group, pairs in the order of `data.groups.group_pairs`.
+
+    Raises:
+      ValueError: there is no such kind; names all there are.
+    """
+    names = tuple(names)
+    if unknown := [name for name in names if name not in EVIDENCE]:
+        raise ValueError(f"there is no evidence {', '.join(unknown)}; known: {', '.join(EVIDENCE)}")
+    found = {name: EVIDENCE[name](spec, policy, lora, groups, seed) for name in names}
+    return {name: x.reshape(-1, *x.shape[2:]) for name, x in found.items()}

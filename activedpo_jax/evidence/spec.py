@@ -1,0 +1,59 @@
+"""What a program that computes evidence is compiled for."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from activedpo_jax.data.groups import Groups
+from activedpo_jax.models.lora import Lora
+from activedpo_jax.models.policy import Policy
+
+NORMALISATIONS = ("response", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSpec:
+    """D, and how a response's sketch is scaled.
+
+    Raises:
+      ValueError: a normalisation that there is none of.
+    """
+
+    dim: int
+    normalisation: str = "response"
+
+    def __post_init__(self) -> None:
+        if self.normalisation not in NORMALISATIONS:
+            raise ValueError(f"features.normalisation={self.normalisation!r}: expected one of {NORMALISATIONS}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvidenceSpec:
+    """How each kind of evidence is computed."""
+
+    features: FeatureSpec
+    beta: float  # of the implicit reward r̂
+    mesh: Mesh
+    entropy_samples: int  # N responses a prompt, of which its entropy is estimated
+    entropy_length: int  # tokens that these have at most
+    stop: tuple[int, ...]  # tokens that end a response
+
+
+class EvidenceFunction(Protocol):
+    def __call__(self, spec: EvidenceSpec, policy: Policy, lora: Lora, groups: Groups, seed: jax.Array) -> jax.Array:
+        """One kind of evidence about every pair of responses of each group; traceable under `jax.jit`.
+
+        Args:
+          spec: static.
+          lora: the adapter of π_θ.
+          groups: G groups of m responses.  A response of no tokens is padding: what is returned for its pairs is
+            finite, and means nothing.
+          seed: scalar uint32, of all that is random.
+
+        Returns:
+          [G, m(m−1)/2, ...] float32, pairs in the order of `data.groups.group_pairs`.  What a pair gets does not
+          depend on its batch, bucket or padding.
+        """
+        ...

@@ -1,0 +1,140 @@
+"""The third verb of a round: DPO on the labels so far.  Pure functions, for `fused` and `staged` alike."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from activedpo_jax import layout
+from activedpo_jax.data.groups import Bucket, Groups
+from activedpo_jax.models.lora import Lora
+from activedpo_jax.models.policy import Policy, response_logps
+from activedpo_jax.rounds.choose import labelled_vectors
+from activedpo_jax.rounds.spec import RoundSpec
+from activedpo_jax.rounds.state import Answers, Chosen, Labelled, RunState
+from activedpo_jax.training import losses, optimiser
+
+
+class Measured(NamedTuple):
+    """What is computed once of a newly labelled pair."""
+
+    ref_logps: jax.Array  # [K, 2] float32
+    vectors: jax.Array | None  # [K, D] float32; None unless the posterior is frozen
+
+
+def measure(spec: RoundSpec, policy: Policy, state: RunState, groups: Groups) -> Measured:
+    """log π_ref of pairs (groups with m = 2), and the vectors that a frozen posterior keeps of them, at θ before the
+    round's training."""
+    vectors = None
+    if state.labelled.vectors is not None:
+        vectors = labelled_vectors(spec, policy, state.lora, groups, state.seed)
+    return Measured(response_logps(policy.decoder, policy.params, policy.reference, groups), vectors)
+
+
+def append(spec: RoundSpec, labelled: Labelled, chosen: Chosen, answers: Answers, measured: Measured) -> Labelled:
+    """The labelled pairs with the K new ones, in the order in which these were picked."""
+
+    def store(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), labelled.size, axis=0)
+
+    bucket = spec.bucket
+    prompt_ids, prompt_len, response_ids, response_len = chosen.groups
+    wide = Groups(
+        jnp.pad(prompt_ids, ((0, 0), (bucket.prompt - prompt_ids.shape[1], 0))),
+        prompt_len,
+        jnp.pad(response_ids, ((0, 0), (0, 0), (0, bucket.response - response_ids.shape[2]))),
+        response_len,
+    )
+    return Labelled(
+        size=labelled.size + spec.selection.labels_per_round,
+        groups=jax.tree.map(store, labelled.groups, wide),
+        digests=store(labelled.digests, chosen.digests),
+        preferences=store(labelled.preferences, answers.preferences),
+        weights=store(labelled.weights, answers.weights),
+        ref_logps=store(labelled.ref_logps, measured.ref_logps),
+        vectors=None if measured.vectors is None else store(labelled.vectors, measured.vectors),  # type: ignore[arg-type]
+    )
+
+
+def microbatch_gradient(
+    spec: RoundSpec, policy: Policy, lora: Lora, labelled: Labelled, share: tuple[jax.Array, jax.Array], bucket: Bucket
+) -> tuple[Lora, losses.DpoMetrics]:
+    """What some labelled pairs add to the gradient and the metrics of their batch.
+
+    Args:
+      share: slots [B] int32, places among the labelled pairs; weights [B] float32, of each in the mean over the batch,
+        0 at padding.
+      bucket: which holds all of them; their padding beyond it is cut off.
+    """
+    slots, weight = share
+    cut = Groups(
+        labelled.groups.prompt_ids[slots, spec.bucket.prompt - bucket.prompt :],
+        labelled.groups.prompt_len[slots],
+        labelled.groups.response_ids[slots, :, : bucket.response],
+        labelled.groups.response_len[slots],
+    )
+    groups = jax.lax.with_sharding_constraint(cut, layout.batch(spec.mesh))
+    pairs = losses.Preferences(labelled.preferences[slots], labelled.ref_logps[slots], weight * labelled.weights[slots])
+    return optimiser.dpo_gradient(policy.decoder, spec.training.dpo, policy.params, lora, groups, pairs)
+
+
+def learn(
+    spec: RoundSpec,
+    policy: Policy,
+    state: RunState,
+    chosen: Chosen,
+    answers: Answers,
+    schedule: optimiser.BatchSchedule,
+) -> tuple[RunState, losses.DpoMetrics]:
+    """DPO on all labels so far, from the labels of a round to the state after it.  Traceable.
+
+    Args:
+      schedule: for the number of labels after this round.
+
+    Returns:
+      the state, and the means over the last epoch.
+    """
+    labelled = append(spec, state.labelled, chosen, answers, _measure_all(spec, policy, state, chosen.groups))
+    dpo = spec.training.dpo
+    start = policy.reference if spec.training.from_reference else state.lora
+    total = jnp.asarray(schedule.num_steps)
+
+    def step(i: jax.Array, carry):  # type: ignore[no-untyped-def]
+        lora, opt_state, sums = carry
+
+        def add(total, share):  # type: ignore[no-untyped-def]
+            new = microbatch_gradient(spec, policy, lora, labelled, share, spec.bucket)
+            return jax.tree.map(jnp.add, total, new), None
+
+        parts = jax.tree.map(lambda x: x[i].reshape(-1, spec.training.microbatch), (schedule.slots, schedule.weight))
+        (gradient, metrics), _ = jax.lax.scan(add, optimiser.no_gradient(lora), parts)
+        rate = optimiser.learning_rate(dpo.optimiser, i, total)
+        lora, opt_state = optimiser.update(dpo.optimiser, lora, opt_state, gradient, rate)
+        last_epoch = i >= total - schedule.steps_per_epoch
+        return lora, opt_state, jax.tree.map(lambda s, x: s + jnp.where(last_epoch, x, 0.0), sums, metrics)
+
+    zeros = losses.DpoMetrics(*(jnp.float32(0),) * 3)
+    opt_state = optimiser.init_optimiser(dpo.optimiser, start)
+    lora, _, sums = jax.lax.fori_loop(0, total, step, (start, opt_state, zeros))
+    # Laid out as they came in, or the next round would be compiled anew.
+    lora = jax.lax.with_sharding_constraint(lora, layout.weight_shardings(spec.mesh, lora))
+    rest = (labelled, state.seed, state.round + 1)
+    rest = jax.lax.with_sharding_constraint(rest, layout.replicated(spec.mesh))
+    return RunState(lora, *rest), jax.tree.map(lambda s: s / schedule.steps_per_epoch, sums)
+
+
+def _measure_all(spec: RoundSpec, policy: Policy, state: RunState, groups: Groups) -> Measured:
+    """`measure`, chunk by chunk."""
+    count = groups.prompt_len.shape[0]
+    width = min(spec.chunk, layout.round_up(count, spec.mesh))
+
+    def chunks(x: jax.Array) -> jax.Array:
+        # The first pair once more, not zeros: every row has to have a token to attend to.
+        x = jnp.concatenate([x, jnp.repeat(x[:1], -count % width, axis=0)])
+        return x.reshape(-1, width, *x.shape[1:])
+
+    def one(chunk: Groups) -> Measured:
+        return measure(spec, policy, state, jax.lax.with_sharding_constraint(chunk, layout.batch(spec.mesh)))
+
+    found = jax.lax.map(one, Groups(*(chunks(x) for x in groups)))  # type: ignore[arg-type]
+    return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[:count], found)

@@ -1,0 +1,58 @@
+"""The K first rows by keys or scores that do not change from pick to pick; the same on any mesh."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from activedpo_jax.selection.greedy import Picks
+
+
+def first(keys: Sequence[jax.Array], scores: jax.Array, available: jax.Array, num_picks: int) -> Picks:
+    """The K rows that come first, lowest keys first.
+
+    Args:
+      keys: [N] each; a later one decides between rows that are equal in those before, and at last the row number.
+      scores: [N] float32, to be reported.
+      available: [N] bool, rows that may be picked; the others may hold anything.
+      num_picks: K, static.
+
+    Returns:
+      Picks with rows −1 and score 0 at the end if fewer than K rows are available.  If a key or the score of an
+      available row is not finite, all rows are −1 and all scores NaN.
+    """
+    rows = jnp.arange(available.shape[0], dtype=jnp.int32)
+    *_, order, sorted_scores = jax.lax.sort((~available, *keys, rows, scores), num_keys=2 + len(keys))
+    missing = (0, max(0, num_picks - rows.size))
+    left = jnp.arange(num_picks) < jnp.sum(available)
+    found = jnp.where(left, jnp.pad(order[:num_picks], missing), -1)
+    found_scores = jnp.where(left, jnp.pad(sorted_scores[:num_picks], missing), 0.0)
+    return _unless_broken(Picks(found, found_scores), available, *keys, scores)
+
+
+def largest(scores: jax.Array, tolerance: jax.Array, available: jax.Array, num_picks: int) -> Picks:
+    """The K rows with the largest scores, one after the other, where scores are known to a tolerance.
+
+    Args:
+      scores: [N] float32, at least 0.
+      tolerance: [N] float32.  Each pick is the lowest of the rows whose scores are no further below the largest that is
+        left, as in `greedy`; so that equal rows are tied however their scores were rounded.
+      available, num_picks: as in `first`.
+
+    Returns:
+      As `first`.
+    """
+
+    def one(left: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        tied = left & (scores + tolerance >= jnp.max(jnp.where(left, scores, -jnp.inf)))
+        row = jnp.argmax(tied)  # of equal ones the first
+        found = (jnp.where(tied[row], row, -1).astype(jnp.int32), jnp.where(tied[row], scores[row], 0.0))
+        return left.at[row].set(False), found
+
+    _, picks = jax.lax.scan(one, available, length=num_picks)
+    return _unless_broken(Picks(*picks), available, scores)
+
+
+def _unless_broken(picks: Picks, available: jax.Array, *evidence: jax.Array) -> Picks:
+    broken = jnp.any(jnp.stack([jnp.any(available & ~jnp.isfinite(x)) for x in evidence]))
+    return Picks(jnp.where(broken, -1, picks.rows), jnp.where(broken, jnp.nan, picks.scores))

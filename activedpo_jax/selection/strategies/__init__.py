@@ -1,0 +1,49 @@
+"""The strategies: which K unlabelled pairs to ask about, from shared evidence.
+
+A strategy names the evidence that it needs, so that a run computes no other, and is a pure function that can be traced
+into the compiled round.  Their definitions differ; what they see, and what they return, does not.  A new one is a file
+beside these, and a line below.
+"""
+
+import difflib
+
+from activedpo_jax.selection.strategies import (
+    activedpo,
+    activedpo_norm,
+    activedpo_topk,
+    aplp,
+    apo,
+    margin,
+    random,
+)
+from activedpo_jax.selection.strategies.base import Evidence, Select, Strategy
+
+__all__ = ["STRATEGIES", "Evidence", "Select", "Strategy", "get"]
+
+STRATEGIES: dict[str, Strategy] = {
+    strategy.name: strategy
+    for strategy in (
+        activedpo.STRATEGY,
+        activedpo_norm.STRATEGY,
+        activedpo_topk.STRATEGY,
+        aplp.STRATEGY,
+        apo.STRATEGY,
+        margin.STRATEGY,
+        random.STRATEGY,
+    )
+}
+
+
+def get(name: str) -> Strategy:
+    """The strategy of that name.
+
+    Raises:
+      ValueError: there is none; names the nearest and all there are.
+    """
+    if name not in STRATEGIES:
+        nearest = difflib.get_close_matches(name, STRATEGIES, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"config.strategies: there is no strategy {name!r}; did you mean {nearest!r}? "
+            f"Known: {', '.join(sorted(STRATEGIES))}"
+        )
+    return STRATEGIES[name]

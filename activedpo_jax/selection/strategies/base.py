@@ -1,0 +1,69 @@
+"""What strategies are, what they see, and how they are called."""
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from activedpo_jax.selection.greedy import Picks
+
+
+class Evidence(NamedTuple):
+    """What strategies may look at, about each of N pairs; a pytree.  What no strategy of the run needs is None."""
+
+    features: jax.Array | None = None  # φ: [N, D] float32, rows cut over all devices
+    embeddings: jax.Array | None = None  # ψ: [N, d] float32, likewise
+    margins: jax.Array | None = None  # Δ: [N] float32
+    entropies: jax.Array | None = None  # H of the pair's prompt: [N] float32, the same in all its rows
+    groups: jax.Array | None = None  # [N] int32, which prompt the pair belongs to
+    posterior: jax.Array | None = None  # W of the labelled pairs' features or embeddings: [n, D] float32
+    lam: jax.Array | float = 1.0  # λ
+
+
+class Select(Protocol):
+    def __call__(
+        self, evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh
+    ) -> Picks:
+        """Picks K of the rows that may be picked, the same on any mesh; traceable under `jax.jit`.
+
+        Args:
+          evidence: at least what the strategy needs.
+          available: [N] bool, rows that may be picked; evidence about the others may hold anything.
+          key: of `jax.random`.
+          num_picks: K, static.
+          block: candidate rows that a device holds, static; see `greedy`.
+          mesh: devices, over all axes of which pool rows are cut; static.
+
+        Returns:
+          Picks in pick order; of equal rows the lowest comes first.  Rows are −1, and scores 0, at the end where no row
+          was left.  If evidence about a row that may be picked is not finite, all rows are −1 and all scores NaN.
+
+        Raises:
+          ValueError: evidence that the strategy needs is None.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """A rule, and what a round has to know to call it."""
+
+    name: str
+    select: Select
+    needs: frozenset[str] = frozenset()  # kinds of evidence, by their fields of Evidence
+    design: str | None = None  # which of these `evidence.posterior` has to be over; None: it is not looked at
+    ranks: bool = True  # scores mean something
+    gains: bool = False  # Σ log(1 + score) is the information gain; see `posterior.information_gain`
+
+
+def required(strategy: str, **fields: jax.Array | None) -> list[jax.Array]:
+    """The fields of the evidence, none of which is None.
+
+    Raises:
+      ValueError: one is.
+    """
+    missing = [f"`{name}`" for name, value in fields.items() if value is None]
+    if missing:
+        raise ValueError(f"strategy {strategy} needs the evidence {' and '.join(missing)}, which the round has not got")
+    return [value for value in fields.values() if value is not None]

@@ -1,0 +1,120 @@
+"""Options become what the programs of a round are compiled for."""
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from activedpo_jax import layout, start
+from activedpo_jax.data.groups import Bucket, assign_buckets
+from activedpo_jax.evidence.gradients import FeatureSpec
+from activedpo_jax.evidence.registry import EvidenceSpec
+from activedpo_jax.rounds.spec import RoundSpec, SelectionSpec, TrainingSpec
+from activedpo_jax.tasks import Task
+from activedpo_jax.training.optimiser import DpoSpec, OptimiserSpec
+
+# A fused round shows no progress while it runs, so `auto` takes it where it is short: up to so many
+# token-times-parameter products in the pool, about a minute on two CPU cores.
+_SHORT_ROUND = 1e12
+
+
+def round_spec(config: ml_collections.ConfigDict, strategy: str, task: Task, mesh: Mesh) -> RoundSpec:
+    """The options of a round.
+
+    Raises:
+      ValueError: the run would need more pairs than the pool has; the policy's responses are longer than the buckets.
+    """
+    capacity, source = config.rounds * config.labels_per_round, config.candidates.source
+    if source == "pool" and task.pool and capacity > task.pool.num_pairs:
+        raise ValueError(
+            f"rounds × labels_per_round = {capacity} labels, but the pool has {task.pool.num_pairs} pairs: "
+            "lower config.rounds or config.labels_per_round, or give a larger pool"
+        )
+    bucket, length = task.buckets[-1], config.generation.max_new_tokens
+    if source != "pool" and length > bucket.response:
+        raise ValueError(
+            f"config.generation.max_new_tokens={length}: the longest response in config.data.buckets has "
+            f"{bucket.response} tokens; lower the one, or add a larger bucket"
+        )
+    if is_fused(config, task):
+        bucket = one_bucket(task, source)
+    sampling = None
+    if source != "pool":
+        sampling = start.decoding_spec(config, task.decoder, task.stop, mesh)
+    dpo = config.dpo
+    optimiser = OptimiserSpec(dpo.learning_rate, dpo.schedule, dpo.warmup_fraction, dpo.weight_decay, dpo.max_grad_norm)
+    return RoundSpec(
+        mesh=mesh,
+        evidence=EvidenceSpec(
+            features=FeatureSpec(config.features.dim, config.features.normalisation),
+            beta=dpo.beta,
+            mesh=mesh,
+            entropy_samples=config.selection.entropy_samples,
+            entropy_length=min(length, task.buckets[-1].response),
+            stop=task.stop,
+        ),
+        selection=SelectionSpec(
+            strategy=strategy,
+            labels_per_round=config.labels_per_round,
+            lam=float(config.selection.lam),
+            frozen=config.selection.posterior == "frozen",
+            block=config.selection.block,
+        ),
+        training=TrainingSpec(
+            dpo=DpoSpec(dpo.beta, dpo.label_smoothing, optimiser),
+            epochs=dpo.epochs,
+            batch_size=dpo.batch_size,
+            microbatch=layout.round_up(min(dpo.pairs_per_chunk, dpo.batch_size), mesh),
+            on_newest=dpo.train_on == "newest",
+            from_reference=dpo.start_from == "sft",
+        ),
+        sampling=sampling,
+        responses=config.generation.responses,
+        capacity=capacity,
+        bucket=bucket,
+        chunk=layout.round_up(config.features.groups_per_chunk, mesh),
+        pool_only=source == "pool",
+        hidden_size=task.decoder.config.hidden_size,
+    )
+
+
+def used_buckets(task: Task) -> list[Bucket]:
+    return [task.buckets[b] for b in np.unique(assign_buckets(task.candidate_texts, task.buckets))]
+
+
+def fits_one_program(task: Task) -> bool:
+    """Whether the candidates are of one shape: one bucket, and as many responses for every prompt."""
+    shapes = {len(r) for r in task.candidate_texts.response_tokens}
+    return len(used_buckets(task)) == 1 and len(shapes) == 1
+
+
+def one_bucket(task: Task, source: str) -> Bucket:
+    """The bucket of a task that has one shape; the policy's own responses may need the longest of all."""
+    bucket = used_buckets(task)[0]
+    return bucket if source == "pool" else Bucket(bucket.prompt, task.buckets[-1].response)
+
+
+def is_fused(config: ml_collections.ConfigDict, task: Task) -> bool:
+    """Whether rounds run as one program.
+
+    Raises:
+      ValueError: `fused` is asked for, but the candidates do not fit into one program.
+    """
+    source, mode = config.candidates.source, config.round.mode
+    if mode == "staged" or config.oracle.kind in ("function", "people"):
+        return False
+    one_shape = fits_one_program(task)
+    if source == "mixture" and task.pool:
+        one_shape &= task.pool.responses_per_group == config.generation.responses
+    if mode == "fused":
+        if not one_shape:
+            raise ValueError(
+                "config.round.mode='fused' needs one bucket and as many responses for every prompt: give "
+                f"config.data.buckets a single entry (the pool uses {len(used_buckets(task))}), let "
+                "config.generation.responses be those of the pool, or take 'staged'"
+            )
+        return True
+    parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(task.params_shape))
+    texts, bucket = task.candidate_texts, one_bucket(task, source)
+    m = texts.responses_per_group if source == "pool" else config.generation.responses
+    return one_shape and texts.num_groups * (bucket.prompt + m * bucket.response) * parameters < _SHORT_ROUND

@@ -1,0 +1,122 @@
+"""Options become the verbs of a run's rounds: where candidates come from, how a round runs, and who is asked."""
+
+import pathlib
+
+import jax
+import ml_collections
+
+from activedpo_jax import specs
+from activedpo_jax.data.groups import Candidates
+from activedpo_jax.models.policy import Policy
+from activedpo_jax.oracles.dataset import DatasetOracle, answers
+from activedpo_jax.oracles.function import FunctionOracle, load_function
+from activedpo_jax.oracles.labels import Oracle
+from activedpo_jax.oracles.noise import Noise
+from activedpo_jax.oracles.people import PeopleOracle
+from activedpo_jax.oracles.reward import Reward, RewardOracle
+from activedpo_jax.rounds import fresh, fused, staged
+from activedpo_jax.rounds.choose import DeviceCandidates
+from activedpo_jax.rounds.spec import RoundSpec
+from activedpo_jax.rounds.state import RunState
+from activedpo_jax.tasks import Task
+
+Rounds = fused.FusedRound | staged.StagedRound
+
+
+def make(config: ml_collections.ConfigDict, spec: RoundSpec, task: Task, policy: Policy, seed: int) -> Rounds:
+    """The rounds of a run, fused or staged.
+
+    Raises:
+      ValueError: as of `specs.is_fused`, or the data has no labels where they are asked for.
+    """
+    if specs.is_fused(config, task):
+        return _fused(config, spec, task, policy, seed)
+
+    def candidates(state: RunState) -> Candidates:
+        if task.prompts is None:
+            assert task.pool is not None
+            return task.pool
+        drawn = task.prompts.draw(config.candidates.prompts_per_round, seed, int(state.round) + 1)
+        widths = [bucket.prompt for bucket in task.buckets]
+        found = fresh.fresh_candidates(spec, policy, state, drawn, widths)
+        return found if task.pool is None else fresh.merged(task.pool, found)
+
+    return staged.StagedRound(spec, policy, candidates, task.buckets)
+
+
+def _fused(
+    config: ml_collections.ConfigDict, spec: RoundSpec, task: Task, policy: Policy, seed: int
+) -> fused.FusedRound:
+    prompts, pool, bucket = task.prompts, task.pool, spec.bucket
+    placed = None if pool is None else fused.place(spec, pool, bucket)
+
+    def draw(number: int) -> fresh.PromptSet:
+        assert prompts is not None
+        return prompts.draw(config.candidates.prompts_per_round, seed, number)
+
+    def source(number: int) -> fused.Source:
+        if prompts is None:
+            assert placed is not None
+            return jax.tree_util.Partial(fused.given, placed)
+        if placed is None:
+            return fresh.fresh_source(spec, draw(number), bucket)
+        return fresh.mixed_source(spec, placed, draw(number), bucket)
+
+    def candidates(state: RunState, made: DeviceCandidates | None) -> Candidates:
+        if made is None:
+            assert pool is not None
+            return pool
+        found = fresh.on_host(spec, state, draw(int(state.round) + 1), made)
+        return found if pool is None else fresh.merged(pool, found)
+
+    if config.oracle.kind == "reward":
+        ask = fused.rewarded(reward_function(config, task)), reward_name(config)
+    else:
+        assert pool is not None
+        noise = make_noise(config, seed)
+        ask = fused.known_answers(spec, answers(pool, noise)), f"dataset ({noise.kind} noise)"
+    return fused.FusedRound(spec, policy, source, candidates, ask)
+
+
+def oracle(config: ml_collections.ConfigDict, task: Task, rounds: Rounds, seed: int, folder: pathlib.Path) -> Oracle:
+    """Who is asked.
+
+    Args:
+      folder: of the run.
+
+    Raises:
+      ValueError: the function of `config.oracle.function` cannot be had.
+    """
+    kind, name = config.oracle.kind, config.oracle.function
+    if isinstance(rounds, fused.FusedRound):
+        return rounds
+    if kind == "people":
+        return PeopleOracle(folder, config.oracle.annotators)
+    if kind == "function":
+        return FunctionOracle(load_function(name, "config.oracle.function"), name, make_noise(config, seed))
+    if kind == "reward":
+        return RewardOracle(reward_function(config, task), reward_name(config), task.buckets[-1])
+    assert task.pool is not None
+    return DatasetOracle(task.pool, make_noise(config, seed))
+
+
+def make_noise(config: ml_collections.ConfigDict, seed: int) -> Noise:
+    options = config.oracle
+    return Noise(options.noise, options.flip_probability, options.temperature, seed)
+
+
+def reward_function(config: ml_collections.ConfigDict, task: Task) -> Reward:
+    """The JAX function of `config.oracle.function`, or the synthetic task's own reward.
+
+    Raises:
+      ValueError: it cannot be had.
+    """
+    if config.oracle.function:
+        found = load_function(config.oracle.function, "config.oracle.function")
+        return found if isinstance(found, jax.tree_util.Partial) else jax.tree_util.Partial(found)
+    assert task.reward is not None
+    return task.reward
+
+
+def reward_name(config: ml_collections.ConfigDict) -> str:
+    return config.oracle.function or "the task's own reward"
