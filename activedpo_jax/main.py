@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folders.check_workdir(folder, config, "main")
         mesh = layout.make_mesh(config.mesh)
         first = tasks.load(config, config.seeds[0], mesh, folder)  # nothing is claimed before the inputs are valid
+        inputs.check(folder / "inputs" / f"seed{config.seeds[0]}.json", described(config, first))
         for strategy in config.strategies:
             specs.round_spec(config, strategy, first, mesh)
         folders.open_workdir(folder, config, "main")

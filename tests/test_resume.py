@@ -90,12 +90,13 @@ def test_killed_runs_equal_the_uninterrupted_one_bit_for_bit(tmp_path: pathlib.P
     # While the first round is on its way: only the state before it is there.
     kill_when(start(killed, cache, "staged"), (killed / "checkpoints" / "0").exists)
     # After the labels of round 2 have come in, before anything was learnt from them.
-    labels = killed / "rounds" / "002" / "selected.jsonl"
-    kill_when(start(killed, cache, "staged"), labels.exists)
+    files = [killed / "rounds" / "002" / name for name in ("asked.jsonl", "labels.jsonl")]
+    kill_when(start(killed, cache, "staged"), files[1].exists)
     assert (killed / "checkpoints" / "1").exists() and not (killed / "checkpoints" / "2").exists()
-    written = labels.stat().st_mtime_ns
+    assert not (killed / "rounds" / "002" / "selected.jsonl").exists()
+    written = [path.stat().st_mtime_ns for path in files]
     finish(start(killed, cache, "staged"))
-    assert labels.stat().st_mtime_ns == written  # nobody was asked again
+    assert [path.stat().st_mtime_ns for path in files] == written  # nobody was asked again
     assert record(killed) == record(whole)
 
     # And once all is done, the same command does nothing more.

@@ -49,10 +49,20 @@ def hold(path: pathlib.Path, now: Mapping[str, Inputs | str]) -> None:
       now: data sets as of `describe_pool`, fingerprints as strings, by name (`pool`, `model`, ...).
 
     Raises:
+      ValueError: as of `check`.
+    """
+    check(path, now)
+    if not path.exists():
+        write_json(path, now)
+
+
+def check(path: pathlib.Path, now: Mapping[str, Inputs | str]) -> None:
+    """Compares with what was written down, if anything was.
+
+    Raises:
       ValueError: names what has changed, and how.
     """
     if not path.exists():
-        write_json(path, now)
         return
     before, current = read_json(path), plain(now)
     differences = [
