@@ -6,6 +6,11 @@ The same command on the same work directory resumes.  With `--compile_only=v5e:4
 for that TPU topology, prints what they need, and stops.
 """
 
+if __name__ == "__main__":  # first, since the imports take seconds
+    from activedpo_jax import errors
+
+    errors.end_at_signals()
+
 import dataclasses
 import pathlib
 import sys
@@ -18,7 +23,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from activedpo_jax import files, flags, layout, sft, specs, start, tasks, verbs
+from activedpo_jax import errors, files, flags, layout, sft, specs, start, tasks, verbs
 from activedpo_jax.data.groups import shared_prompts
 from activedpo_jax.evaluation import heldout
 from activedpo_jax.huggingface import adapters, merged
@@ -49,13 +54,13 @@ class Setting:
 def main(argv: Sequence[str] | None = None) -> None:
     command = flags.read_config(sys.argv if argv is None else argv, STRATEGIES)
     config, folder = command.config, command.workdir
-    if command.compile_only:
-        from activedpo_jax import compile_only  # needs libtpu, an extra
+    with errors.clean_errors():
+        if command.compile_only:
+            from activedpo_jax import compile_only  # needs libtpu, an extra
 
-        compile_only.compile_for(config, command.compile_only)
-        return
-    assert folder is not None
-    with flags.clean_errors():
+            compile_only.compile_for(config, command.compile_only)
+            return
+        assert folder is not None
         folders.check_workdir(folder, config, "main")
         mesh = layout.make_mesh(config.mesh)
         first = tasks.load(config, config.seeds[0], mesh, folder)  # nothing is claimed before the inputs are valid
@@ -220,7 +225,8 @@ def finish(folder: pathlib.Path, summaries: Sequence[folders.RunSummary]) -> Non
 
 def scalars(entry: folders.RoundSummary) -> dict[str, float]:
     """A round's figures under TensorBoard's names, `seconds/choose` say."""
-    return {name.replace(".", "/"): value for name, value in files.flatten(entry).items() if name != "round"}
+    figures = {name.replace(".", "/"): value for name, value in files.flatten(entry).items() if name != "round"}
+    return {name: value for name, value in figures.items() if not isinstance(value, str)}
 
 
 if __name__ == "__main__":
