@@ -107,7 +107,7 @@ def run(setting: Setting, strategy: str, folder: pathlib.Path) -> folders.RunSum
     config, policy = setting.config, setting.policy
     spec = specs.round_spec(config, strategy, setting.task, setting.mesh)
     rounds = verbs.make(setting.config, spec, setting.task, policy, setting.seed)
-    oracle = verbs.oracle(config, setting.task, rounds, setting.seed, folder)
+    oracle = verbs.oracle(verbs.Asking(config, setting.task, setting.seed, folder), rounds)
 
     state = states.initial_state(spec, policy.reference, setting.seed)
     store = checkpoints.Checkpoints(folder)

@@ -1,6 +1,8 @@
 """Options become the verbs of a run's rounds: where candidates come from, how a round runs, and who is asked."""
 
 import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -78,26 +80,51 @@ def _fused(
     return fused.FusedRound(spec, policy, source, candidates, ask)
 
 
-def oracle(config: ml_collections.ConfigDict, task: Task, rounds: Rounds, seed: int, folder: pathlib.Path) -> Oracle:
-    """Who is asked.
+class Asking(NamedTuple):
+    """What an oracle is made from."""
 
-    Args:
-      folder: of the run.
+    config: ml_collections.ConfigDict
+    task: Task
+    seed: int
+    folder: pathlib.Path  # of the run
+
+
+def oracle(asking: Asking, rounds: Rounds) -> Oracle:
+    """Who is asked in these rounds.
 
     Raises:
       ValueError: the function of `config.oracle.function` cannot be had.
     """
-    kind, name = config.oracle.kind, config.oracle.function
-    if isinstance(rounds, fused.FusedRound):
-        return rounds
-    if kind == "people":
-        return PeopleOracle(folder, config.oracle.annotators)
-    if kind == "function":
-        return FunctionOracle(load_function(name, "config.oracle.function"), name, make_noise(config, seed))
-    if kind == "reward":
-        return RewardOracle(reward_function(config, task), reward_name(config), task.buckets[-1])
-    assert task.pool is not None
-    return DatasetOracle(task.pool, make_noise(config, seed))
+    return rounds if isinstance(rounds, fused.FusedRound) else ORACLES[asking.config.oracle.kind](asking)
+
+
+def _dataset(asking: Asking) -> Oracle:
+    assert asking.task.pool is not None
+    return DatasetOracle(asking.task.pool, make_noise(asking.config, asking.seed))
+
+
+def _function(asking: Asking) -> Oracle:
+    name = asking.config.oracle.function
+    function = load_function(name, "config.oracle.function")
+    return FunctionOracle(function, name, make_noise(asking.config, asking.seed))
+
+
+def _reward(asking: Asking) -> Oracle:
+    reward = reward_function(asking.config, asking.task)
+    return RewardOracle(reward, reward_name(asking.config), asking.task.buckets[-1])
+
+
+def _people(asking: Asking) -> Oracle:
+    return PeopleOracle(asking.folder, asking.config.oracle.annotators)
+
+
+# By `config.oracle.kind`.
+ORACLES: dict[str, Callable[[Asking], Oracle]] = {
+    "dataset": _dataset,
+    "function": _function,
+    "reward": _reward,
+    "people": _people,
+}
 
 
 def make_noise(config: ml_collections.ConfigDict, seed: int) -> Noise:

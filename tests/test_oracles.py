@@ -105,7 +105,7 @@ def test_on_policy_on_a_model(
         assert len(selected) == 3 and all({row["first"], row["second"]} <= shown for row in selected)
         for row, question in zip(selected, asked, strict=True):
             if kind == "reward":
-                rewards = [len(question["first_tokens"]), len(question["second_tokens"])]
+                rewards = [float(len(question[f"{side}_tokens"])) for side in ("first", "second")]
             else:
                 rewards = positivity(["", ""], [row["first"], row["second"]])
             assert row["preference"] == ("tie", "first", "second")[int(np.sign(rewards[0] - rewards[1]))]
