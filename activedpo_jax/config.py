@@ -176,6 +176,15 @@ OPTIONS: dict[str, Option] = {
     "selection.entropy_samples": Option(
         8, "responses a prompt from which `aplp` estimates its entropy", between(1, 1024)
     ),
+    # The command `select`: pairs to label, for those who train elsewhere
+    "select.features": Option(
+        "", ".npy or .safetensors file of [N, D] floats in pool order; no model is loaded then; empty: computed"
+    ),
+    "select.labelled": Option(
+        "",
+        "earlier labels: a filled-in label file, or pair ids in a .txt; these pairs count in V, and are not picked",
+    ),
+    "select.budget": Option(50, "pairs to pick", EXAMPLES),
     "candidates.source": Option(
         "pool",
         "where a round's responses come from: the data's own pairs, the current policy, or both",
@@ -198,6 +207,7 @@ OPTIONS: dict[str, Option] = {
     "oracle.flip_probability": Option(0.0, "of a label, with `flip`", SHARE),
     "oracle.temperature": Option(1.0, "of the rewards, with `bradley_terry`"),
     # Training on the labels
+    "dpo.loss": Option("sigmoid", "DPO's own, or SLiC's on the same rewards", choices=("sigmoid", "hinge")),
     "dpo.beta": Option(0.1, "β"),
     "dpo.label_smoothing": Option(
         0.0,

@@ -202,7 +202,7 @@ def evaluator(
     truth = answers(task.heldout, Noise(seed=seed))
     every = np.arange(task.heldout.num_pairs)
     batches = heldout.Batches(task.heldout, every, task.buckets, config.evaluation.pairs_per_chunk, mesh)
-    return heldout.Evaluator(policy, truth, batches, config.dpo.beta, config.dpo.label_smoothing)
+    return heldout.Evaluator(policy, truth, batches, specs.loss_spec(config))
 
 
 def export(setting: Setting, state: states.RunState, folder: pathlib.Path) -> None:

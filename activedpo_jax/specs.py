@@ -11,6 +11,7 @@ from activedpo_jax.evidence.gradients import FeatureSpec
 from activedpo_jax.evidence.registry import EvidenceSpec
 from activedpo_jax.rounds.spec import RoundSpec, SelectionSpec, TrainingSpec
 from activedpo_jax.tasks import Task
+from activedpo_jax.training.losses import LossSpec
 from activedpo_jax.training.optimiser import DpoSpec, OptimiserSpec
 
 # A fused round shows no progress while it runs, so `auto` takes it where it is short: up to so many
@@ -61,7 +62,7 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: Task, mes
             block=config.selection.block,
         ),
         training=TrainingSpec(
-            dpo=DpoSpec(dpo.beta, dpo.label_smoothing, optimiser),
+            dpo=DpoSpec(loss_spec(config), optimiser),
             epochs=dpo.epochs,
             batch_size=dpo.batch_size,
             microbatch=layout.round_up(min(dpo.pairs_per_chunk, dpo.batch_size), mesh),
@@ -76,6 +77,11 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: Task, mes
         pool_only=source == "pool",
         hidden_size=task.decoder.config.hidden_size,
     )
+
+
+def loss_spec(config: ml_collections.ConfigDict) -> LossSpec:
+    """The loss that `config.dpo` trains with, and the held-out pairs are judged by."""
+    return LossSpec(config.dpo.loss, config.dpo.beta, config.dpo.label_smoothing)
 
 
 def used_buckets(task: Task) -> list[Bucket]:

@@ -81,17 +81,23 @@ def to_groups(batch: dict[str, torch.Tensor]) -> Groups:
     return out
 
 
-@pytest.fixture(scope="module", params=[0.1, 0.5], ids="beta={}".format)
-def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[float, Trl]:
+@pytest.fixture(scope="module", params=[("sigmoid", 0.1), ("sigmoid", 0.5), ("hinge", 0.5)], ids="{0[0]}-{0[1]}".format)
+def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[losses.LossSpec, Trl]:
     """TRL's own trainer on its own batch of ragged prompts and responses."""
-    beta, folder = request.param, tmp_path_factory.mktemp("trl")
+    (kind, beta), folder = request.param, tmp_path_factory.mktemp("trl")
     tokenizer = make_tokenizer(CHATML)
     base = tiny_llama(folder / "base", vocab_size=len(tokenizer), tie_word_embeddings=True)
     rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in RECORDS]
     trainer = trl.DPOTrainer(
         base,
         args=trl.DPOConfig(
-            output_dir=str(folder / "out"), beta=beta, use_cpu=True, bf16=False, report_to=[], max_length=None
+            output_dir=str(folder / "out"),
+            beta=beta,
+            loss_type=kind,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            max_length=None,
         ),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -110,7 +116,8 @@ def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     loss.backward()
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     gradient = to_tree({name: p.grad for name, p in weights.items()})
-    return beta, Trl(folder / "base", float(loss.detach()), metrics, to_groups(batch), to_tree(weights), gradient)
+    spec = losses.LossSpec(kind, beta, 0.0)
+    return spec, Trl(folder / "base", float(loss.detach()), metrics, to_groups(batch), to_tree(weights), gradient)
 
 
 def swap(groups: Groups) -> Groups:
@@ -118,8 +125,8 @@ def swap(groups: Groups) -> Groups:
 
 
 @pytest.mark.parametrize("preference", [0, 1], ids=["chosen first", "chosen second"])
-def test_loss_and_gradient_are_those_of_trl(theirs: tuple[float, Trl], preference: int) -> None:
-    beta, trl_ = theirs
+def test_loss_and_gradient_are_those_of_trl(theirs: tuple[losses.LossSpec, Trl], preference: int) -> None:
+    spec, trl_ = theirs
     decoder, params = load_decoder(trl_.folder)
     decoder = decoder.clone(lora=LoraConfig(RANK, ALPHA))
     groups = swap(trl_.groups) if preference else trl_.groups
@@ -129,7 +136,7 @@ def test_loss_and_gradient_are_those_of_trl(theirs: tuple[float, Trl], preferenc
     )
 
     def loss(lora: Lora) -> tuple[jax.Array, losses.DpoMetrics]:
-        return losses.loss(decoder, params, lora, groups, pairs, beta, 0.0)
+        return losses.loss(spec, decoder, params, lora, groups, pairs)
 
     (ours, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(trl_.lora)
     assert abs(trl_.loss - np.log(2)) > 0.01  # or nothing would be compared
@@ -157,7 +164,8 @@ def batches(draw: Any) -> tuple[np.ndarray, losses.Preferences]:
 
 
 def values(logps: Any, pairs: losses.Preferences, beta: float = 0.1, smoothing: float = 0.0) -> np.ndarray:
-    return np.array(losses.metrics(jnp.asarray(logps), jax.tree.map(jnp.asarray, pairs), beta, smoothing))
+    spec = losses.LossSpec("sigmoid", beta, smoothing)
+    return np.array(losses.metrics(spec, jnp.asarray(logps), jax.tree.map(jnp.asarray, pairs)))
 
 
 @settings(deadline=None, max_examples=30)
@@ -196,6 +204,19 @@ def test_parts_add_up_and_padding_is_nothing(batch: tuple[np.ndarray, losses.Pre
     np.testing.assert_allclose(values(pad(logps, 7.0), padded), values(logps, pairs), rtol=1e-6, atol=1e-6)
 
 
+@settings(deadline=None, max_examples=30)
+@given(batches(), st.sampled_from(["sigmoid", "hinge"]), st.floats(0, 0.4))
+def test_a_tie_is_half_of_each_order(batch: tuple[np.ndarray, losses.Preferences], kind: str, smoothing: float) -> None:
+    logps, pairs = batch
+    spec = losses.LossSpec(kind, 0.1, smoothing)
+    found = {
+        preference: losses.metrics(spec, jnp.asarray(logps), pairs._replace(preference=np.full(len(logps), preference)))
+        for preference in (0.0, 0.5, 1.0)
+    }
+    np.testing.assert_allclose(found[0.5].loss, (found[0.0].loss + found[1.0].loss) / 2, rtol=1e-5)
+    assert found[0.5].margin == 0 and found[0.5].accuracy == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
 def test_the_reference_model_knows_nothing(beta: float) -> None:
     logps = np.array([[-3.0, -5.0], [-2.0, -2.0]], np.float32)
@@ -206,6 +227,7 @@ def test_the_reference_model_knows_nothing(beta: float) -> None:
 @pytest.mark.parametrize("epsilon", [0.1, 0.3])
 def test_smoothing_stops_at_a_finite_margin(epsilon: float) -> None:
     at = np.log((1 - epsilon) / epsilon)
-    slope = jax.vmap(jax.grad(lambda margin: losses.sigmoid_loss(margin, epsilon)))
+    spec = losses.LossSpec("sigmoid", 0.1, epsilon)
+    slope = jax.vmap(jax.grad(lambda margin: losses.smoothed(spec, margin, epsilon)))
     below, here, above = slope(jnp.array([at - 0.5, at, at + 0.5]))
     assert below < -0.01 and above > 0.01 and abs(here) < 1e-6

@@ -121,7 +121,7 @@ def programs(remat: str) -> tuple[Any, Any]:
     decoder, _, lora = tiny.model(remat=remat)
     batch = tiny.groups(0, 4, 2)
     pairs = losses.Preferences(jnp.array([0, 1, 1, 0]), jnp.zeros((4, 2)), jnp.full(4, 0.25))
-    spec = optimiser.DpoSpec(0.1, 0.0, optimiser.OptimiserSpec(1e-4))
+    spec = optimiser.DpoSpec(losses.LossSpec("sigmoid", 0.1, 0.0), optimiser.OptimiserSpec(1e-4))
     return (
         jax.jit(lambda params: decoder.apply({"params": params, "lora": lora}, batch)),
         jax.jit(lambda params: optimiser.dpo_gradient(decoder, spec, params, lora, batch, pairs)[0]),

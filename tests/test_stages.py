@@ -15,6 +15,7 @@ from activedpo_jax.models.policy import Policy
 from activedpo_jax.rounds import staged
 from activedpo_jax.rounds.state import initial_state
 from activedpo_jax.tasks import Task
+from activedpo_jax.training.losses import LossSpec
 from tests import tiny
 from tests.test_round import options
 
@@ -79,9 +80,10 @@ def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown() -> None:
     data = pool(1)
     mesh = layout.make_mesh(options().mesh, jax.devices()[:1])
     beta, smoothing = 0.3, 0.1
+    loss = LossSpec("sigmoid", beta, smoothing)
     every = np.arange(data.num_pairs)
     batches = heldout.Batches(data, every, BUCKETS, 4, mesh)
-    judge = heldout.Evaluator(policy, data.preferences, batches, beta, smoothing)
+    judge = heldout.Evaluator(policy, data.preferences, batches, loss)
     got = judge(lora)
 
     gains = heldout.log_probs(decoder, params, lora, batches, data.num_pairs, "").astype(np.float64)
@@ -90,8 +92,8 @@ def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown() -> None:
     margins = beta * (gains[every, preferred] - gains[every, 1 - preferred])
     assert np.isclose(got["accuracy"], np.mean(margins > 0))
     assert np.isclose(got["margin"], margins.mean(), atol=1e-5)
-    loss = (1 - smoothing) * np.logaddexp(0, -margins) + smoothing * np.logaddexp(0, margins)
-    assert np.isclose(got["loss"], loss.mean(), atol=1e-5)
+    expected = (1 - smoothing) * np.logaddexp(0, -margins) + smoothing * np.logaddexp(0, margins)
+    assert np.isclose(got["loss"], expected.mean(), atol=1e-5)
     start = judge.untrained()
     assert start == pytest.approx({"accuracy": 0.5, "margin": 0.0, "loss": np.log(2)})
 
@@ -99,6 +101,6 @@ def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown() -> None:
         data, pairs=data.pairs[:, [0, 2, 1]], preferences=(1 - data.preferences).astype(np.int8)
     )
     batches = heldout.Batches(other_way, every, BUCKETS, 4, mesh)
-    judge = heldout.Evaluator(policy, other_way.preferences, batches, beta, smoothing)
+    judge = heldout.Evaluator(policy, other_way.preferences, batches, loss)
     again = judge(lora)
     assert np.isclose(again["margin"], got["margin"], atol=1e-6) and again["accuracy"] == got["accuracy"]

@@ -93,7 +93,7 @@ def test_gradients_of_parts_add_up() -> None:
     batch = tiny.groups(seed=3, count=4, m=2)
     ref = np.asarray(response_logps(decoder, params, None, batch))
     pairs = losses.Preferences(jnp.array([0, 1, 1, 0]), jnp.asarray(ref), jnp.full(4, 0.25))
-    spec = DpoSpec(0.1, 0.0, OptimiserSpec(1e-3))
+    spec = DpoSpec(losses.LossSpec("sigmoid", 0.1, 0.0), OptimiserSpec(1e-3))
     gradient = jax.jit(lambda groups, pairs: optimiser.dpo_gradient(decoder, spec, params, lora, groups, pairs))
     whole = gradient(batch, pairs)
     halves = [

@@ -25,14 +25,14 @@ def score(decoder: Decoder, params: Params, lora: Lora, groups: Groups) -> jax.A
 class Batches:
     """Rows of a pool as padded batches of pairs, bucket by bucket; shapes repeat, so programs are compiled once each.
 
-    Iterating gives (rows [≤ size], batch of pairs on the mesh); rows come bucket by bucket.
+    Iterating yields (rows [≤ size], batch of pairs on the mesh); rows come bucket by bucket.
     """
 
     def __init__(self, pool: PairPool, rows: np.ndarray, buckets: Sequence[Bucket], size: int, mesh: jax.sharding.Mesh):
         self._pool, self._buckets, self._sharding = pool, buckets, layout.batch(mesh)
         self._size = layout.round_up(size, mesh)
-        of_group = assign_buckets(pool, buckets)
-        self._chunks = [(b, rows[part]) for b, part in microbatches(of_group[pool.pairs[rows, 0]], self._size)]
+        bucket_of_group = assign_buckets(pool, buckets)
+        self._chunks = [(b, rows[part]) for b, part in microbatches(bucket_of_group[pool.pairs[rows, 0]], self._size)]
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -62,15 +62,15 @@ class Evaluator:
     """Scores adapters on a held-out set, whose reference log-probabilities are computed once.
 
     Args:
-      preferences: of every pair of the set, [N]: 0 the first shown is preferred, 1 the second.
-      batches: of all of them.
+      preferences: [N], one for every pair of the set: 0 the first shown is preferred, 1 the second.
+      batches: of all pairs of the set.
     """
 
-    def __init__(self, policy: Policy, preferences: np.ndarray, batches: Batches, beta: float, label_smoothing: float):
+    def __init__(self, policy: Policy, preferences: np.ndarray, batches: Batches, loss: losses.LossSpec):
         self._policy, self._batches = policy, batches
-        self._num_rows, self._beta, self._smoothing = len(preferences), beta, label_smoothing
+        self._num_rows, self._loss = len(preferences), loss
         self._ref = self._log_probs(policy.reference, "held-out reference")
-        # Weight one and the division afterwards, so that an accuracy is the exact fraction.
+        # Each weight is one and sums are divided at the end, so that an accuracy is an exact fraction.
         weight = jnp.ones(self._num_rows, jnp.float32)
         self._pairs = losses.Preferences(jnp.asarray(preferences, jnp.int32), jnp.asarray(self._ref), weight)
 
@@ -79,7 +79,7 @@ class Evaluator:
         return self._metrics(self._log_probs(lora, "evaluation"))
 
     def untrained(self) -> dict[str, float]:
-        """The same of the reference model, which every run starts as."""
+        """The same for the reference model, with which every run starts."""
         return self._metrics(self._ref)
 
     def _log_probs(self, lora: Lora, label: str) -> np.ndarray:
@@ -87,5 +87,5 @@ class Evaluator:
         return log_probs(policy.decoder, policy.params, lora, self._batches, self._num_rows, label)
 
     def _metrics(self, logps: np.ndarray) -> dict[str, float]:
-        out = losses.metrics(jnp.asarray(logps), self._pairs, self._beta, self._smoothing)
+        out = losses.metrics(self._loss, jnp.asarray(logps), self._pairs)
         return {name: float(total) / self._num_rows for name, total in out._asdict().items()}

@@ -33,21 +33,20 @@ class OptimiserSpec:
 class DpoSpec:
     """The DPO recipe of one round."""
 
-    beta: float
-    label_smoothing: float
+    loss: losses.LossSpec
     optimiser: OptimiserSpec
 
 
 def learning_rate(spec: OptimiserSpec, step: jax.Array, total: jax.Array) -> jax.Array:
-    """The learning rate at `step` of `total`, which may both be traced: labels grow in number, the program stays."""
+    """The learning rate at `step` of `total`, both of which may be traced, so that more labels need no new program."""
     warmup = jnp.ceil(spec.warmup_fraction * total)
-    left = (total - step) / jnp.maximum(total - warmup, 1)
-    down = {
-        "linear": left,
-        "cosine": 0.5 * (1 + jnp.cos(jnp.pi * (1 - left))),
-        "constant": jnp.ones_like(left),
+    remaining = (total - step) / jnp.maximum(total - warmup, 1)
+    decay = {
+        "linear": remaining,
+        "cosine": 0.5 * (1 + jnp.cos(jnp.pi * (1 - remaining))),
+        "constant": jnp.ones_like(remaining),
     }[spec.schedule]
-    return spec.learning_rate * jnp.where(step < warmup, (step + 1) / jnp.maximum(warmup, 1), jnp.minimum(down, 1.0))
+    return spec.learning_rate * jnp.where(step < warmup, (step + 1) / jnp.maximum(warmup, 1), jnp.minimum(decay, 1.0))
 
 
 def _transform(spec: OptimiserSpec) -> optax.GradientTransformation:
@@ -63,7 +62,7 @@ def init_optimiser(spec: OptimiserSpec, weights: Any) -> optax.OptState:
 
 
 def optimiser_shardings(spec: OptimiserSpec, mesh: Mesh, weights: Any) -> Any:
-    """Of the optimiser's state: moments lie as their weights do.  The compiler, left alone, would not cut up zeros.
+    """Shardings of the optimiser's state: moments are laid out like their weights, which the compiler alone would not do.
 
     Args:
       weights: base weights or an adapter, arrays or shapes.
@@ -80,16 +79,16 @@ def optimiser_shardings(spec: OptimiserSpec, mesh: Mesh, weights: Any) -> Any:
 def dpo_gradient(
     decoder: Decoder, spec: DpoSpec, params: Params, lora: Lora, groups: Groups, pairs: losses.Preferences
 ) -> tuple[Lora, losses.DpoMetrics]:
-    """Gradient of the DPO loss of a batch of labelled pairs (groups with m = 2), or what a part of one adds to it."""
+    """Gradient of the DPO loss of a batch of labelled pairs (groups with m = 2), or of a part of one."""
 
     def objective(lora: Lora) -> tuple[jax.Array, losses.DpoMetrics]:
-        return losses.loss(decoder, params, lora, groups, pairs, spec.beta, spec.label_smoothing)
+        return losses.loss(spec.loss, decoder, params, lora, groups, pairs)
 
     return jax.grad(objective, has_aux=True)(lora)
 
 
 def no_gradient(lora: Lora) -> tuple[Lora, losses.DpoMetrics]:
-    """What the parts of a batch are added to."""
+    """Zeros, to which the parts of a batch are added."""
     return jax.tree.map(jnp.zeros_like, lora), losses.DpoMetrics(*(jnp.float32(0),) * 3)
 
 
@@ -102,7 +101,7 @@ def completion_gradient(
     gradient is that of the adapter; without one (`lora=None`) it is that of all weights.
 
     Raises:
-      ValueError: the gradient of all weights is asked for, and some are quantised.
+      ValueError: the gradient is that of all weights, and some are quantised.
     """
 
     def adapter_loss(lora: Lora) -> jax.Array:
@@ -138,9 +137,9 @@ def language_model_step(
 
 
 class BatchSchedule(NamedTuple):
-    """Which labels each step of a round trains on; host arrays of a fixed size, so that every round has one shape."""
+    """The labels that each step of a round trains on; host arrays of a fixed size, the same in all rounds."""
 
-    slots: np.ndarray  # [max_steps, B] int32, places in the list of labels
+    slots: np.ndarray  # [max_steps, B] int32, indices into the list of labels
     weight: np.ndarray  # [max_steps, B] float32, 1/n for the n labels of a batch, 0 at padding
     num_steps: int
     steps_per_epoch: int
@@ -149,10 +148,10 @@ class BatchSchedule(NamedTuple):
 def batch_schedule(
     usable: np.ndarray, epochs: int, batch_size: int, width: int, max_steps: int, seed: int
 ) -> BatchSchedule:
-    """Shuffled epochs over some examples, each of them once an epoch, the last batch of an epoch smaller.
+    """Shuffled epochs over the examples, each of them once per epoch; the last batch of an epoch may be smaller.
 
     Args:
-      usable: [n] int, the places of the examples.
+      usable: [n] int, the indices of the examples.
       width: B, at least `batch_size`: the padded batch that the mesh divides.
     """
     rng = np.random.default_rng(seed)
