@@ -3,6 +3,7 @@
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,14 +27,7 @@ _STYLES = ("-", "--", "-.", ":")  # another for each time that the colours run o
 
 def round_zero(scores: Mapping[str, float]) -> RoundSummary:
     """What is known before any label."""
-    return {
-        "round": 0,
-        "labels": 0,
-        "accuracy": scores["accuracy"],
-        "margin": scores["margin"],
-        "heldout_loss": scores["loss"],
-        "seconds": {},
-    }
+    return {"round": 0, "labels": 0, **_heldout(scores), "seconds": {}}
 
 
 def round_summary(
@@ -53,9 +47,7 @@ def round_summary(
     entry: RoundSummary = {
         "round": number,
         "labels": number * selection.labels_per_round,
-        "accuracy": scores["accuracy"],
-        "margin": scores["margin"],
-        "heldout_loss": scores["loss"],
+        **_heldout(scores),
         "loss": None if training is None else float(training.loss),
         "seconds": seconds,
     }
@@ -75,6 +67,12 @@ def round_summary(
     if agreeing := [v.agreeing for v in said if not math.isnan(v.agreeing)]:
         entry["agreement"] = math.fsum(agreeing) / len(agreeing)
     return entry
+
+
+def _heldout(scores: Mapping[str, float]) -> Any:
+    """The figures of the held-out set under the names of `RoundSummary`, any others as `heldout_<name>`."""
+    plain_names = ("accuracy", "margin")
+    return {name if name in plain_names else f"heldout_{name}": value for name, value in scores.items()}
 
 
 def round_notes(selection: SelectionSpec, entry: RoundSummary) -> dict[str, str]:
