@@ -27,7 +27,8 @@ _STYLES = ("-", "--", "-.", ":")  # another for each time that the colours run o
 
 def round_zero(scores: Mapping[str, float]) -> RoundSummary:
     """What is known before any label."""
-    return {"round": 0, "labels": 0, **_heldout(scores), "seconds": {}}
+    entry: Any = {"round": 0, "labels": 0, **_heldout(scores), "seconds": {}}
+    return entry
 
 
 def round_summary(
@@ -44,7 +45,7 @@ def round_summary(
       scores: of the held-out set.
     """
     number = picked.questions[0].round
-    entry: RoundSummary = {
+    entry: Any = {
         "round": number,
         "labels": number * selection.labels_per_round,
         **_heldout(scores),
