@@ -20,8 +20,8 @@ from activedpo_jax.data.groups import Bucket, Groups
 from activedpo_jax.evaluation import heldout
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.rounds import choose, fresh, fused, staged
-from activedpo_jax.rounds import state as states
 from activedpo_jax.rounds.spec import RoundSpec
+from activedpo_jax.rounds.state import RunState, empty_labelled, vector_size
 from activedpo_jax.training import finetune, optimiser
 
 Program = tuple[str, Any, tuple[Any, ...]]  # name, jitted function, arguments
@@ -31,10 +31,10 @@ def compile_for(config: ml_collections.ConfigDict, topology: str) -> None:
     """Compiles every program of the run and prints bytes and FLOPs per device.
 
     Args:
-      topology: as TPUs are ordered: `v5e:4x4`, `v5p:2x2x1`, `v6e:4x4`.
+      topology: a name and a shape in chips: `v5e:4x4`, `v5p:2x2x1`, `v6e:4x4`.
 
     Raises:
-      SystemExit: as of `tpu_devices`.
+      SystemExit: see `tpu_devices`.
     """
     devices = tpu_devices(topology)
     mesh = layout.make_mesh(config.mesh, devices)
@@ -55,7 +55,7 @@ def tpu_devices(topology: str) -> list[Any]:
     Raises:
       SystemExit: libtpu is not installed, or does not know the topology.
     """
-    # Otherwise libtpu looks for the TPU machine that this is not, and takes minutes to give up.
+    # Otherwise libtpu looks for the metadata of a TPU machine, and takes minutes to give up.
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -73,18 +73,18 @@ def tpu_devices(topology: str) -> list[Any]:
 
 def programs(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) -> Iterator[Program]:
     """The programs of a run on abstract arguments."""
-    like = lambda tree: _abstract(tree, layout.replicated(mesh))  # noqa: E731
+    replicated = functools.partial(_abstract, sharding=layout.replicated(mesh))
     lora = _weights(mesh, jax.eval_shape(lambda: start.fresh_lora(task.decoder, 0)))
     params = task.params_shape
     policy = Policy(task.decoder, params, lora)
-    lam, number = like(jnp.float32(0)), like(jnp.int32(0))
+    lam, number = replicated(jnp.float32(0)), replicated(jnp.int32(0))
 
     if task.base_model == tasks.SYNTHETIC:
         scratch = tasks.scratch_optimiser(config)
         weights = tasks.params_shape(task.decoder, mesh, jnp.float32, "none")
         opt_state = jax.eval_shape(lambda p: optimiser.init_optimiser(scratch, p), weights)
         batch = _groups(mesh, task.buckets[0], layout.round_up(config.scratch.batch_size, mesh), 2)
-        arguments: tuple[Any, ...] = (task.decoder, scratch, weights, like(opt_state), batch, lam)
+        arguments: tuple[Any, ...] = (task.decoder, scratch, weights, replicated(opt_state), batch, lam)
         yield "base model step", tasks.language_model_step, arguments
 
     if config.sft.data:
@@ -114,20 +114,20 @@ def programs(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) ->
 
     for strategy in config.strategies:
         spec = specs.round_spec(config, strategy, task, mesh)
-        shapes = jax.eval_shape(lambda spec=spec: states.empty_labelled(spec))
-        state = states.RunState(lora, like(shapes), like(jnp.uint32(0)), number)
+        shapes = jax.eval_shape(lambda spec=spec: empty_labelled(spec))
+        state = RunState(lora, replicated(shapes), replicated(jnp.uint32(0)), number)
         yield from _round_programs(config, task, spec, policy, state)
 
 
 def _round_programs(
-    config: ml_collections.ConfigDict, task: tasks.Task, spec: RoundSpec, policy: Policy, state: states.RunState
+    config: ml_collections.ConfigDict, task: tasks.Task, spec: RoundSpec, policy: Policy, state: RunState
 ) -> Iterator[Program]:
     mesh, strategy = spec.mesh, spec.selection.strategy
-    like = lambda tree: _abstract(tree, layout.replicated(mesh))  # noqa: E731
+    replicated = functools.partial(_abstract, sharding=layout.replicated(mesh))
     if specs.is_fused(config, task):
         rounds = verbs.make(config, spec, task, policy, config.seeds[0])
         assert isinstance(rounds, fused.FusedRound)
-        arguments: tuple[Any, ...] = (spec, policy, state, *like(rounds.arguments(1, config.seeds[0])))
+        arguments: tuple[Any, ...] = (spec, policy, state, *replicated(rounds.arguments(1, config.seeds[0])))
         yield f"round, {strategy}", fused.fused_round, arguments
         return
     lora, number = state.lora, state.round
@@ -141,8 +141,8 @@ def _round_programs(
             arguments = (spec, weights, state.seed, number, fresh.Prompts(ids, length))
             yield f"responses {tuple(bucket)}", fresh.chunk_program, arguments
     schedule = spec.schedule(np.arange(config.labels_per_round), 1, 0)
-    part = like((schedule.slots[0][: spec.training.microbatch], schedule.weight[0][: spec.training.microbatch]))
-    gradient = (lora, like(jax.eval_shape(optimiser.no_gradient, lora)[1]))
+    part = replicated((schedule.slots[0][: spec.training.microbatch], schedule.weight[0][: spec.training.microbatch]))
+    gradient = (lora, replicated(jax.eval_shape(optimiser.no_gradient, lora)[1]))
     for bucket in task.buckets:
         groups = _groups(mesh, bucket, spec.chunk, m)
         if spec.needs:
@@ -151,7 +151,7 @@ def _round_programs(
         arguments = (spec, policy, lora, gradient, state.labelled, part, bucket)
         yield f"training gradient {tuple(bucket)}, {strategy}", staged.gradient_program, arguments
     opt_state = jax.eval_shape(lambda w: optimiser.init_optimiser(spec.training.dpo.optimiser, w), lora)
-    arguments = (spec, lora, like(opt_state), lora, number, number)
+    arguments = (spec, lora, replicated(opt_state), lora, number, number)
     yield f"training update, {strategy}", staged.update_program, arguments
     count = task.candidate_texts.num_groups * m * (m - 1) // 2 if task.pool is None else task.pool.num_pairs
     padded = -(-count // mesh.size) * mesh.size
@@ -164,21 +164,21 @@ def _round_programs(
             for name, x in shapes.items()
         }
     empty = np.zeros((padded, 3), np.int32), np.zeros((padded, 4), np.uint32), np.zeros(padded, bool)
-    rows = choose.Rows(*like(empty))
-    vectors = states.vector_size(spec) if choose.needs_known(spec) else None
-    known = None if vectors is None else like(jax.eval_shape(lambda: jnp.zeros((spec.capacity, vectors))))
+    rows = choose.Rows(*replicated(empty))
+    vectors = vector_size(spec) if choose.needs_known(spec) else None
+    known = None if vectors is None else replicated(jax.eval_shape(lambda: jnp.zeros((spec.capacity, vectors))))
     yield f"selection, {strategy}", staged.select_program, (spec, state, rows, evidence, known)
 
 
 def _abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """Shapes of arrays, laid out so; what is laid out for the topology already stays as it is."""
+    """Shapes of arrays with this sharding; shapes that already have one keep it."""
 
-    def one(x: Any) -> Any:
+    def shape(x: Any) -> Any:
         if isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None:
             return x
         return jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=sharding)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(shape, tree)
 
 
 def _weights(mesh: Mesh, tree: Any) -> Any:

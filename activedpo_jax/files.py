@@ -1,4 +1,4 @@
-"""JSON, and files that get onto the disk in one piece.
+"""JSON, and files that are written whole or not at all.
 
 JSON has no NaN and no infinity: a number that is not finite is written as null.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON has it: dicts with string keys, lists, strings, numbers, None for those not finite.
+    """`value` in JSON's terms: dicts with string keys, lists, strings, numbers; None for numbers that are not finite.
 
     Takes ConfigDicts, mappings, sequences, and NumPy or JAX scalars and arrays.
 
@@ -36,13 +36,13 @@ def plain(value: Any) -> Any:
 
 
 def write_atomic(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that, whatever kills the process, `path` is as it was, or complete; makes folders."""
+    """Writes a file so that `path` is unchanged or complete, whatever kills the process; makes its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())  # before the rename: else a power cut could leave the name on an empty file
+        os.fsync(file.fileno())  # before the rename: otherwise a power cut could leave an empty file
     os.replace(partial, path)
     _sync_folder(path.parent)
 
@@ -56,9 +56,9 @@ def _sync_folder(folder: pathlib.Path) -> None:
 
 
 def append_lines(path: pathlib.Path, lines: Sequence[str]) -> None:
-    """Appends lines, each with its end, and returns once they are on disk.
+    """Appends lines, each with its line end, and returns once they are on disk.
 
-    A line that a crash cut short is taken away first, as `read_lines` leaves it out.
+    A line that a crash cut short, which `read_lines` leaves out, is removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -74,9 +74,9 @@ def append_lines(path: pathlib.Path, lines: Sequence[str]) -> None:
 
 
 def read_lines(path: pathlib.Path) -> Iterator[str]:
-    """The whole lines of a file, without their ends; none if it is not there."""
+    """The complete lines of a file, without their line ends; none if there is no file."""
     if path.exists():
-        with open(path, encoding="utf-8", newline="\n") as file:  # U+2028 in a text is no end of line
+        with open(path, encoding="utf-8", newline="\n") as file:  # U+2028 in a text does not end a line
             for line in file:
                 if line.endswith("\n"):
                     yield line[:-1]
@@ -91,7 +91,7 @@ def read_json(path: pathlib.Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-      FileNotFoundError: if it is not there.
+      FileNotFoundError: if there is no such file.
       ValueError: if it is not JSON; names file and line.
     """
     try:

@@ -6,29 +6,26 @@ A config file has `get_config()`, which starts from `config.default()` and chang
 """
 
 import atexit
-import contextlib
 import difflib
-import errno
 import fnmatch
 import math
-import os
 import pathlib
 import re
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
-import jax
 import ml_collections
 import numpy as np
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
+from activedpo_jax import errors, option_checks
 from activedpo_jax.config import OPTIONS
+from activedpo_jax.errors import UsageError
 from activedpo_jax.files import flatten
+from activedpo_jax.option_checks import wrong
 
 
 class Usage(NamedTuple):
@@ -59,11 +56,15 @@ COMMANDS: dict[str, Usage] = {
             *(*_MODEL_AND_TEXTS[1:], "generation.*", "mesh.*"),
         ),
     ),
+    "select": Usage(
+        "which pairs to label, for those who train elsewhere",
+        (
+            *("strategies", "seeds", "select.*", *_MODEL_AND_TEXTS, "data.train", "data.train_split"),
+            *("data.train_limit", "features.*", "selection.lam", "selection.block", "selection.entropy_samples"),
+            *("generation.max_new_tokens", "mesh.*"),
+        ),
+    ),
 }
-
-
-class UsageError(ValueError):
-    """The command line or the config file is wrong; the message is one line for the person who typed it."""
 
 
 class Command(NamedTuple):
@@ -79,22 +80,22 @@ def read_config(argv: Sequence[str], strategies: Collection[str]) -> Command:
       argv: the program's name, which tells the command, then its arguments.
       strategies: the names that `config.strategies` may hold.
     """
-    atexit.register(_flush)
+    atexit.register(errors.flush)
     if {"-h", "--help"} & set(argv[1:]):
-        with clean_errors():
+        with errors.clean_errors():
             print(help_text(_command(argv)))
         sys.exit(0)
     try:
         return parse(argv, strategies)
     except UsageError as error:
-        fail(error)
+        errors.fail(error)
 
 
 def read_plain_run(argv: Sequence[str], strategies: Collection[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
     """As `read_config`, for commands that only run: options and work directory."""
     command = read_config(argv, strategies)
     if command.compile_only:
-        fail("--compile_only is an option of activedpo_jax.main; leave it out")
+        errors.fail("--compile_only is an option of activedpo_jax.main; leave it out")
     assert command.workdir is not None
     return command.config, command.workdir
 
@@ -127,100 +128,6 @@ def help_text(command: str) -> str:
         *cells, comment = (cell.ljust(width) for cell, width in zip(row, (29, 14, 10, 28, 0), strict=True))
         lines.append("  ".join([*cells, comment]))
     return "\n".join(lines)
-
-
-_RESUMABLE = 75
-_PIPE = 128 + signal.SIGPIPE
-
-_LESS_MEMORY = (
-    "lower features.groups_per_chunk, evaluation.pairs_per_chunk, dpo.pairs_per_chunk or sft.examples_per_chunk, "
-    "generation.prompts_per_chunk, the largest of data.buckets, or lora.rank; or set model.remat=full or "
-    "model.quantisation=int8"
-)
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-
-@contextlib.contextmanager
-def clean_errors() -> Iterator[None]:
-    """Around a command's work: what a user can mend ends in one line, not in a traceback.
-
-    Exit codes: 2, a mistake in options, files or data; 1, numbers that are not finite, memory that does not suffice, a
-    disk that is full or cannot be written; 75 (EX_TEMPFAIL of sysexits.h), SIGINT or SIGTERM, after which the same
-    command resumes; 141, without a line, a pipe that nobody reads any more.
-    """
-    previous = signal.getsignal(signal.SIGTERM)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread:
-        signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _flush()
-        sys.exit(_PIPE)
-    except KeyboardInterrupt:
-        fail("interrupted; what is in the work directory is whole, and the same command resumes it", code=_RESUMABLE)
-    except Exception as error:
-        found = _in_one_line(error)
-        if found is None:
-            raise
-        fail(found[0], code=found[1])
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, previous)
-
-
-def _in_one_line(error: Exception) -> tuple[str, int] | None:
-    """What to print of an error, and the exit code; None: it is a defect of the program, which needs the traceback."""
-    if disk := _disk_error(error):
-        return f"{disk}; once the disk has space and can be written, the same command resumes", 1
-    if isinstance(error, MemoryError) or (
-        isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-    ):
-        reason = (str(error).splitlines() or [""])[0].removeprefix("RESOURCE_EXHAUSTED: ") or "the host has no more"
-        return f"out of memory ({reason}): {_LESS_MEMORY}", 1
-    if isinstance(error, ValueError):
-        return str(error), 2
-    if isinstance(error, FloatingPointError):
-        return str(error), 1
-    if isinstance(error, OSError):
-        return f"{error.filename or 'file'}: {error.strerror or error}", 1
-    return None
-
-
-def _disk_error(error: BaseException | None) -> str | None:
-    """File and reason, where a disk that is full or cannot be written is behind an error or those that led to it.
-
-    TensorStore, which writes checkpoints, has the reason in the text of a ValueError alone.
-    """
-    while error is not None:
-        for number in _DISK:
-            reason, text = os.strerror(number), str(error)
-            if isinstance(error, OSError) and error.errno == number:
-                return f"{error.filename or 'file'}: {reason}"
-            if isinstance(error, ValueError) and reason in text:
-                file = re.search(r'"(/[^"]*)"', text)
-                return f"{file[1] if file else 'file'}: {reason}"
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def _flush() -> None:
-    """Writes out what was printed; where nobody reads it, drops it, of which the interpreter would complain."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def fail(error: object, code: int = 2) -> NoReturn:
-    """Prints the error without a traceback, and exits; code 2 is that of every mistake in usage."""
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(code)
 
 
 def parse(argv: Sequence[str], strategies: Collection[str]) -> Command:
@@ -304,21 +211,16 @@ def validate(config: ml_collections.ConfigDict, strategies: Collection[str], com
             raise UsageError(f"config.{name}: missing; a config file starts from config.default()")
         value = values[name]
         if not _has_type_of(option.default, value):
-            raise UsageError(_expected(name, value, _type_in_words(option.default)))
+            raise wrong(name, value, _type_in_words(option.default))
         if option.choices and value not in option.choices:
-            raise UsageError(_expected(name, value, _one_of(value, option.choices)))
+            raise wrong(name, value, _one_of(value, option.choices))
         if not option.rule.holds(value):
-            raise UsageError(_expected(name, value, option.rule.words))
+            raise wrong(name, value, option.rule.words)
         _check_width(name, option.default, value)
     for strategy in config.strategies:
         if strategy not in strategies:
-            raise UsageError(_expected("strategies", strategy, _one_of(strategy, strategies)))
-    _check_data_and_model(config, command)
-    _check_oracle(config)
-    _check_labels(config)
-    _check_sizes(config)
-    if config.data.train == "synthetic":
-        _check_synthetic(config)
+            raise wrong("strategies", strategy, _one_of(strategy, strategies))
+    option_checks.check(config, command)
 
 
 _FLOAT32 = np.finfo(np.float32)
@@ -328,189 +230,9 @@ _TINIEST, _LARGEST = float(_FLOAT32.tiny), float(_FLOAT32.max)
 def _check_width(name: str, default: Any, value: Any) -> None:
     """Numbers go into arrays of int32 and float32, which must hold them."""
     if type(default) is int and abs(value) >= 2**31:
-        raise UsageError(_expected(name, value, f"a number below {2**31:,}, for 32 bits"))
+        raise wrong(name, value, f"a number below {2**31:,}, for 32 bits")
     if type(default) is float and value and not _TINIEST <= abs(value) <= _LARGEST:
-        raise UsageError(_expected(name, value, f"a number from {_TINIEST:.1g} to {_LARGEST:.1g}, for 32 bits"))
-
-
-def _check_data_and_model(config: ml_collections.ConfigDict, command: str) -> None:
-    """Options that need, or exclude, each other.  An option that would be ignored is an error, too."""
-    needs_no_pool = config.sft.data or config.generation.prompts
-    if not (config.data.train or (command != "main" and needs_no_pool)):
-        raise UsageError("config.data.train: got '', expected a file, the name of a data set, or synthetic")
-    if config.sft.data and not config.model.path:
-        raise UsageError(
-            f"config.sft.data: got {config.sft.data!r} without config.model.path; expected a Hugging Face directory "
-            "or name there, whose tokenizer makes tokens of the texts"
-        )
-    if config.sft.data and config.sft.weights == "full" and config.lora.path:
-        raise UsageError(
-            f"config.lora.path: got {config.lora.path!r} with sft.weights='full', which changes the base weights "
-            "that the adapter was made for; expected an empty lora.path, or sft.weights='lora'"
-        )
-    if config.model.quantisation != "none" and config.sft.data and config.sft.weights == "full":
-        raise UsageError(
-            f"config.model.quantisation: got {config.model.quantisation!r} with sft.weights='full', which trains the "
-            "weights themselves; expected 'none', or sft.weights='lora'"
-        )
-    if config.export.merged and not config.model.path:
-        raise UsageError(
-            "config.export.merged: got True without config.model.path; expected a Hugging Face directory or name "
-            "there, into whose weights the adapter can be merged"
-        )
-    if not config.model.path and config.data.train != "synthetic":
-        raise UsageError(
-            f"config.model.path: got '' with data.train={config.data.train!r}, expected a Hugging Face "
-            "directory or name; only data.train='synthetic' brings a decoder of its own"
-        )
-
-
-def _check_oracle(config: ml_collections.ConfigDict) -> None:
-    """Who labels, what, and how."""
-    oracle, source, mode = config.oracle, config.candidates.source, config.round.mode
-    kind, noise = oracle.kind, oracle.noise
-    if oracle.function and kind in ("dataset", "people"):
-        raise UsageError(
-            f"config.oracle.function: got {oracle.function!r} with oracle.kind={kind!r}, which asks no function; "
-            "expected an empty one, or oracle.kind='function' or 'reward'"
-        )
-    if kind == "reward" and not oracle.function and config.data.train != "synthetic":
-        raise UsageError(
-            "config.oracle.function: got '' with oracle.kind='reward', expected module:function; only "
-            "data.train='synthetic' brings a reward of its own"
-        )
-    if (kind == "function" or oracle.function) and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:\w+", oracle.function):
-        raise UsageError(_expected("oracle.function", oracle.function, "module:function, such as my.rewards:helpful"))
-    if oracle.annotators != 1 and kind != "people":
-        raise UsageError(
-            f"config.oracle.annotators: got {oracle.annotators} with oracle.kind={kind!r}, which answers once; "
-            "expected 1, or oracle.kind='people'"
-        )
-    if noise != "none" and kind in ("people", "reward"):
-        raise UsageError(
-            f"config.oracle.noise: got {noise!r} with oracle.kind={kind!r}, whose answers are taken as they are; "
-            "expected 'none', or oracle.kind='dataset' or 'function'"
-        )
-    if oracle.flip_probability and noise != "flip":
-        raise UsageError(
-            f"config.oracle.flip_probability: got {oracle.flip_probability} with "
-            f"oracle.noise={noise!r}, which flips nothing; expected oracle.noise='flip'"
-        )
-    if oracle.temperature != 1 and noise != "bradley_terry":
-        raise UsageError(
-            f"config.oracle.temperature: got {oracle.temperature} with oracle.noise={noise!r}, "
-            "which has no temperature; expected oracle.noise='bradley_terry'"
-        )
-    if source != "pool" and kind == "dataset":
-        raise UsageError(
-            f"config.candidates.source: got {source!r} with oracle.kind='dataset', which has no labels of fresh "
-            "responses; expected 'pool', or oracle.kind='function', 'reward' or 'people'"
-        )
-    if config.candidates.prompts_per_round and source == "pool":
-        raise UsageError(
-            f"config.candidates.prompts_per_round: got {config.candidates.prompts_per_round} with "
-            "candidates.source='pool', which takes all pairs; expected 0, or candidates.source='policy' or 'mixture'"
-        )
-    if mode == "fused" and kind in ("function", "people"):
-        raise UsageError(
-            f"config.round.mode: got 'fused' with oracle.kind={kind!r}, whose answers come from outside the "
-            "program; expected 'auto' or 'staged'"
-        )
-
-
-def _check_labels(config: ml_collections.ConfigDict) -> None:
-    """As many labels as there are pairs, and as the arrays of a run can hold."""
-    source, synthetic = config.candidates.source, config.data.train == "synthetic"
-    labels = config.rounds * config.labels_per_round
-    if labels * config.dpo.epochs >= 2**31:
-        raise UsageError(
-            f"config.rounds: got {config.rounds} with labels_per_round={config.labels_per_round} and "
-            f"dpo.epochs={config.dpo.epochs}, expected a product below {2**31:,}"
-        )
-    if source == "pool" and synthetic and labels > config.synthetic.pool_pairs:
-        raise UsageError(
-            f"config.rounds: got {config.rounds} with labels_per_round={config.labels_per_round}, expected at most "
-            f"synthetic.pool_pairs={config.synthetic.pool_pairs} labels together"
-        )
-    prompts = config.candidates.prompts_per_round
-    if synthetic and not (0 < prompts < config.synthetic.pool_pairs):
-        prompts = config.synthetic.pool_pairs
-    m = config.generation.responses
-    if source == "policy" and prompts and config.labels_per_round > prompts * (m * (m - 1) // 2):
-        raise UsageError(
-            f"config.labels_per_round: got {config.labels_per_round}, expected at most {prompts * (m * (m - 1) // 2)}: "
-            f"the pairs among generation.responses={m} responses to {prompts} prompts"
-        )
-
-
-def _check_sizes(config: ml_collections.ConfigDict) -> None:
-    """Products of options that are the sizes of arrays."""
-    m, response = config.generation.responses, max(response for _, response in config.data.buckets)
-    for name, count in (
-        ("generation.prompts_per_chunk", config.generation.prompts_per_chunk * m * config.generation.max_new_tokens),
-        ("features.groups_per_chunk", config.features.groups_per_chunk * m * response),
-        ("features.groups_per_chunk", config.features.groups_per_chunk * config.features.dim),
-        ("evaluation.pairs_per_chunk", config.evaluation.pairs_per_chunk * 2 * response),
-        ("dpo.pairs_per_chunk", config.dpo.pairs_per_chunk * 2 * response),
-        ("sft.examples_per_chunk", config.sft.examples_per_chunk * response),
-    ):
-        if count >= 2**31:
-            raise UsageError(
-                f"{_expected(name, flatten(config)[name], 'less')}: an array would have {count:,} numbers, and can "
-                f"have {2**31 - 1:,}"
-            )
-    if list(config.mesh.values()).count(-1) > 1:
-        raise UsageError(f"config.mesh: got {dict(config.mesh)}, expected -1 for one axis at most")
-
-
-def _check_synthetic(config: ml_collections.ConfigDict) -> None:
-    """The procedural task can be written, and its decoder can be built and trained."""
-    task, scratch = config.synthetic, config.scratch
-    at_random = task.purity + (1 - task.purity) / task.styles
-    devices = math.prod(size for axis, size in config.mesh.items() if axis != "tensor" and size > 0)
-    batch = -(-scratch.batch_size // devices) * devices
-    head = scratch.hidden_size // scratch.num_heads
-    for wrong, name, expected in (
-        (
-            task.topics_per_family > task.topics,
-            "synthetic.topics_per_family",
-            f"at most synthetic.topics={task.topics}",
-        ),
-        (
-            task.min_response > task.max_response,
-            "synthetic.min_response",
-            f"at most synthetic.max_response={task.max_response}",
-        ),
-        (
-            at_random < 0.1,
-            "synthetic.purity",
-            f"more: with synthetic.styles={task.styles} a word is of its response's style with probability "
-            f"{at_random:.2g}, and a style that leads would be found too rarely; 0.1 will do",
-        ),
-        (
-            scratch.hidden_size % scratch.num_heads != 0,
-            "scratch.hidden_size",
-            f"a multiple of scratch.num_heads={scratch.num_heads}",
-        ),
-        (
-            head % 2 != 0,
-            "scratch.hidden_size",
-            f"an even number for each of scratch.num_heads={scratch.num_heads} heads, since rotary embeddings rotate "
-            f"pairs of channels; {head} is odd",
-        ),
-        (
-            scratch.num_heads % scratch.num_kv_heads != 0,
-            "scratch.num_heads",
-            f"a multiple of scratch.num_kv_heads={scratch.num_kv_heads}",
-        ),
-        (
-            scratch.examples < batch,
-            "scratch.examples",
-            f"{batch} or more, a batch of scratch.batch_size={scratch.batch_size} on the devices of config.mesh",
-        ),
-    ):
-        if wrong:
-            raise UsageError(_expected(name, flatten(config)[name], expected))
+        raise wrong(name, value, f"a number from {_TINIEST:.1g} to {_LARGEST:.1g}, for 32 bits")
 
 
 def _take_config_file(arguments: list[str]) -> tuple[str, list[str]]:
@@ -558,7 +280,7 @@ def _wrong_value(message: str) -> UsageError:
     found = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
     if not found:
         return UsageError(" ".join(message.split()))
-    return UsageError(_expected(found[1], found[2], _type_in_words(OPTIONS[found[1]].default)))
+    return wrong(found[1], found[2], _type_in_words(OPTIONS[found[1]].default))
 
 
 def _tidy_tuples(config: ml_collections.ConfigDict) -> None:
@@ -608,7 +330,3 @@ def _as_typed(default: Any) -> str:
 
 def _one_of(value: Any, choices: Collection[str]) -> str:
     return f"one of {', '.join(choices)} (the nearest is {_nearest(str(value), choices)})"
-
-
-def _expected(name: str, value: Any, expected: str) -> str:
-    return f"config.{name}: got {value!r}, expected {expected}"

@@ -6,6 +6,11 @@ Writes `DIR/responses.jsonl`, which `data.pool_files` describes.  The same comma
 where it stopped.
 """
 
+if __name__ == "__main__":  # first, since the imports take seconds
+    from activedpo_jax import errors
+
+    errors.end_at_signals()
+
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +19,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from activedpo_jax import flags, layout, start
+from activedpo_jax import errors, flags, layout, start
 from activedpo_jax.data.groups import Texts, check_tokens
 from activedpo_jax.data.pool_files import PoolFiles
 from activedpo_jax.data.preferences import uniform
@@ -45,7 +50,7 @@ def described(config: ml_collections.ConfigDict, texts: Texts) -> dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> None:
     config, folder = flags.read_plain_run(sys.argv if argv is None else argv, STRATEGIES)
     options, model = config.generation, config.model
-    with flags.clean_errors():
+    with errors.clean_errors():
         if not options.prompts or not model.path:
             missing = "generation.prompts" if not options.prompts else "model.path"
             raise ValueError(f"config.{missing} is empty; expected prompts and a model to respond to them: set it")
@@ -75,12 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             params = take_apart(start.load_params(config, mesh, decoder.dtype), on_cpu)
             lora = unstack(start.initial_lora(config, decoder, mesh, config.seeds[0])) if config.lora.path else None
 
-    text_of = start.text_of(tokenizer, stop)
-    seeds = np.array([uniform(config.seeds[0], "generation", r.id) * 2**32 for r in records]).astype(np.uint32)
-    with flags.clean_errors():
+        text_of = start.text_of(tokenizer, stop)
+        seeds = np.array([uniform(config.seeds[0], "generation", r.id) * 2**32 for r in records]).astype(np.uint32)
         for results in generate(spec, params, lora, texts.prompt_tokens, seeds, widths, text_of, files.missing):
             files.add(results)
-    print(files.finish(options.responses, options.max_new_tokens, options.resamples))
+        print(files.finish(options.responses, options.max_new_tokens, options.resamples))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -36,7 +36,7 @@ _RULES: dict[tuple[str, str], P] = (
 
 
 def make_mesh(sizes: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all devices; one axis of size −1 takes what the others leave.
+    """A mesh of all devices; an axis of size −1 takes the devices that the others leave.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices, or JAX finds none.
@@ -56,10 +56,10 @@ def make_mesh(sizes: ml_collections.ConfigDict, devices: Sequence[Any] | None = 
 
 
 def _found_devices() -> list[Any]:
-    """`jax.devices()`; what it raises where there are none depends on how far it came.
+    """`jax.devices()` with one type of error: what JAX raises where it finds none depends on how far it got.
 
     Raises:
-      ValueError: there are none of the platforms that are asked for.
+      ValueError: there is no device of the platforms asked for.
     """
     try:
         return jax.devices()
@@ -89,10 +89,10 @@ def axis_size(mesh: Mesh, axes: str | Sequence[str]) -> int:
 def weight_shardings(mesh: Mesh, tree: Any) -> Any:
     """Shardings for base weights or an adapter (arrays or shapes); what the table does not name is replicated.
 
-    A quantised kernel is cut as the kernel that it stands for: its inputs are cut between tiles if it has several.
+    A quantised kernel is cut like the kernel it stands for; if it has several tiles, its inputs are cut between tiles.
     """
 
-    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
         spec = _RULES.get(names[-2:], P())
         if len(names) < len(path):  # codes [L, tiles, in/tiles, out] or scales [L, tiles, 1, out] of `models.quantise`
@@ -100,7 +100,7 @@ def weight_shardings(mesh: Mesh, tree: Any) -> Any:
             spec = P(layers, inputs, None, outputs) if leaf.shape[1] > 1 else P(layers, None, inputs, outputs)
         return fit(mesh, spec, leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def batch(mesh: Mesh) -> NamedSharding:
@@ -109,7 +109,7 @@ def batch(mesh: Mesh) -> NamedSharding:
 
 
 def chunks(mesh: Mesh) -> NamedSharding:
-    """[chunks, examples, ...]: every chunk is cut as a batch is."""
+    """[chunks, examples, ...]: each chunk is cut like a batch."""
     return NamedSharding(mesh, P(None, BATCH_AXES))
 
 
@@ -122,19 +122,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def put(tree: Any, sharding: Any) -> Any:
-    """Host arrays on the mesh: the one place where they get there.
+def put(tree: Any, sharding: Any = None) -> Any:
+    """Puts host arrays on devices; nothing else in the package does.
 
     Args:
-      sharding: of all leaves, or a tree of them.
+      sharding: one for all leaves, or a tree of them; None: the default device.
 
     Returns:
-      The same tree of `jax.Array`s; of `jax.ShapeDtypeStruct`s for a mesh of devices that are not there, which
-      programs are compiled for.
+      The same tree of `jax.Array`s, or of `jax.ShapeDtypeStruct`s if the devices are not attached, as when programs
+      are compiled for another machine.
     """
-    shardings = jax.tree.map(lambda _: sharding, tree) if isinstance(sharding, NamedSharding) else sharding
+    if sharding is None:
+        return jax.device_put(tree)
+    shardings = jax.tree.map(lambda _: sharding, tree) if isinstance(sharding, Sharding) else sharding
     first = jax.tree.leaves(shardings)[0]
-    if first.mesh.devices.flat[0] in jax.devices():
+    if next(iter(first.device_set)) in jax.devices():
         return jax.device_put(tree, shardings)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=s), tree, shardings)
 

@@ -1,4 +1,4 @@
-"""How far a piece of work has come: a bar on a terminal, a line now and then in a log."""
+"""The progress of a piece of work: a bar on a terminal, an occasional line in a log."""
 
 import operator
 import sys
@@ -13,7 +13,7 @@ _SECONDS = 30.0  # between two lines
 
 
 class Progress(Protocol):
-    """What is used of `tqdm`."""
+    """The part of `tqdm` that is used."""
 
     def __iter__(self) -> Iterator[Any]:
         """The iterable's items, each counted once it has been worked on."""
@@ -24,7 +24,7 @@ class Progress(Protocol):
         ...
 
     def set_postfix(self, **values: Any) -> None:
-        """What is shown beside; `refresh=False` waits for the next update."""
+        """Sets the values shown after the bar; `refresh=False` waits for the next update."""
         ...
 
     def close(self) -> None: ...
@@ -41,12 +41,12 @@ def progress(
 ) -> Progress:
     """Shows the progress of a loop over `iterable`, or of what `update` counts.
 
-    On a terminal that is tqdm's bar, which disappears at the end.  Else it is a line every 30 seconds on stderr,
-    `features: 120/1024 prompt, 2.1/s`, and so nothing of short work.
+    On a terminal this is tqdm's bar, which disappears at the end.  Elsewhere it is a line on stderr every 30 seconds,
+    `features: 120/1024 prompt, 2.1/s`, so that short work prints nothing.
 
     Args:
-      total: of the units; None: the iterable's length, if it has one.
-      initial: units that were done before.
+      total: number of units; None: the iterable's length, if it has one.
+      initial: units done before.
       desc: what is done; unit: what is counted.
     """
     if sys.stderr.isatty():

@@ -6,6 +6,11 @@ A stage's folder holds `metrics.jsonl` (a record's `round` is its step), `tensor
 is done, and then the result: a PEFT adapter `adapter/`, or `model/`, a whole Hugging Face checkpoint.
 """
 
+if __name__ == "__main__":  # first, since the imports take seconds
+    from activedpo_jax import errors
+
+    errors.end_at_signals()
+
 import functools
 import pathlib
 import shutil
@@ -20,7 +25,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from activedpo_jax import flags, layout, start
+from activedpo_jax import errors, flags, layout, start
 from activedpo_jax.data.completions import Completion, limit, read_completions
 from activedpo_jax.data.groups import Bucket, assign_buckets, check_tokens
 from activedpo_jax.data.preferences import split_by_prompt
@@ -207,7 +212,7 @@ def _in_words(records: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: the stage alone, once for every seed."""
     config, folder = flags.read_plain_run(sys.argv if argv is None else argv, STRATEGIES)
-    with flags.clean_errors():
+    with errors.clean_errors():
         if not config.sft.data:
             raise ValueError("config.sft.data is empty; expected a file or a `datasets` name to learn from: set it")
         folders.check_workdir(folder, config, "sft")
@@ -216,17 +221,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         folders.open_workdir(folder, config, "sft")
         for seed in config.seeds:
             inputs.hold(folder / "inputs" / f"seed{seed}.json", described(config, examples[seed]))
-    for seed in config.seeds:
-        place = folder if len(config.seeds) == 1 else folder / f"seed{seed}"
-        result = result_folder(config, place)
-        if not is_done(config, place):
-            with flags.clean_errors():
+        for seed in config.seeds:
+            place = folder if len(config.seeds) == 1 else folder / f"seed{seed}"
+            result = result_folder(config, place)
+            if not is_done(config, place):
                 decoder = start.load_decoder(config, mesh)
                 stored = jnp.float32 if config.sft.weights == "full" else decoder.dtype
                 params = start.load_params(config, mesh, stored)
                 lora = start.initial_lora(config, decoder, mesh, seed)
                 run(config, seed, examples[seed], decoder, params, lora, mesh, place)
-        print(f"{result}: start from it with --config.{_OPTION[config.sft.weights]}={result}")
+            print(f"{result}: start from it with --config.{_OPTION[config.sft.weights]}={result}")
 
 
 _OPTION = {"lora": "lora.path", "full": "model.path"}

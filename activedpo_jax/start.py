@@ -30,7 +30,7 @@ def lora_config(config: ml_collections.ConfigDict) -> LoraConfig:
 
 
 def make_decoder(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh) -> Decoder:
-    """A decoder of that description with the run's options; the mesh tells the platform, which dtype `auto` asks."""
+    """The decoder that `model` describes, with the run's options; dtype `auto` depends on the mesh's platform."""
     dtype = config.model.dtype
     if dtype == "auto":
         dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
@@ -49,7 +49,7 @@ def load_decoder(config: ml_collections.ConfigDict, mesh: Mesh) -> Decoder:
     """The decoder of `config.model.path`; reads no weights.
 
     Raises:
-      ValueError: as of `huggingface.loading.load_config`.
+      ValueError: see `huggingface.loading.load_config`.
     """
     return make_decoder(config, loading.load_config(config.model.path, config.model.revision), mesh)
 
@@ -58,7 +58,7 @@ def load_params(config: ml_collections.ConfigDict, mesh: Mesh, dtype: Any) -> Pa
     """The base weights of `config.model.path` on the mesh.
 
     Raises:
-      ValueError: as of `huggingface.loading.load_model`.
+      ValueError: see `huggingface.loading.load_model`.
     """
     path, revision = config.model.path, config.model.revision
     shardings = functools.partial(layout.weight_shardings, mesh)
@@ -70,10 +70,10 @@ def fresh_lora(decoder: Decoder, seed: int) -> Lora:
 
 
 def initial_lora(config: ml_collections.ConfigDict, decoder: Decoder, mesh: Mesh, seed: int) -> Lora:
-    """The adapter to start from, on the mesh: that of `config.lora.path`, or a fresh one by the seed.
+    """The adapter to start from, on the mesh: the one in `config.lora.path`, or a fresh one from the seed.
 
     Raises:
-      ValueError: as of `huggingface.adapters.load_adapter`.
+      ValueError: see `huggingface.adapters.load_adapter`.
     """
     shardings = functools.partial(layout.weight_shardings, mesh)
     if config.lora.path:
@@ -86,7 +86,7 @@ def template_kwargs(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """`config.data.template_kwargs` as the chat template takes them.
 
     Raises:
-      ValueError: the option is no JSON object.
+      ValueError: the option is not a JSON object.
     """
     text = config.data.template_kwargs
     try:
@@ -99,14 +99,14 @@ def template_kwargs(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def fingerprints(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """Of the files of `config.model.path` and `config.lora.path`, where they are given: see `huggingface.hub`."""
+    """Fingerprints of the files in `config.model.path` and `config.lora.path`, if given; see `huggingface.hub`."""
     sources = {"model": config.model, "adapter": config.lora}
-    return {name: hub.fingerprint(of.path, of.revision) for name, of in sources.items() if of.path}
+    return {name: hub.fingerprint(source.path, source.revision) for name, source in sources.items() if source.path}
 
 
 def stop_tokens(path: str, revision: str, tokenizer: "PreTrainedTokenizerBase", template: str) -> tuple[int, ...]:
-    """What ends a response: the tokens that the model's files and its tokenizer say, and that which the template writes
-    at the end of one.
+    """The tokens that end a response: those named by the model's files and its tokenizer, and the last one that the
+    template writes.
 
     Raises:
       ValueError: there is none.
@@ -118,7 +118,7 @@ def stop_tokens(path: str, revision: str, tokenizer: "PreTrainedTokenizerBase", 
 
 
 def text_of(tokenizer: "PreTrainedTokenizerBase", stop: Collection[int]) -> Callable[[np.ndarray], str]:
-    """The text of a response's tokens, without the one that ends it."""
+    """A function from a response's tokens to its text, without the token that ends it."""
 
     def decode(tokens: np.ndarray) -> str:
         ids = tokens[:-1] if len(tokens) and tokens[-1] in stop else tokens

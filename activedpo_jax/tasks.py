@@ -136,6 +136,13 @@ def _synthetic(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: 
     options = config.synthetic.to_dict()
     pool_pairs, heldout_pairs = options.pop("pool_pairs"), options.pop("heldout_pairs")
     task, scratch = SyntheticTask(**options), config.scratch
+    batch = layout.round_up(scratch.batch_size, mesh)
+    if scratch.examples < batch:
+        raise ValueError(
+            f"config.scratch.examples={scratch.examples} is less than a batch of {batch}, which is "
+            f"config.scratch.batch_size={scratch.batch_size} in equal parts on the devices of config.mesh: raise the "
+            "one, or lower the other"
+        )
     decoder = start.make_decoder(
         config,
         ModelConfig(

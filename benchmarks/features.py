@@ -14,7 +14,7 @@ Measured, each on the same groups of one prompt and two responses:
     rows              either of them with every response on a row of its own, its prompt repeated
     peft + traker     what a PyTorch user has: one response at a time, flattened, BasicProjector; run once
 
-Runs are interleaved after a warm-up; the table gives medians and ratios of medians.  Compile time stands apart.
+Runs are interleaved after a warm-up; the table gives medians and ratios of medians.  Compile time is reported apart.
 """
 
 import argparse
@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from activedpo_jax import layout
 from activedpo_jax.data.groups import Groups
 from activedpo_jax.evidence.gradients import (
     FeatureSpec,
@@ -69,7 +70,7 @@ def random_groups(seed: int, count: int, prompt: int, response: int) -> Groups:
 
 
 def as_rows(groups: Groups) -> Groups:
-    """Every response with a prompt of its own: what is usual."""
+    """Every response with a prompt of its own, as is usual."""
     count, m, length = groups.response_ids.shape
     return Groups(
         np.repeat(groups.prompt_ids, m, axis=0),
@@ -90,7 +91,7 @@ def jax_contenders(args: argparse.Namespace, groups: Groups) -> dict[str, Callab
     lora = init_lora(SMOLLM2_135M, lora_config, jax.random.key(1))
     lora = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(2), x.shape), lora)
     seed = jnp.uint32(0)
-    groups, rows = jax.device_put((groups, as_rows(groups)))
+    groups, rows = layout.put((groups, as_rows(groups)))
     signs = jnp.array([1.0, -1.0])
 
     def summed(params: Any, lora: Any, groups: Groups) -> Any:
@@ -160,7 +161,7 @@ def torch_contender(args: argparse.Namespace, groups: Groups, project: bool) -> 
 
         projector = BasicProjector(size, args.dim, 0, ProjectionType.rademacher, torch.device(device))
 
-    def one(prompt: Any, response: Any) -> Any:
+    def gradient(prompt: Any, response: Any) -> Any:
         ids = torch.tensor(np.concatenate([prompt, response])[None], device=device, dtype=torch.long)
         logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
         logp = torch.log_softmax(logits, -1).gather(-1, ids[0, len(prompt) :, None]).sum()
@@ -169,11 +170,11 @@ def torch_contender(args: argparse.Namespace, groups: Groups, project: bool) -> 
 
     def run() -> None:
         flat = [
-            one(prompt, response)
+            gradient(prompt, response)
             for prompt, responses in zip(groups.prompt_ids, groups.response_ids, strict=True)
             for response in responses
         ]
-        if projector is not None:  # all at once: it makes its random matrix anew for every call
+        if projector is not None:  # all at once, since it makes its random matrix anew for every call
             projector.project(torch.stack(flat), model_id=0)
         if device == "cuda":
             torch.cuda.synchronize()

@@ -3,11 +3,12 @@
     python -m benchmarks.generation --model models/smollm2-135m     # a Hugging Face directory
     python -m benchmarks.generation --random                        # SmolLM2-135M's shape, random weights
 
-The same float32 weights, the same different prompts (one response each), as many new tokens for all: greedy, with the
-end of sequence disabled.  `transformers` runs `generate` with its dynamic and with its static cache; what counts is the
-faster of the two.  Runs are interleaved after a warm-up; the table gives medians.  Compile time stands apart.
+Both get the same float32 weights and the same prompts, all different, with one response each, and write the same number
+of new tokens: greedy, with the end of sequence disabled.  `transformers` runs `generate` with its dynamic and with its
+static cache; the faster of the two counts.  Runs are interleaved after a warm-up; the table gives medians.  Compile
+time is reported apart.
 
-`cpu s` is the processor time of all threads: on a machine that other processes work on too, it is what can be compared.
+`cpu s` is the processor time of all threads: on a machine shared with other processes, this is the figure to compare.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def random_model(folder: str) -> str:
 
 
 def ours(path: str, prompts: np.ndarray, new_tokens: int) -> tuple[Callable[[], np.ndarray], float]:
-    """What generates [batch, new tokens], and the seconds that it took to compile."""
+    """A function that generates [batch, new tokens], and the seconds that it took to compile."""
     mesh = layout.make_mesh(ml_collections.ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
     config, params = loading.load_model(path)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -92,7 +93,7 @@ def main() -> None:
         prompts = np.random.default_rng(0).integers(0, vocabulary, (args.batch, args.prompt)).astype(np.int32)
         run, compile_seconds = ours(path, prompts, args.new_tokens)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    # With no end of sequence all generate as much, and `min_new_tokens` has nothing to forbid.
+    # Without an end of sequence, all generate equally many tokens, and `min_new_tokens` has nothing to forbid.
     model.generation_config.eos_token_id = None
     contenders: dict[str, Callable[[], np.ndarray]] = {"activedpo_jax": run}
     for cache in ("dynamic", "static"):

@@ -1,11 +1,11 @@
-"""Memory that loading a checkpoint takes: at most 1.2 × its largest file, beside what the devices hold.
+"""Memory that loading a checkpoint takes: at most 1.2 × its largest file, besides what the devices hold.
 
     python -m benchmarks.loading --dtype bfloat16 --shard 500MB
 
 A checkpoint of Llama 3.2 1B's shape (1.24 billion parameters, bfloat16) is made of random numbers in a temporary
-directory, and a fresh process loads it with `loading.load_model`.  Printed are the bytes that the device holds at the
-end, and the peak of the process's resident memory beside them and beside what it had after its imports, as a
-share of the largest file.  (On CPU, what the device holds is resident memory too.)
+directory, and a fresh process loads it with `loading.load_model`.  It prints the bytes that the device holds at the
+end, and the peak of the process's resident memory beyond these and beyond its size after the imports, as a share of the
+largest file.  (On CPU, what the device holds is resident memory too.)
 """
 
 import argparse
@@ -40,7 +40,7 @@ CONFIG = {
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Of every tensor, in the order of the layers."""
+    """The shape of every tensor, in the order of the layers."""
     d, f, kv = 2048, 8192, 512
     layer = {
         "input_layernorm": (d,),
@@ -95,7 +95,7 @@ def write_file(file: pathlib.Path, tensors: dict[str, tuple[int, ...]]) -> None:
 
 
 def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes; `getrusage` would count the peak of the process that it came from."""
+    """VmRSS or VmHWM of this process, in bytes; `getrusage` would count the parent's peak."""
     found = re.search(rf"^{field}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
     return 1024 * int(found[1])

@@ -1,16 +1,16 @@
 """What int8 and nf4 base weights save, cost and change: bytes, the time of a feature step, features and picks.
 
-    python -m benchmarks.quantised --model models/smollm2-135m --pairs ../shared/data/alpaca_eval_pairs/train.jsonl
+    python -m benchmarks.quantised --model models/smollm2-135m --pairs data/alpaca_eval_pairs/train.jsonl
     python -m benchmarks.quantised --compile_only v5e:2x2 --devices 1 --remat full
 
-The first loads the model in each format and takes the features of the same pairs, chunk after chunk with the formats in
-turn, after a warm-up: times are medians over chunks, of the program that only makes features.  Everything else is
-measured against the weights that are not quantised: log π(y|x) of the base model, the pair features, their score in the
-first round (‖φ‖², of which picks differ only where φ has been seen before), and greedy picks, with the number that two
-random sets would share.
+The first command loads the model in each format and computes the features of the same pairs, chunk by chunk with the
+formats in turn, after a warm-up; times are medians over chunks of the program that only computes features.  All else is
+compared with the unquantised weights: log π(y|x) of the base model, the pair features, their score in the first round
+(‖φ‖², which the score of a pick equals unless a similar φ was picked before), and greedy picks, with the number that
+two random sets would share.
 
-The second compiles the feature step of the paper's model and adapter (rank 128, D = 8,192) for TPUs that are not there,
-and prints what a device must hold.  Needs the extra `quant`; the second `tpu`, too.
+The second compiles the feature step of the paper's model and adapter (rank 128, D = 8,192) for TPUs, without any, and
+prints what a device must hold.  Both need the extra `quant`, the second `tpu`, too.
 """
 
 import argparse
@@ -54,11 +54,11 @@ LLAMA_2_7B = ModelConfig(
 )
 
 
-_OF_COMPILING = ("groups", "prompt", "response", "remat", "compile_only", "devices", "fsdp")
+_COMPILE_ARGUMENTS = ("groups", "prompt", "response", "remat", "compile_only", "devices", "fsdp")
 
 
 def device_bytes(tree: Any) -> int:
-    """Of arrays on a device, where two codes of 4 bits share a byte."""
+    """Bytes of arrays on a device, where two codes of 4 bits share a byte."""
     bits = lambda x: 4 if x.dtype == jnp.uint4 else 8 * x.dtype.itemsize  # noqa: E731
     return sum(x.size * bits(x) // 8 for x in jax.tree.leaves(tree))
 
@@ -73,9 +73,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     records = limit(read_records(str(args.pairs)), args.pool, 0)
     pool = tokenize(records, loading.load_tokenizer(args.model), "auto", *bucket, 0)
     count = pool.num_groups // args.groups * args.groups
-    chunks = [
-        jax.device_put(pad_groups(pool, np.arange(i, i + args.groups), bucket)) for i in range(0, count, args.groups)
-    ]
+    chunks = [layout.put(pad_groups(pool, np.arange(i, i + args.groups), bucket)) for i in range(0, count, args.groups)]
     config, lora_config, seed = loading.load_config(args.model), LoraConfig(args.rank, 2.0 * args.rank), jnp.uint32(0)
     decoder = Decoder(config, lora_config, jnp.dtype(args.dtype), args.remat)
     lora, spec = init_lora(config, lora_config, jax.random.key(0)), FeatureSpec(args.dim)
@@ -118,8 +116,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             mesh=mesh,
         )
         logps = np.concatenate(log_probs[name]).ravel()
-        here = {"phi": phi, "score": score, "logps": logps, "picks": set(np.asarray(picks.rows).tolist())}
-        reference = reference or here
+        result = {"phi": phi, "score": score, "logps": logps, "picks": set(np.asarray(picks.rows).tolist())}
+        reference = reference or result
         cosine = np.sum(phi * reference["phi"], -1) / np.sqrt(score * reference["score"])
         results[name] = {
             "bytes of kernels": device_bytes(kernels(loaded[name])),
@@ -129,7 +127,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "mean cosine of features": float(np.mean(cosine)),
             "lowest cosine of features": float(np.min(cosine)),
             "rank correlation of scores": float(scipy.stats.spearmanr(score, reference["score"]).statistic),
-            "shared picks": len(here["picks"] & reference["picks"]),
+            "shared picks": len(result["picks"] & reference["picks"]),
         }
     shared_by_chance = args.picks**2 / count
     print(
@@ -207,7 +205,9 @@ def main() -> None:
     if not args.compile_only and args.pairs is None:
         parser.error("--pairs: expected a pool of preferences, or --compile_only")
     record = compile_only(args) if args.compile_only else measure(args)
-    arguments = {name: value for name, value in vars(args).items() if not args.compile_only or name in _OF_COMPILING}
+    arguments = {
+        name: value for name, value in vars(args).items() if not args.compile_only or name in _COMPILE_ARGUMENTS
+    }
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"arguments": arguments, **record}, indent=1, default=str) + "\n")

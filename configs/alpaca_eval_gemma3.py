@@ -2,22 +2,27 @@
 
     python -m activedpo_jax.main --config configs/alpaca_eval_gemma3.py --workdir runs/alpaca_gemma3
 
-As `alpaca_eval_smollm2.py`, from which it takes the data and the recipe; the model is `models/gemma3-270m`, a Hugging
-Face directory, else the Hub's google/gemma-3-270m.  One round of 8 labels from 24 pairs, for two CPU cores: it shows
-that the whole round goes through, with alternating windows and a vocabulary of 262,144, not what it teaches.
+Data and recipe are those of `alpaca_eval_smollm2.py`, which says where the pairs are expected.  The model is a Hugging
+Face directory, `models/gemma3-270m`, or without it google/gemma-3-270m from the Hub, for which the licence must be
+accepted first:
+
+    hf download google/gemma-3-270m --local-dir models/gemma3-270m
+
+One round of 8 labels from 24 pairs, for two CPU cores: it shows that a whole round works with alternating windows and a
+vocabulary of 262,144, not what the model learns.
 """
 
 import pathlib
 
 import ml_collections
 
-from configs.alpaca_eval_smollm2 import get_config as smollm2
+from configs import alpaca_eval_smollm2
 
 _MODEL = pathlib.Path("models/gemma3-270m")
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = smollm2("cpu")
+    config = alpaca_eval_smollm2.get_config("cpu")
     config.strategies = ("activedpo",)
     config.model.path = str(_MODEL) if _MODEL.exists() else "google/gemma-3-270m"
     config.data.buckets = ((64, 128),)

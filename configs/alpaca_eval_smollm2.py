@@ -3,10 +3,16 @@
     python -m activedpo_jax.main --config configs/alpaca_eval_smollm2.py:cpu --workdir runs/alpaca_cpu
     python -m activedpo_jax.main --config configs/alpaca_eval_smollm2.py:gpu --workdir runs/alpaca_gpu
 
-Needs the model and the pairs, which the repository does not hold: a Hugging Face directory `models/smollm2-135m`, else
-the Hub's HuggingFaceTB/SmolLM2-135M-Instruct is taken; and `alpaca_eval_pairs/{train,test}.jsonl` in TRL's preference
-format (`prompt`, `chosen`, `rejected`), in `data/` or `../shared/data/`.  Give other places with
-`--config.model.path=...`, `--config.data.train=...` and `--config.data.heldout=...`.
+The repository holds neither the model nor the pairs.  The model is a Hugging Face directory, `models/smollm2-135m`, or
+without it HuggingFaceTB/SmolLM2-135M-Instruct from the Hub:
+
+    hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir models/smollm2-135m
+
+The pairs are `data/alpaca_eval_pairs/{train,test}.jsonl`, in TRL's preference format: `prompt`, `chosen` and `rejected`
+on each line.  Others, and another model, are given by flags:
+
+    python -m activedpo_jax.main --config configs/alpaca_eval_smollm2.py:cpu --workdir runs/mine \
+        --config.model.path=MODEL --config.data.train=TRAIN.jsonl --config.data.heldout=TEST.jsonl
 
 `cpu`: a part of the pool, two strategies, one seed; about half an hour on two cores.
 `gpu`: the whole pool of 3,349 pairs, five rounds of 50, three seeds.
@@ -19,7 +25,6 @@ import ml_collections
 from activedpo_jax.config import default
 
 _MODEL = pathlib.Path("models/smollm2-135m")
-_PAIRS = pathlib.Path("data/alpaca_eval_pairs")
 
 
 def get_config(setting: str = "gpu") -> ml_collections.ConfigDict:
@@ -28,15 +33,14 @@ def get_config(setting: str = "gpu") -> ml_collections.ConfigDict:
     config = default()
     config.strategies = ("activedpo", "random")
     config.model.path = str(_MODEL) if _MODEL.exists() else "HuggingFaceTB/SmolLM2-135M-Instruct"
-    pairs = _PAIRS if _PAIRS.exists() else pathlib.Path("..") / "shared" / _PAIRS
-    config.data.train = str(pairs / "train.jsonl")
-    config.data.heldout = str(pairs / "test.jsonl")
+    config.data.train = "data/alpaca_eval_pairs/train.jsonl"
+    config.data.heldout = "data/alpaca_eval_pairs/test.jsonl"
     config.lora.rank = 16
     config.lora.alpha = 32.0
     config.dpo.learning_rate = 2e-4
     config.dpo.epochs = 4
     if setting == "cpu":
-        # A quarter of the responses is longer than 256 tokens and loses its end; the run counts and says it.
+        # A quarter of the responses are longer than 256 tokens and lose their ends; the run reports how many.
         config.data.buckets = ((64, 128), (128, 192), (128, 256))
         config.rounds = 2
         config.labels_per_round = 12

@@ -2,9 +2,9 @@
 
     python -m activedpo_jax.main --config configs/quickstart.py --workdir runs/quickstart
 
-A tiny decoder is trained from nothing on a procedural task (`activedpo_jax/data/synthetic.py`): many prompt families, a
+A tiny decoder is trained from scratch on a procedural task (`activedpo_jax/data/synthetic.py`): many prompt families, a
 few common and most rare, each with its own preferences.  Then both strategies spend the same number of labels, on the
-same five seeds.  Ends in a table and `curves.png`.
+same five seeds.  The run ends in a table and `curves.png`.
 """
 
 import ml_collections
@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.synthetic.heldout_pairs = 512
     config.scratch.steps = 200
 
-    config.model.remat = "none"  # there is memory enough
+    config.model.remat = "none"  # there is enough memory
     config.lora.rank = 8
     config.lora.alpha = 16.0
     config.features.dim = 1024

@@ -90,13 +90,18 @@ def test_labels_needed_of_means_and_of_seeds() -> None:
     assert found["per_seed"]["1"] == {"target": 0.6, "labels": None, "share": None, "status": "not reached"}
 
 
-def test_random_that_passes_its_own_end_early_is_told() -> None:
-    summaries = [run("activedpo", 0, [0.5, 0.6, 0.7, 0.8]), run("random", 0, [0.5, 0.8, 0.7, 0.65])]
-    found = comparison.compare(summaries)
-    assert found["labels_needed"]["random"]["labels"] == pytest.approx(5)
-    assert "random: reaches random's final accuracy of 0.650 (after 40 labels) with 5 labels, 12%" in comparison.table(
-        found
-    )
+def test_the_baseline_is_not_compared_with_itself() -> None:
+    """Though it passes its own final accuracy early."""
+    runs = [run("activedpo", 0, [0.5, 0.6, 0.7, 0.8]), run("random", 0, [0.5, 0.8, 0.7, 0.65])]
+    for summaries in (runs, runs[::-1]):
+        found = comparison.compare(summaries)
+        assert found["strategies"].keys() == {"activedpo", "random"}
+        assert found["differences"].keys() == found["labels_needed"].keys() == {"activedpo"}
+        text = comparison.table(found)
+        assert "activedpo: reaches random's final accuracy of 0.650 (after 40 labels) with 15 labels, 38%" in text
+        assert "random: reaches" not in text
+    alone = comparison.compare([run("random", 0, [0.5, 0.8, 0.7, 0.65]), run("random", 1, [0.5, 0.8, 0.7, 0.65])])
+    assert alone["differences"] == alone["labels_needed"] == {} and "final accuracy" not in comparison.table(alone)
 
 
 def test_random_that_learns_nothing_is_no_target() -> None:

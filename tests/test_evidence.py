@@ -49,8 +49,8 @@ evidence_of = jax.jit(compute, static_argnums=(0, 1))
 logps_of = jax.jit(response_logps, static_argnums=0)
 
 
-def rows(name: str, batch: Groups, how: EvidenceSpec | None = None, **changes: Any) -> np.ndarray:
-    found = evidence_of((name,), how or spec(), *policy_and_lora(**changes), batch, SEED)
+def rows(name: str, batch: Groups, evidence_spec: EvidenceSpec | None = None, **changes: Any) -> np.ndarray:
+    found = evidence_of((name,), evidence_spec or spec(), *policy_and_lora(**changes), batch, SEED)
     assert list(found) == [name] and found[name].dtype == jnp.float32
     return np.asarray(found[name])
 
@@ -156,14 +156,16 @@ def test_features_are_pair_features() -> None:
 def test_log_probs_and_margins_pair_by_pair() -> None:
     batch = tiny.groups(1, 2, 3)
     policy, lora = policy_and_lora()
-    of = {
+    logps = {
         (g, j): (log_prob_of(policy, lora, batch, g, j), log_prob_of(policy, policy.reference, batch, g, j))
         for g in range(2)
         for j in range(3)
     }
-    log_probs = [(of[g, i][0], of[g, j][0]) for g, i, j in pairs_of(batch)]
+    log_probs = [(logps[g, i][0], logps[g, j][0]) for g, i, j in pairs_of(batch)]
     assert tiny.relative_error(rows("log_probs", batch), log_probs) < BOUND
-    margins = [BETA * ((of[g, i][0] - of[g, i][1]) - (of[g, j][0] - of[g, j][1])) for g, i, j in pairs_of(batch)]
+    margins = [
+        BETA * ((logps[g, i][0] - logps[g, i][1]) - (logps[g, j][0] - logps[g, j][1])) for g, i, j in pairs_of(batch)
+    ]
     assert tiny.relative_error(rows("margins", batch), margins) < BOUND
 
 
@@ -210,10 +212,13 @@ def test_embeddings_pair_by_pair(config: Any, unrolled: bool) -> None:
 def test_embeddings_are_those_of_the_reference() -> None:
     batch = tiny.groups(2, 3, 2)
     policy, lora = policy_and_lora()
-    of = lambda policy, lora: np.asarray(evidence_of(("embeddings",), spec(), policy, lora, batch, SEED)["embeddings"])  # noqa: E731
-    assert np.array_equal(of(policy, lora), of(policy, policy.reference))
+
+    def embeddings(policy: Policy, lora: Lora) -> np.ndarray:
+        return np.asarray(evidence_of(("embeddings",), spec(), policy, lora, batch, SEED)["embeddings"])
+
+    assert np.array_equal(embeddings(policy, lora), embeddings(policy, policy.reference))
     other = dataclasses.replace(policy, reference=lora)
-    assert tiny.relative_error(of(other, lora), of(policy, lora)) > 0.01
+    assert tiny.relative_error(embeddings(other, lora), embeddings(policy, lora)) > 0.01
 
 
 def test_a_response_of_no_tokens_ends_where_its_prompt_does() -> None:

@@ -136,7 +136,7 @@ def test_shards(tmp_path: pathlib.Path, base: pathlib.Path) -> None:
     sizes: dict[str, list[int]] = {name: [] for name in files}
     for name, tensor in tensors(tmp_path / "out").items():
         sizes[index["weight_map"][name]].append(tensor.nbytes)
-    assert all(sum(its) <= 10_000 or len(its) == 1 for its in sizes.values())
+    assert all(sum(file) <= 10_000 or len(file) == 1 for file in sizes.values())
     assert index["metadata"]["total_size"] == sum(map(sum, sizes.values()))
     # Layers are together, in order: whoever loads file by file needs few of them at a time.
     of_layers = [index["weight_map"][f"model.layers.{i}.mlp.up_proj.weight"] for i in range(3)]

@@ -1,9 +1,7 @@
 """The command line: what is typed arrives, and every mistake gets one line that says what to type instead."""
 
 import dataclasses
-import errno
 import fnmatch
-import os
 import pathlib
 import subprocess
 import sys
@@ -22,7 +20,7 @@ from activedpo_jax.models.lora import linear_shapes
 from tests import tiny
 
 STRATEGIES = ("activedpo", "random")
-POLICY = ("--config.candidates.source=policy",)
+POLICY = ("--config.candidates.source=policy", "--config.generation.max_new_tokens=9")
 CONFIG = """\
 from activedpo_jax.config import default
 
@@ -210,12 +208,12 @@ def test_what_is_typed_arrives(parse: Parse, arguments: tuple[str, ...], name: s
             "config.scratch.num_heads: got 4, expected a multiple of scratch.num_kv_heads=3",
         ),
         (
-            ["--config.scratch.examples=63"],
-            "config.scratch.examples: got 63, expected 64 or more, a batch of scratch.batch_size=64",
+            [*POLICY, "--config.oracle.kind=reward", "--config.generation.max_new_tokens=10"],
+            "config.generation.max_new_tokens: got 10, expected at most 9 with candidates.source='policy'",
         ),
         (
-            ["--config.scratch.examples=64", "--config.mesh.data=3", "--config.mesh.fsdp=2", "--config.mesh.tensor=5"],
-            "config.scratch.examples: got 64, expected 66 or more",
+            ["--config.candidates.source=mixture", "--config.oracle.kind=people", "--config.synthetic.max_response=6"],
+            "config.generation.max_new_tokens: got 128, expected at most 7 with candidates.source='mixture'",
         ),
         # options that would be ignored, or need others
         (
@@ -350,11 +348,10 @@ def test_a_process_prints_the_line_and_exits_with_2(tmp_path: pathlib.Path) -> N
     [
         (*POLICY, "--config.oracle.kind=reward", "--config.round.mode=fused"),
         (*POLICY, "--config.oracle.kind=reward", "--config.candidates.prompts_per_round=17"),
-        ("--config.candidates.source=mixture", "--config.oracle.kind=people", "--config.oracle.annotators=3"),
+        (*POLICY, "--config.candidates.source=mixture", "--config.oracle.kind=people", "--config.oracle.annotators=3"),
         ("--config.oracle.kind=function", "--config.oracle.function=a.b_c:d", "--config.oracle.noise=bradley_terry"),
         ("--config.oracle.kind=reward", "--config.oracle.function=a:b", "--config.rounds=20"),
         ("--config.synthetic.topics_per_family=12", "--config.synthetic.min_response=8"),
-        ("--config.scratch.examples=64", "--config.mesh.data=64"),
         ("--config.lora.rank=65535", "--config.seeds=4294967295", "--config.dpo.learning_rate=1e-30"),
     ],
 )
@@ -440,112 +437,3 @@ def test_every_option_is_used_by_a_command() -> None:
     assert [name for name in OPTIONS if not any(fnmatch.fnmatchcase(name, p) for p in patterns)] == []
     assert [pattern for pattern in patterns if not fnmatch.filter(OPTIONS, pattern)] == []
     assert "dpo.beta" not in flags.help_text("sft") and "sft.data" not in flags.help_text("generate")
-
-
-# Ends of a process
-
-ROOT = pathlib.Path(flags.__file__).parents[1]
-
-
-def run_script(script: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-c", script]
-    env = os.environ | environment
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.parametrize(
-    "work",
-    [
-        "read_config(['main', '--help'], ())",
-        "read_config(['main', '--config=configs/quickstart.py', '--workdir=x'], ('activedpo', 'random')); print('y')",
-        "with clean_errors(): print('y')",
-        "with clean_errors(): print('y' * 100_000)",
-    ],
-)
-def test_a_reader_that_leaves_is_no_error(work: str) -> None:
-    read, write = os.pipe()
-    os.close(read)
-    command = [sys.executable, "-c", f"from activedpo_jax.flags import *\n{work}"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    pipes: dict[str, Any] = {"stdout": write, "stderr": subprocess.PIPE, "text": True}
-    done = subprocess.run(command, cwd=ROOT, env=environment, **pipes)
-    os.close(write)
-    assert done.stderr == "" and done.returncode == (0 if "quickstart" in work else 141)
-
-
-@pytest.mark.parametrize("platforms", ["cuda", "nonsense"])
-def test_platforms_that_are_not_there_get_one_line(platforms: str) -> None:
-    script = (
-        "from activedpo_jax import config, flags, layout\n"
-        "with flags.clean_errors(): layout.make_mesh(config.default().mesh)"
-    )
-    done = run_script(script, JAX_PLATFORMS=platforms)
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert last.startswith(f"error: JAX_PLATFORMS='{platforms}': JAX found no device")
-    assert "unset JAX_PLATFORMS" in last
-
-
-def ending(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
-    """The exit code and the line of a command whose work raises this."""
-    with pytest.raises(SystemExit) as raised, flags.clean_errors():
-        raise error
-    line = capsys.readouterr().err
-    assert line.startswith("error: ") and line.count("\n") == 1
-    return raised.value.code, line
-
-
-def test_memory_that_does_not_suffice_gets_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(MemoryError) as of_numpy:
-        np.zeros(2**58)
-    with pytest.raises(jax.errors.JaxRuntimeError) as of_jax:
-        jax.block_until_ready(jax.numpy.zeros(2**46, np.int8))
-    for error, reason in (
-        (of_numpy.value, "Unable to allocate 2.00 EiB"),
-        (of_jax.value, "Out of memory allocating 70368744177664 bytes"),
-        (MemoryError(), "the host has no more"),
-    ):
-        code, line = ending(error, capsys)
-        assert code == 1 and f"out of memory ({reason}" in line
-        for name in ("features.groups_per_chunk", "dpo.pairs_per_chunk", "data.buckets", "lora.rank", "model.remat"):
-            assert name in line and name in OPTIONS
-    with pytest.raises(jax.errors.JaxRuntimeError), flags.clean_errors():
-        raise jax.errors.JaxRuntimeError("INTERNAL: a defect")
-
-
-def chained(error: Exception, behind: Exception, how: str) -> Exception:
-    """`error`, raised while `behind` was handled, or `from` it."""
-    setattr(error, how, behind)
-    return error
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
-@pytest.mark.parametrize("how", ["__cause__", "__context__"])
-def test_a_full_disk_behind_an_error_gets_one_line(number: int, how: str, capsys: pytest.CaptureFixture[str]) -> None:
-    disk = OSError(number, os.strerror(number), "/runs/checkpoints/1")
-    error = chained(RuntimeError("save failed"), chained(ValueError("commit failed\nat length"), disk, how), how)
-    for each in (error, disk):
-        code, line = ending(each, capsys)
-        assert (
-            code == 1 and f"/runs/checkpoints/1: {os.strerror(number)}" in line and "the same command resumes" in line
-        )
-
-
-def test_a_full_disk_that_tensorstore_met(capsys: pytest.CaptureFixture[str]) -> None:
-    """The text is what version 0.1.80 raised on a tmpfs of 1 MB."""
-    text = (
-        'RESOURCE_EXHAUSTED: Error writing "a/0" in OCDBT database at local file "/runs/d/": Failed writing: '
-        '"/runs/d/0d20": Failed to write 926742 bytes to file 14: No space left on device [os_error_code="28"]'
-    )
-    code, line = ending(ValueError(text), capsys)
-    assert code == 1 and "/runs/d/: No space left on device" in line
-
-
-def test_other_errors_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    missing = FileNotFoundError(errno.ENOENT, "No such file or directory", "x.jsonl")
-    assert ending(missing, capsys) == (1, "error: x.jsonl: No such file or directory\n")
-    assert ending(chained(ValueError("no data"), missing, "__cause__"), capsys) == (2, "error: no data\n")
-    assert ending(FloatingPointError("not finite"), capsys) == (1, "error: not finite\n")
-    assert ending(KeyboardInterrupt(), capsys)[0] == 75
-    with pytest.raises(KeyError), flags.clean_errors():
-        raise chained(KeyError("a defect"), missing, "__cause__")

@@ -77,10 +77,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_log_probs_equal_those_of_the_scoring_path(variant: str, with_lora: bool, m: int) -> None:
     decoder, params, lora = tiny.model(config=dataclasses.replace(tiny.MODEL, **VARIANTS[variant]))
     batch = tiny.groups(seed=1, count=4, m=1, prompt=7)
-    how = spec(decoder, 9, stop=(3, 4), temperature=1.3, top_k=60, top_p=0.95)
+    decoding = spec(decoder, 9, stop=(3, 4), temperature=1.3, top_k=60, top_p=0.95)
     score = jax.jit(decoder.apply)
     for outputs_first in (False, True) if variant == "llama" else (True,):
-        out = respond(how, unstack(params, outputs_first), unstack(lora) if with_lora else None, requests(batch, m))
+        out = respond(
+            decoding, unstack(params, outputs_first), unstack(lora) if with_lora else None, requests(batch, m)
+        )
         variables = {"params": params, "lora": lora} if with_lora else {"params": params}
         scored = score(variables, Groups(batch.prompt_ids, batch.prompt_len, out.tokens, out.length))
         assert np.asarray(out.length).min() >= 1
@@ -130,8 +132,8 @@ def test_sampled_tokens_follow_the_models_distribution(temperature: float, top_k
     batch = tiny.groups(seed=2, count=1, m=1)
     prompts, m = 1024, 32
     repeated = Groups(*(np.repeat(x, prompts, axis=0) for x in batch))
-    how = spec(decoder, 2, temperature=temperature, top_k=top_k, top_p=top_p)
-    tokens = np.asarray(respond(how, unstack(params), unstack(lora), requests(repeated, m)).tokens).reshape(-1, 2)
+    decoding = spec(decoder, 2, temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens = np.asarray(respond(decoding, unstack(params), unstack(lora), requests(repeated, m)).tokens).reshape(-1, 2)
 
     first, second = (truth(logps, temperature, top_k, top_p) for logps in all_pairs())
     count = lambda x, n: np.bincount(x, minlength=n).astype(float)  # noqa: E731
@@ -183,11 +185,11 @@ def in_order(batches: Iterable[dict[int, Any]]) -> list[Any]:
 
 def our_greedy(folder: pathlib.Path, prompts: list[np.ndarray], length: int) -> np.ndarray:
     config, params = loading.load_model(str(folder))
-    how = GenerationSpec(spec(Decoder(config, LoraConfig()), length, temperature=0.0), 1, 0, 4)
+    generation = GenerationSpec(spec(Decoder(config, LoraConfig()), length, temperature=0.0), 1, 0, 4)
     widths = [8, max(map(len, prompts))]
     text = lambda tokens: " ".join(map(str, tokens))  # noqa: E731
     seeds = np.zeros(len(prompts), np.uint32)
-    out = in_order(generate(how, unstack(params, True), None, prompts, seeds, widths, text, range(len(prompts))))
+    out = in_order(generate(generation, unstack(params, True), None, prompts, seeds, widths, text, range(len(prompts))))
     return np.stack([one.tokens[0] for one in out])
 
 
@@ -276,9 +278,11 @@ def test_the_stop_token_ends_a_response_and_is_part_of_it() -> None:
 def test_the_loop_stops_when_all_have_ended() -> None:
     """Every token is a stop token: a loop that went on would take hours for so many."""
     decoder, params, _ = tiny.model()
-    how = spec(decoder, 100_000, stop=tuple(range(VOCABULARY)))
+    decoding = spec(decoder, 100_000, stop=tuple(range(VOCABULARY)))
     start = time.perf_counter()
-    out = jax.block_until_ready(respond(how, unstack(params), None, requests(tiny.groups(seed=0, count=1, m=1), 1)))
+    out = jax.block_until_ready(
+        respond(decoding, unstack(params), None, requests(tiny.groups(seed=0, count=1, m=1), 1))
+    )
     assert np.asarray(out.length).tolist() == [[1]] and time.perf_counter() - start < 60
 
 
@@ -287,11 +291,11 @@ def test_the_loop_stops_when_all_have_ended() -> None:
 
 def sample_texts(resamples: int, text_of: Any, m: int = 4, count: int = 6) -> list[Any]:
     decoder, params, _ = tiny.model()
-    how = GenerationSpec(spec(decoder, 3), m, resamples, 4)
+    generation = GenerationSpec(spec(decoder, 3), m, resamples, 4)
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, VOCABULARY, 3 + i).astype(np.int32) for i in range(count)]
     seeds = np.arange(count, dtype=np.uint32)
-    return in_order(generate(how, unstack(params), None, prompts, seeds, [4, 16], text_of, range(count)))
+    return in_order(generate(generation, unstack(params), None, prompts, seeds, [4, 16], text_of, range(count)))
 
 
 def test_empty_and_equal_responses_are_sampled_anew() -> None:

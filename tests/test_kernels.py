@@ -49,7 +49,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
 # The two calls
 
 
-def how(scale: float, softcap: float | None, window: int | None, mixed: bool = False) -> Rule:
+def make_rule(scale: float, softcap: float | None, window: int | None, mixed: bool = False) -> Rule:
     """A layer's rule; `mixed`: other layers of the model have no window."""
     traced = jnp.int32(attention._NO_WINDOW if window is None else window)
     return Rule(scale, softcap, traced, (window, None) if mixed else (window,))
@@ -76,13 +76,13 @@ def compare(
 
 
 RULES = {
-    "plain": how(0.3, None, None),
-    "window within the prompt": how(0.3, None, 40),
-    "window beyond the prompt": how(0.3, None, 2 * LENGTH + 50),
-    "window beyond everything": how(0.3, None, 4096),
-    "a local layer among global ones": how(0.3, None, 40, mixed=True),
+    "plain": make_rule(0.3, None, None),
+    "window within the prompt": make_rule(0.3, None, 40),
+    "window beyond the prompt": make_rule(0.3, None, 2 * LENGTH + 50),
+    "window beyond everything": make_rule(0.3, None, 4096),
+    "a local layer among global ones": make_rule(0.3, None, 40, mixed=True),
     "a global layer among local ones": Rule(0.3, None, jnp.int32(attention._NO_WINDOW), (40, None)),
-    "soft-cap": how(0.3, 2.0, 100),
+    "soft-cap": make_rule(0.3, 2.0, 100),
 }
 
 
@@ -120,7 +120,7 @@ def test_responses_equal_xla(kernel: str, rule: Rule) -> None:
 
 def test_prompts_of_every_length(kernel: str) -> None:
     prompt_len: Any = np.arange(1, LENGTH + 1, dtype=np.int32)
-    backend, rule = Backend(kernel, mesh_of(1, 1, 1)), how(0.5, None, None)
+    backend, rule = Backend(kernel, mesh_of(1, 1, 1)), make_rule(0.5, None, None)
     q, k, v, own_q, own_k, own_v = (random(i, LENGTH, LENGTH, 1, 8) for i in range(6))
     own = [x[:, None] for x in (own_q, own_k, own_v)]
     seen = np.arange(LENGTH) >= LENGTH - prompt_len[:, None]
@@ -146,7 +146,7 @@ def test_padding_is_never_seen(kernel: str) -> None:
     pad = (np.arange(LENGTH) < LENGTH - prompt_len[:, None])[..., None, None]
     q, k, v = (random(i, 2, LENGTH, 2, 8) for i in range(3))
     own = [random(i, 2, 1, LENGTH, 2, 8) for i in range(3, 6)]
-    backend, rule = Backend(kernel, mesh_of(1, 1, 1)), how(0.5, None, 60)
+    backend, rule = Backend(kernel, mesh_of(1, 1, 1)), make_rule(0.5, None, 60)
 
     @jax.jit
     def outputs(filler: jax.Array) -> Any:
@@ -164,7 +164,7 @@ def test_padding_is_never_seen(kernel: str) -> None:
 def test_bfloat16_is_as_exact_as_xla(kernel: str) -> None:
     """Scores and sums are float32, so that the error against float32 is that of the inputs' rounding."""
     prompt_len: Any = np.full(4, LENGTH, np.int32)
-    rule = how(0.3, None, None)
+    rule = make_rule(0.3, None, None)
     rounded = [random(i, 4, LENGTH, heads, 16).astype(jnp.bfloat16) for i, heads in enumerate((4, 2, 2))]
     q, k, v = rounded
     wide = [x.astype(jnp.float32) for x in rounded]
@@ -182,7 +182,7 @@ def test_bfloat16_is_as_exact_as_xla(kernel: str) -> None:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 1), (6, 3), (3, 3)])
 def test_on_a_mesh(kernel: str, heads: int, kv_heads: int) -> None:
     """Rows over `data` and `fsdp`; heads over `tensor` if each of the two devices can have whole ones of its own."""
-    mesh, rule = mesh_of(2, 2, 2), how(0.3, None, 40, mixed=True)
+    mesh, rule = mesh_of(2, 2, 2), make_rule(0.3, None, 40, mixed=True)
     prompt_len: Any = np.array([1, 40, 77, 128], np.int32)
     shapes: list[tuple[int, ...]] = [(4, 1, LENGTH, heads), (4, 1, LENGTH, kv_heads), (4, 1, LENGTH, kv_heads)]
     shapes += [(4, LENGTH, h) for h in (kv_heads, kv_heads)]

@@ -199,7 +199,7 @@ def test_all_sources_give_the_same_records(tmp_path: pathlib.Path, monkeypatch: 
     for name in ("data.parquet", "saved", "splits", "folder"):
         assert content(read_records(str(tmp_path / name))) == content(expected), name
     assert content(read_records(str(tmp_path / "splits"), "other")) == content(expected[1:])
-    assert read_records(str(tmp_path / "data.parquet"))[1].where.endswith("data.parquet row 1")
+    assert read_records(str(tmp_path / "data.parquet"))[1].location.endswith("data.parquet row 1")
     with pytest.raises(ValueError, match="cannot load split 'third'"):
         read_records(str(tmp_path / "splits"), "third")
 

@@ -219,13 +219,15 @@ MASKS = st.lists(st.booleans(), min_size=N, max_size=N).map(np.array)
     available=MASKS,
     known=MASKS,
     lam=st.sampled_from([0.25, 1.0, 4.0]),
-    how=st.sampled_from([((1, 1, 1), 2), ((1, 1, 1), 24), ((2, 2, 2), 1), ((1, 4, 2), 3)]),
+    placement=st.sampled_from([((1, 1, 1), 2), ((1, 1, 1), 24), ((2, 2, 2), 1), ((1, 4, 2), 3)]),
 )
 def test_small_pools_of_ties(
-    features: np.ndarray, available: np.ndarray, known: np.ndarray, lam: float, how: Any
+    features: np.ndarray, available: np.ndarray, known: np.ndarray, lam: float, placement: Any
 ) -> None:
     posterior = jax.jit(condition)(features, known, lam)
-    picks = pick(features, available, np.asarray(posterior), lam, num_picks=K, block=how[1], mesh=mesh_of(how[0]))
+    picks = pick(
+        features, available, np.asarray(posterior), lam, num_picks=K, block=placement[1], mesh=mesh_of(placement[0])
+    )
     expected = dense_greedy(features, available, features[known], lam, K)
     assume(expected.margin > 4)
     filled = min(K, int(available.sum()))

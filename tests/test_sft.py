@@ -214,12 +214,12 @@ def trained(
         return update_program(*args)
 
     update_program = finetune.update_program
-    how = Recipe(OptimiserSpec(RATE), 1, batch_size, microbatch, checkpoint_every=100)
+    recipe = Recipe(OptimiserSpec(RATE), 1, batch_size, microbatch, checkpoint_every=100)
     base, weights = (None, place(params)) if full else (place(params), place(lora))
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "update_program", update)
         examples = Examples(random_texts(0, 20), None, buckets)
-        weights = sft.fit(how, Trainee(decoder, base, weights), examples, mesh, 3, folder)
+        weights = sft.fit(recipe, Trainee(decoder, base, weights), examples, mesh, 3, folder)
     return Trained(gradients[0], jax.device_get(weights), learnt(read_metrics(folder / "metrics.jsonl")))
 
 
@@ -285,9 +285,9 @@ def test_divergence_stops_before_anything_is_saved(tmp_path: pathlib.Path) -> No
     decoder, params, _ = tiny.model()
     broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
     mesh = layout.make_mesh(default().mesh, jax.devices()[:1])
-    how = Recipe(OptimiserSpec(1e-3), epochs=1, batch_size=2, microbatch=2, checkpoint_every=1)
+    recipe = Recipe(OptimiserSpec(1e-3), epochs=1, batch_size=2, microbatch=2, checkpoint_every=1)
     with pytest.raises(FloatingPointError, match="step 1 of 2: the loss is nan; lower config.sft.learning_rate"):
-        sft.fit(how, Trainee(decoder, None, broken), Examples(random_texts(0, 4), None, BUCKETS), mesh, 0, tmp_path)
+        sft.fit(recipe, Trainee(decoder, None, broken), Examples(random_texts(0, 4), None, BUCKETS), mesh, 0, tmp_path)
     assert not any((tmp_path / "checkpoints").iterdir())
 
 

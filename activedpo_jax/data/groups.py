@@ -1,7 +1,7 @@
 """Groups: the one layout that everything downstream shares, a prompt and its m responses, padded to a bucket.
 
 A prompt is padded on the left, so that its last token, whose hidden state predicts the first token of every
-response, stands at a fixed place; a response is padded on the right.  Masks come from the lengths alone: the
+response, has a fixed position; a response is padded on the right.  Masks come from the lengths alone: the
 padding id may be any token, the end-of-sequence token included.
 """
 
@@ -22,11 +22,11 @@ class Groups(NamedTuple):
     prompt_ids: Array  # [G, P], padded on the left
     prompt_len: Array  # [G], at least 1
     response_ids: Array  # [G, m, R], padded on the right
-    response_len: Array  # [G, m]; 0 marks a response that is not there
+    response_len: Array  # [G, m]; 0 marks a missing response
 
 
 class Bucket(NamedTuple):
-    """A padded shape: one compiled program each."""
+    """A padded shape; each has a compiled program of its own."""
 
     prompt: int  # P, tokens
     response: int  # R, tokens
@@ -34,7 +34,7 @@ class Bucket(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Texts:
-    """Tokenised groups.  Lives in host memory.
+    """Tokenised groups, in host memory.
 
     Every group has the same number m of response slots in a padded batch; a group with fewer responses leaves
     the last ones empty.
@@ -56,18 +56,18 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidates(Texts):
-    """Groups of two responses or more, and the pairs among them that may be asked about in a round.
+    """Groups of two or more responses, and the pairs among them that may be asked about in a round.
 
-    Pairs are the rows that selection works on; their order is the one that breaks ties.
+    Pairs are the rows that selection works on; their order breaks ties.
     """
 
     pairs: np.ndarray  # [N, 3] int32: group, response shown first, response shown second
     pair_ids: Sequence[str]  # N stable, unique names
     prompt_texts: Sequence[Any]  # per group: what a person reads (a string, or a list of chat messages)
     response_texts: Sequence[Sequence[str]]  # per group: one string a response
-    content: np.ndarray | None = None  # [N, 4] uint32: digests of the tokens, where ids say nothing of them
+    content: np.ndarray | None = None  # [N, 4] uint32: digests of the tokens, where ids do not depend on them
     valid: np.ndarray | None = None  # [N] bool, false: a pair that cannot be asked about; None: all can
-    fresh: int = 0  # so many of the groups, the last ones, are responses of the policy in this round
+    fresh: int = 0  # number of groups, the last ones, that the policy wrote in this round
 
     @property
     def num_pairs(self) -> int:
@@ -75,13 +75,13 @@ class Candidates(Texts):
 
     @property
     def digests(self) -> np.ndarray:
-        """What a labelled pair is known by in later rounds: [N, 4] uint32."""
+        """What identifies a labelled pair in later rounds: [N, 4] uint32."""
         return digests_of(self.pair_ids) if self.content is None else self.content
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairPool(Candidates):
-    """The candidates of a data set, with what it says of them."""
+    """The candidates of a data set, with its preferences and rewards."""
 
     preferences: np.ndarray  # [N] int8: 0 the first shown is preferred, 1 the second, -1 not in the data
     rewards: np.ndarray | None  # [N, 2] float32: given rewards of (first, second), NaN where there are none
@@ -94,7 +94,7 @@ def digests_of(pair_ids: Sequence[str]) -> np.ndarray:
 
 
 def check_tokens(texts: Texts, vocab_size: int, source: str) -> None:
-    """Holds token ids to the embedding, which would give NaN, or another token's row, for those beyond it.
+    """Checks that the embedding has a row for every token id; for others it would give NaN, or another token's row.
 
     Raises:
       ValueError: an id is `vocab_size` or more: tokenizer and model do not belong together.
@@ -108,7 +108,7 @@ def check_tokens(texts: Texts, vocab_size: int, source: str) -> None:
 
 
 def shared_prompts(texts: Texts, others: Texts) -> int:
-    """How many groups of `texts` have a prompt that `others` have too, as the model sees it."""
+    """The number of groups in `texts` whose prompt, as the model sees it, is also in `others`."""
     known = {prompt.tobytes() for prompt in others.prompt_tokens}
     return sum(prompt.tobytes() in known for prompt in texts.prompt_tokens)
 
@@ -128,8 +128,8 @@ def assign_buckets(texts: Texts, buckets: Sequence[Bucket]) -> np.ndarray:
     """The smallest bucket that holds each group's prompt and its longest response.
 
     Args:
-      buckets: each at least as large as the one before in both measures, so that of several buckets the last
-        holds whatever the others hold.
+      buckets: each at least as large as the one before in both measures, so that the last holds whatever the
+        others hold.
 
     Returns:
       [num_groups] int64, indices into `buckets`.
@@ -164,7 +164,7 @@ def microbatches(bucket_of: np.ndarray, size: int) -> Iterator[tuple[int, np.nda
       bucket_of: [n], the bucket of each example.
 
     Yields:
-      a bucket, and the places in the batch [≤ size] of the examples that go through it together.
+      A bucket, and the places in the batch [≤ size] of the examples that go through it together.
     """
     for bucket in np.unique(bucket_of):
         members = np.flatnonzero(bucket_of == bucket)
@@ -191,7 +191,7 @@ def pad_groups(texts: Texts, group_rows: np.ndarray, bucket: Bucket, size: int |
 def pad_pairs(pool: Candidates, pair_rows: np.ndarray, bucket: Bucket, size: int | None = None) -> Groups:
     """Pairs of the pool as one padded batch of groups with m = 2 responses, in the order they are shown.
 
-    Args and errors as of `pad_groups`, with [n] pairs of the pool.
+    Arguments and errors as in `pad_groups`, with [n] pairs of the pool.
     """
     pairs = pool.pairs[pair_rows]
     prompts = [pool.prompt_tokens[g] for g, _, _ in pairs]
@@ -206,7 +206,7 @@ def _pad(
     bucket: Bucket,
     size: int | None,
 ) -> Groups:
-    """The padding id is 0: what it is does not matter, for masks come from the lengths."""
+    """The padding id is 0; any would do, since masks come from the lengths."""
     size = len(prompts) if size is None else size
     if len(prompts) > size:
         raise ValueError(f"{len(prompts)} groups do not fit a batch of {size}")

@@ -1,11 +1,11 @@
 """Pools of responses that the model itself has written, as files that grow batch by batch.
 
     DIR/responses.jsonl    a line for each prompt: `id`, `prompt`, `responses`, as `preferences` reads them; `ended`,
-                           whether each response came to its end before it was cut; `missing`, if any are, how many are
-                           not there because they were empty or equal to another
-    DIR/too_few.jsonl      likewise, prompts with fewer than two responses, of which no pair can be made
+                           whether each response ended before it was cut; `missing`, if not 0, how many were left out
+                           because they were empty or equal to another
+    DIR/too_few.jsonl      the same for prompts with fewer than two responses, from which no pair can be made
 
-Lines are whole or not there, whatever kills the process: a line that was cut counts for nothing, and its prompt is
+Lines are written whole or not at all, whatever kills the process: a line cut short does not count, and its prompt is
 missing.
 """
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class PoolFiles:
-    """The two files of a work directory, and which prompts they lack.
+    """The two files of a work directory, and the prompts that they lack.
 
     Args:
       records: the prompts of the data.
 
     Raises:
-      ValueError: a line is of no prompt of the data.
+      ValueError: a line belongs to no prompt of the data.
     """
 
     def __init__(self, folder: pathlib.Path, records: Sequence[PromptRecord]) -> None:
@@ -46,7 +46,7 @@ class PoolFiles:
                 self.missing.discard(row_of[name])
 
     def add(self, results: Mapping[int, "Generated"]) -> None:
-        """Appends those that are missing, in order."""
+        """Appends the results of missing prompts, in order."""
         new = [row for row in results if row in self.missing]
         for usable, path in self.paths.items():
             lines = []
@@ -67,7 +67,7 @@ class PoolFiles:
         self.missing -= set(new)
 
     def finish(self, responses: int, max_new_tokens: int, resamples: int) -> str:
-        """Puts the lines into the order of the data; returns what there is to report."""
+        """Puts the lines into the order of the data; returns a report."""
         place = {record.id: i for i, record in enumerate(self.records)}
         rows: dict[bool, list[dict[str, Any]]] = {}
         for usable, path in self.paths.items():
@@ -83,12 +83,11 @@ class PoolFiles:
         ]
         after = f"empty or equal still after {resamples} more attempts"
         short = [row["id"] for row in good if "missing" in row]
-        for path, names, what in (
+        for path, names, description in (
             (self.paths[True], short, f"with fewer than {responses} responses, the others being {after}"),
             (self.paths[False], [row["id"] for row in bad], f"with fewer than two, the others being {after}"),
         ):
             if names:
-                report.append(
-                    f"{path}: {len(names)} prompts {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
-                )
+                listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+                report.append(f"{path}: {len(names)} prompts {description}: {listed}")
         return "\n".join(report)

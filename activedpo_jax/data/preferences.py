@@ -1,12 +1,12 @@
 """Preference data: records of a prompt and its responses, checked one by one.
 
-A record is any of TRL's preference formats, or of a pool that nobody has labelled yet:
+A record has one of TRL's preference formats, or comes from a pool that is not labelled yet:
 
     prompt, chosen, rejected      strings, or lists of chat messages {"role", "content"}
-    chosen, rejected              likewise, the prompt being what both begin with
-    prompt, responses             two or more responses of which the data does not say which is better
+    chosen, rejected              likewise; the prompt is what both begin with
+    prompt, responses             two or more responses; the data does not say which is better
 
-and may have `id`; `score_chosen` and `score_rejected`, or `rewards` (one for each of `responses`).  Other
+It may also have `id`; `score_chosen` and `score_rejected`, or `rewards` (one for each of `responses`).  Other
 fields are ignored.  https://huggingface.co/docs/trl/dataset_formats
 """
 
@@ -37,12 +37,12 @@ class Record:
 
     id: str  # unique; a hash of the content where the data gives none
     prompt: Prompt
-    responses: tuple[str, ...]  # chosen and rejected in alphabetical order, which says nothing of the label
+    responses: tuple[str, ...]  # chosen and rejected in alphabetical order, which reveals nothing of the label
     preferred: int | None  # index of the chosen response
     rewards: tuple[float, ...] | None  # one a response, finite
-    where: str  # file and line, for error messages
+    location: str  # file and line, for error messages
     extras: Extras = Extras()
-    implicit: bool = False  # the prompt is what two strings begin with
+    implicit: bool = False  # the prompt is the common beginning of two strings
 
     @property
     def num_pairs(self) -> int:
@@ -58,33 +58,33 @@ _Record = TypeVar("_Record", bound=HasPrompt)
 
 
 def uniform(seed: int, *names: str) -> float:
-    """A number in [0, 1) that depends on the seed and the names alone: on no other draw, nor any order."""
+    """A number in [0, 1) that depends on the seed and the names alone, not on other draws or their order."""
     digest = hashlib.blake2b(json.dumps([seed, *names]).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
 
 
 def read_records(source: str, split: str = "train") -> list[Record]:
-    """All records of a data set, in its order.
+    """All records of a data set, in order.
 
     Args:
-      source: a `.jsonl` or `.parquet` file, else a directory or name for `datasets`.
+      source: a `.jsonl` or `.parquet` file, or a directory or name for `datasets`.
       split: of a `datasets` directory or name; a file is one split.
 
     Raises:
-      ValueError: the source cannot be read, or a record is not in order; says which line (from 1) or row
+      ValueError: the source cannot be read, or a record is malformed; says which line (from 1) or row
         (from 0), what was expected, and what to change.  Nothing is dropped or repaired.
     """
     records, seen, copies = [], dict[str, str](), Counter[str]()
-    for where, row in read_rows(source, split):
-        record = parse_record(row, where)
+    for location, row in read_rows(source, split):
+        record = parse_record(row, location)
         if not record.id:
             content = _content_hash(record)
             copies[content] += 1
             count = copies[content]
             record = dataclasses.replace(record, id=content if count == 1 else f"{content}#{count}")
         if record.id in seen:
-            fail(where, f"id {record.id!r} was given to {seen[record.id]} already", "every id once")
-        seen[record.id] = where
+            fail(location, f"id {record.id!r} was given to {seen[record.id]} already", "every id once")
+        seen[record.id] = location
         records.append(record)
     if not records:
         raise ValueError(f"{source}: there is no record in it; expected one at least: check config.data")
@@ -95,7 +95,7 @@ def split_by_prompt(records: Sequence[_Record], fraction: float, seed: int) -> t
     """Training and held-out records, each in the given order, with no prompt on both sides.
 
     Args:
-      fraction: of the different prompts that is held out, rounded; each side has one prompt at least.
+      fraction: share of the different prompts to hold out, rounded; each side gets at least one prompt.
 
     Raises:
       ValueError: there are fewer than two different prompts.
@@ -120,7 +120,7 @@ def limit(records: Sequence[Record], num_pairs: int, seed: int) -> list[Record]:
     What a lower limit draws is part of what a higher one draws.
 
     Raises:
-      ValueError: the first record drawn has more pairs than that already.
+      ValueError: the first record drawn alone has more pairs than that.
     """
     drawn, total = set(), 0
     for record in sorted(records, key=lambda r: (uniform(seed, "limit", r.id), r.id)):
@@ -130,7 +130,7 @@ def limit(records: Sequence[Record], num_pairs: int, seed: int) -> list[Record]:
         drawn.add(record.id)
     if not drawn:
         raise ValueError(
-            f"a limit of {num_pairs} pairs leaves nothing: {record.where} alone has {record.num_pairs}; "
+            f"a limit of {num_pairs} pairs leaves nothing: {record.location} alone has {record.num_pairs}; "
             "raise config.data.train_limit or heldout_limit"
         )
     return [r for r in records if r.id in drawn]
@@ -139,103 +139,105 @@ def limit(records: Sequence[Record], num_pairs: int, seed: int) -> list[Record]:
 _SCORES = ("score_chosen", "score_rejected")
 
 
-def parse_record(row: Mapping[str, Any], where: str) -> Record:
-    """The record that is in a row, with an empty id if the row gives none.
+def parse_record(row: Mapping[str, Any], location: str) -> Record:
+    """The record in a row, with an empty id if the row gives none.
 
     Raises:
-      ValueError: the record is not in order.
+      ValueError: the record is malformed.
     """
-    # Parquet has every column in every row: null is as good as missing.
+    # Parquet has every column in every row: null counts as missing.
     row = {name: value for name, value in row.items() if value is not None}
-    refuse_unread(row, where)
+    refuse_unread(row, location)
     id_ = row.get("id", "")
     if "id" in row and (isinstance(id_, bool) or not isinstance(id_, str | int) or id_ == ""):
-        fail(where, f"id is {kind(id_)}", "a non-empty string or an integer, or no id")
+        fail(location, f"id is {kind(id_)}", "a non-empty string or an integer, or no id")
     labelled, unlabelled = "chosen" in row or "rejected" in row, "responses" in row
     if labelled == unlabelled:
         problem = f"the fields are {', '.join(sorted(row)) or 'none'}"
-        fail(where, problem, "`chosen` and `rejected`, or `responses`, and not both")
+        fail(location, problem, "`chosen` and `rejected`, or `responses`, and not both")
     if unlabelled:
-        prompt = check_prompt(require(row, "prompt", where), where)
-        responses = _responses(row["responses"], where)
-        rewards = _rewards(row["rewards"], len(responses), where) if "rewards" in row else None
-        return Record(str(id_), prompt, responses, None, rewards, where, read_extras(row, row["responses"], where))
+        prompt = check_prompt(require(row, "prompt", location), location)
+        responses = _responses(row["responses"], location)
+        rewards = _rewards(row["rewards"], len(responses), location) if "rewards" in row else None
+        return Record(
+            str(id_), prompt, responses, None, rewards, location, read_extras(row, row["responses"], location)
+        )
 
-    value, chosen, rejected = _explicit_prompt(row, where)
-    prompt = check_prompt(value, where)
-    pair = (check_response(chosen, "chosen", where), check_response(rejected, "rejected", where))
-    _check_different(pair, ("chosen", "rejected"), where)
+    value, chosen, rejected = _explicit_prompt(row, location)
+    prompt = check_prompt(value, location)
+    pair = (check_response(chosen, "chosen", location), check_response(rejected, "rejected", location))
+    _check_different(pair, ("chosen", "rejected"), location)
     scores = None
     if any(name in row for name in _SCORES):
-        scores = tuple(check_number(require(row, name, where), name, where) for name in _SCORES)
+        scores = tuple(check_number(require(row, name, location), name, location) for name in _SCORES)
     implicit = isinstance(prompt, str) and value is not row.get("prompt")
     if pair[0] < pair[1]:
-        extras = read_extras(row, (chosen, rejected), where)
-        return Record(str(id_), prompt, pair, 0, scores, where, extras, implicit)
-    extras = read_extras(row, (rejected, chosen), where)
-    return Record(str(id_), prompt, pair[::-1], 1, scores and scores[::-1], where, extras, implicit)
+        extras = read_extras(row, (chosen, rejected), location)
+        return Record(str(id_), prompt, pair, 0, scores, location, extras, implicit)
+    extras = read_extras(row, (rejected, chosen), location)
+    return Record(str(id_), prompt, pair[::-1], 1, scores and scores[::-1], location, extras, implicit)
 
 
-def _explicit_prompt(row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
-    """(prompt, chosen, rejected), the prompt being taken off the responses where it is within them.
+def _explicit_prompt(row: Mapping[str, Any], location: str) -> tuple[Any, Any, Any]:
+    """(prompt, chosen, rejected), with the prompt removed from responses that contain it.
 
-    As in TRL's `maybe_extract_prompt`, a `prompt` string beside whole conversations is but a copy of their
-    beginning; and as in its `extract_prompt`, the space between prompt and response goes to the response.
+    As in TRL's `maybe_extract_prompt`, a `prompt` string next to whole conversations only repeats their
+    beginning; as in its `extract_prompt`, the space between prompt and response goes to the response.
     """
-    chosen, rejected = require(row, "chosen", where), require(row, "rejected", where)
+    chosen, rejected = require(row, "chosen", location), require(row, "rejected", location)
     if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
         problem = f"chosen is {kind(chosen)} and rejected {kind(rejected)}"
-        fail(where, problem, "two strings, or two lists of chat messages")
+        fail(location, problem, "two strings, or two lists of chat messages")
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     if "prompt" in row and (isinstance(chosen, str) or not isinstance(row["prompt"], str) or not shared):
         return row["prompt"], chosen, rejected
     if chosen == rejected:
-        fail(where, "chosen and rejected are identical", "different responses", "delete the record")
+        fail(location, "chosen and rejected are identical", "different responses", "delete the record")
     if shared in (len(chosen), len(rejected)):
         problem = "there is no `prompt`, and one of chosen and rejected is the beginning of the other"
-        fail(where, problem, "a response after the prompt in both", "add `prompt`")
+        fail(location, problem, "a response after the prompt in both", "add `prompt`")
     if shared and chosen[shared - 1] == " ":
         shared -= 1
     if not shared:
         problem = "there is no `prompt`, and chosen and rejected begin differently"
-        fail(where, problem, "the same prompt at the beginning of both", "add `prompt`")
+        fail(location, problem, "the same prompt at the beginning of both", "add `prompt`")
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _responses(value: Any, where: str) -> tuple[str, ...]:
+def _responses(value: Any, location: str) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) < 2:
         problem = f"responses is {kind(value)}" + (f" of {len(value)}" if isinstance(value, list) else "")
-        fail(where, problem, "a list of two responses or more")
+        fail(location, problem, "a list of two responses or more")
     names = [f"responses[{i}]" for i in range(len(value))]
-    responses = tuple(check_response(r, name, where) for r, name in zip(value, names, strict=True))
-    _check_different(responses, names, where)
+    responses = tuple(check_response(r, name, location) for r, name in zip(value, names, strict=True))
+    _check_different(responses, names, location)
     return responses
 
 
-def _check_different(responses: Sequence[str], names: Sequence[str], where: str) -> None:
+def _check_different(responses: Sequence[str], names: Sequence[str], location: str) -> None:
     first: dict[str, str] = {}
     for response, name in zip(responses, names, strict=True):
         twin = first.setdefault(response.strip(), name)  # most chat templates strip them
         if twin != name:
-            fail(where, f"{twin} and {name} are identical", "different responses", "delete one of the two")
+            fail(location, f"{twin} and {name} are identical", "different responses", "delete one of the two")
 
 
-def _rewards(value: Any, count: int, where: str) -> tuple[float, ...]:
+def _rewards(value: Any, count: int, location: str) -> tuple[float, ...]:
     if not isinstance(value, list) or len(value) != count:
         problem = f"rewards is {kind(value)}" + (f" of {len(value)}" if isinstance(value, list) else "")
-        fail(where, problem, f"a list of {count} numbers, one for each of `responses`")
-    return tuple(check_number(v, f"rewards[{i}]", where) for i, v in enumerate(value))
+        fail(location, problem, f"a list of {count} numbers, one for each of `responses`")
+    return tuple(check_number(v, f"rewards[{i}]", location) for i, v in enumerate(value))
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """The same for prompts that differ in surrounding space, or in being a string or a user's message."""
+    """A key that ignores surrounding space, and whether the prompt is a string or a user's message."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     return json.dumps([{**m, "content": m["content"].strip()} for m in messages], sort_keys=True)
 
 
 def _content_hash(record: Record) -> str:
-    """Of prompt and responses but not of the label: an id outlives a new annotation, and betrays nothing."""
+    """A hash of prompt and responses, not of the label: an id survives a new annotation, and reveals nothing."""
     content = json.dumps([record.prompt, sorted(record.responses)], sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""Prompts to respond to: of a data set of any of the kinds that a run reads, the different prompts."""
+"""Prompts to respond to: the different prompts of any data set that a run can read."""
 
 import dataclasses
 import hashlib
@@ -16,52 +16,52 @@ class PromptRecord:
 
     id: str  # unique; a hash of the prompt where the data gives none
     prompt: Prompt
-    where: str  # file and line, for error messages
+    location: str  # file and line, for error messages
     extras: Extras = Extras()
-    implicit: bool = False  # the prompt is what two strings begin with
+    implicit: bool = False  # the prompt is the common beginning of two strings
 
     @property
     def responses(self) -> tuple[str, ...]:
-        """None yet: with them it is what `templates` writes."""
+        """None yet; with them, a prompt is what `templates` writes."""
         return ()
 
 
 def read_prompts(source: str, split: str = "train") -> list[PromptRecord]:
-    """The different prompts of a data set, in its order.
+    """The different prompts of a data set, in order.
 
-    A row is a `prompt` (a string, or a list of chat messages) with an `id` or none, or a preference in any of the forms
-    of `preferences`.  Of rows with the same prompt the first counts.
+    A row is a `prompt` (a string, or a list of chat messages) with an optional `id`, or a preference in any of the
+    forms in `preferences`.  The first of several rows with the same prompt counts.
 
     Args:
-      source: a `.jsonl` or `.parquet` file, else a directory or name for `datasets`.
+      source: a `.jsonl` or `.parquet` file, or a directory or name for `datasets`.
       split: of a `datasets` directory or name; a file is one split.
 
     Raises:
-      ValueError: the source cannot be read, a row is not in order, or two prompts have the same id.
+      ValueError: the source cannot be read, a row is malformed, or two prompts have the same id.
     """
     found: dict[str, PromptRecord] = {}
     ids: dict[str, str] = {}
-    for where, row in read_rows(source, split, "config.generation.prompts and config.generation.split"):
+    for location, row in read_rows(source, split, "config.generation.prompts and config.generation.split"):
         id_: Any = None
         if row.get("chosen") is not None or row.get("rejected") is not None or row.get("responses") is not None:
-            record = parse_record(row, where)
-            prompt, implicit = record.prompt, record.implicit  # an id there is that of the pair
+            record = parse_record(row, location)
+            prompt, implicit = record.prompt, record.implicit  # an `id` here is the pair's
         elif row.get("prompt") is not None:
-            refuse_unread(row, where)
-            prompt, id_, implicit = check_prompt(row["prompt"], where), row.get("id"), False
+            refuse_unread(row, location)
+            prompt, id_, implicit = check_prompt(row["prompt"], location), row.get("id"), False
             if id_ is not None and (isinstance(id_, bool) or not isinstance(id_, str | int) or id_ == ""):
-                fail(where, f"id is {kind(id_)}", "a non-empty string or an integer, or no id")
+                fail(location, f"id is {kind(id_)}", "a non-empty string or an integer, or no id")
         else:
-            fail(where, f"the fields are {', '.join(sorted(row)) or 'none'}", "`prompt`, or those of a preference")
+            fail(location, f"the fields are {', '.join(sorted(row)) or 'none'}", "`prompt`, or those of a preference")
         key = prompt_key(prompt)
         if key in found:
             continue
         name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest() if id_ is None else str(id_)
         if name in ids:
-            fail(where, f"id {name!r} was given to {ids[name]} already", "every id once")
-        ids[name] = where
-        extras = read_extras({n: row[n] for n in ("tools", "chat_template_kwargs") if n in row}, (), where)
-        found[key] = PromptRecord(name, prompt, where, extras, implicit)
+            fail(location, f"id {name!r} was given to {ids[name]} already", "every id once")
+        ids[name] = location
+        extras = read_extras({n: row[n] for n in ("tools", "chat_template_kwargs") if n in row}, (), location)
+        found[key] = PromptRecord(name, prompt, location, extras, implicit)
     if not found:
         raise ValueError(f"{source}: there is no prompt in it; expected one at least: check config.generation.prompts")
     return list(found.values())
@@ -74,5 +74,5 @@ def prompts_of(records: Sequence[Record]) -> list[PromptRecord]:
         key = prompt_key(record.prompt)
         extras = Extras(tools=record.extras.tools, template_kwargs=record.extras.template_kwargs)
         name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-        found.setdefault(key, PromptRecord(name, record.prompt, record.where, extras, record.implicit))
+        found.setdefault(key, PromptRecord(name, record.prompt, record.location, extras, record.implicit))
     return list(found.values())

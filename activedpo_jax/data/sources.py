@@ -1,4 +1,4 @@
-"""Rows of fields from where data lies: JSONL and Parquet files, and whatever `datasets` can load."""
+"""Rows of fields from data sources: JSONL and Parquet files, and whatever `datasets` can load."""
 
 import json
 import pathlib
@@ -10,10 +10,10 @@ _OPTIONS = "config.data.train, train_split, heldout and heldout_split"
 
 
 def read_rows(source: str, split: str, options: str = _OPTIONS) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every row of a data set with where it stands: `file:line` from 1, or a row number from 0.
+    """Every row of a data set with its location: `file:line` from 1, or a row number from 0.
 
     Args:
-      source: a `.jsonl` or `.parquet` file, else a directory or name for `datasets`.
+      source: a `.jsonl` or `.parquet` file, or a directory or name for `datasets`.
       split: of a `datasets` directory or name; a file is one split.
       options: the options that name source and split, for error messages.
 
@@ -37,13 +37,13 @@ def read_rows(source: str, split: str, options: str = _OPTIONS) -> Iterator[tupl
             yield f"{source} row {i}", row
 
 
-def fail(where: str, problem: str, expected: str, change: str = "correct the record") -> NoReturn:
-    """Every complaint about data has this form."""
-    raise ValueError(f"{where}: {problem}; expected {expected}: {change}")
+def fail(location: str, problem: str, expected: str, change: str = "correct the record") -> NoReturn:
+    """Raises an error about data; all of them have this form."""
+    raise ValueError(f"{location}: {problem}; expected {expected}: {change}")
 
 
 def kind(value: Any) -> str:
-    """What a value of a row is, in the words of JSON."""
+    """What a row's value is, in JSON's terms."""
     if value in ("", []):
         return f"an empty {'string' if value == '' else 'list'}"
     return _KINDS.get(type(value), f"a {type(value).__name__}")
@@ -61,21 +61,21 @@ _KINDS = {
 
 
 def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Lines end at \n alone: other separators may stand inside a JSON string.
+    # Lines end at \n alone: other separators may occur inside a JSON string.
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        where = f"{path}:{number}"
+        location = f"{path}:{number}"
         if not line.strip():
             continue
         try:
             row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
-            fail(where, f"this is not UTF-8 ({error})", "a JSON object in UTF-8", "save the file in UTF-8")
+            fail(location, f"this is not UTF-8 ({error})", "a JSON object in UTF-8", "save the file in UTF-8")
         except json.JSONDecodeError as error:
             problem = f"this is not JSON ({error.msg}, column {error.colno})"
-            fail(where, problem, "one JSON object on the line", "mend or delete the line")
+            fail(location, problem, "one JSON object on the line", "mend or delete the line")
         if not isinstance(row, dict):
-            fail(where, f"the line is {kind(row)}", "a JSON object with the fields of a record")
-        yield where, row
+            fail(location, f"the line is {kind(row)}", "a JSON object with the fields of a record")
+        yield location, row
 
 
 def _parquet_rows(path: pathlib.Path) -> list[dict[str, Any]]:

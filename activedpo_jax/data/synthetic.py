@@ -1,14 +1,14 @@
 """A procedural preference task with a known reward and a heavy-tailed pool, for the quickstart and the tests.
 
 A prompt names one of many *families* (what a product's users ask for); a response is written on the family's few
-*topics*, mostly in one of a few *styles*, each word being a topic in a style; and each family has its own liking for
-each style:
+*topics*, mostly in one of a few *styles*, each word being a topic in a style; and each family likes each style to its
+own degree:
 
     reward(family, response) = liking[family, majority style] + ¼ · share of the majority style
 
 which no function linear in the tokens can express.  A few families are very common in the pool and most are rare
-(Zipf), but the held-out set has as many pairs of each, as a product is judged by all of its users.  Labelling pairs at
-random spends most labels on families that are long understood.
+(Zipf), but the held-out set has equally many pairs of each, since a product is judged by all of its users.  Labelling
+pairs at random spends most labels on families that have long been understood.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class SyntheticTask:
     styles: int
     topics: int
     topics_per_family: int
-    context_words: int  # random words of a prompt beside its family
+    context_words: int  # random words of a prompt besides its family
     min_response: int  # words
     max_response: int
     purity: float  # share of a response's words that come from its style
@@ -85,7 +85,7 @@ class SyntheticTask:
         return self._pairs(rng, np.arange(num_pairs) % self.families, seed, "heldout")
 
     def language(self, seed: int, num_pairs: int) -> PairPool:
-        """Texts to train a base model on: all families and styles alike, and nobody has said which are better."""
+        """Texts to train a base model on: all families and styles equally often, without preferences."""
         rng = np.random.default_rng([seed, 4])
         pool = self._pairs(rng, np.arange(num_pairs) % self.families, seed, "language")
         return dataclasses.replace(pool, preferences=np.full(num_pairs, -1, np.int8), rewards=None)
@@ -126,13 +126,13 @@ class SyntheticTask:
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticReward:
-    """The known reward as a function of tokens that can be traced; with the likings in front a
-    `jax.tree_util.Partial` of it is an oracle (`oracles.reward`)."""
+    """The known reward as a traceable function of tokens; a `jax.tree_util.Partial` of it with the likings as
+    first argument is an oracle (`oracles.reward`)."""
 
     task: SyntheticTask
 
     def __call__(self, likings: jax.Array, groups: Groups) -> jax.Array:
-        """[G, m] float32; a response without a word has −1."""
+        """[G, m] float32; −1 for a response without words."""
         task = self.task
         first_word = _FIRST_FAMILY + task.families
         ids, lengths = jnp.asarray(groups.response_ids), jnp.asarray(groups.response_len)

@@ -1,8 +1,8 @@
 """Templates: how a prompt and its responses become text for a tokenizer.
 
-`chat` renders them by the tokenizer's own chat template; `plain`, for base models, takes them as they are.
+`chat` renders them with the tokenizer's own chat template; `plain`, for base models, takes them as they are.
 In both, a response is what the model itself would write after the prompt: the text, then the end of its turn,
-and nothing that the template puts behind that (`...<|im_end|>`, without the newline).
+and nothing that the template puts after that (`...<|im_end|>`, without the newline).
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ NAMES = ("auto", "chat", "plain")
 
 
 class Exchange(Protocol):
-    """What a template writes: a prompt, what is said to it, and where both stand, for error messages."""
+    """What a template writes: a prompt and its responses, with their location for error messages."""
 
     @property
     def prompt(self) -> Prompt: ...
@@ -27,7 +27,7 @@ class Exchange(Protocol):
     def responses(self) -> Sequence[str]: ...
 
     @property
-    def where(self) -> str: ...
+    def location(self) -> str: ...
 
     @property
     def extras(self) -> Extras: ...
@@ -40,46 +40,46 @@ class Exchange(Protocol):
 class Template:
     """Writes a prompt and its responses for one tokenizer.
 
-    A prompt's ids are `leading` and those of its text; a response's are those of its text and `trailing`.
+    A prompt's ids are `leading`, then those of its text; a response's are those of its text, then `trailing`.
     Texts are tokenised as they are: the tokenizer adds no special tokens of its own.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     chat: bool
-    leading: tuple[int, ...]  # ids before the prompt, such as BOS, where the text does not have them
+    leading: tuple[int, ...]  # ids before the prompt, such as BOS, unless the text has them
     trailing: tuple[int, ...]  # ids after a response, likewise
     header: str  # what opens the assistant's turn at the end of a prompt, if anything
-    tail: str  # what the chat template puts behind a response
-    end: str  # the part of it that the model writes
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for the chat template, of every record
+    tail: str  # what the chat template puts after a response
+    end: str  # the part of `tail` that the model writes
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for the chat template, for every record
 
     def prompt(self, record: Exchange) -> str:
         """The prompt's text, up to where the response begins.
 
         Raises:
-          ValueError: the template does not take such a prompt.
+          ValueError: the template cannot write such a prompt.
         """
         if self.chat:
             if record.implicit:
                 raise ValueError(
-                    f"{record.where}: there is no `prompt`, and strings have no turn at whose border a chat template "
-                    "could begin a response; expected `prompt`, or lists of chat messages: add `prompt`, or set "
-                    "config.data.template=plain"
+                    f"{record.location}: there is no `prompt`, and strings have no turn at whose border a chat "
+                    "template could begin a response; expected `prompt`, or lists of chat messages: add `prompt`, or "
+                    "set config.data.template=plain"
                 )
             if isinstance(record.prompt, str) and self.header.strip() and self.header.strip() in record.prompt:
                 raise ValueError(
-                    f"{record.where}: the prompt has {self.header.strip()!r} in it, so a chat template has written it "
-                    "already, and would again; expected the text alone: set config.data.template=plain, or change it"
+                    f"{record.location}: the prompt has {self.header.strip()!r} in it, so a chat template has written "
+                    "it already, and would again; expected the text alone: set config.data.template=plain, or change it"
                 )
             return self._render(record, _messages(self.unmarked(record.prompt)), True)
         if record.extras.tools or record.extras.template_kwargs or any(record.extras.messages):
             raise ValueError(
-                f"{record.where}: there are tools, chat_template_kwargs or fields of a message beside role and "
+                f"{record.location}: there are tools, chat_template_kwargs or fields of a message beside role and "
                 "content, which only a chat template can write: set config.data.template=chat, or remove them"
             )
         if not isinstance(record.prompt, str):
             raise ValueError(
-                f"{record.where}: the prompt is a list of chat messages; expected a string, since this run has "
+                f"{record.location}: the prompt is a list of chat messages; expected a string, since this run has "
                 "no chat template: set config.data.template=chat with a tokenizer that has one, or give a string"
             )
         return record.prompt
@@ -88,8 +88,8 @@ class Template:
         """The text of one response, with the end of the turn; `prompt` is what `prompt()` gave.
 
         Raises:
-          ValueError: the chat template does not write a conversation as prompt, then response, or writes another
-            response than that of the data.
+          ValueError: the chat template does not write a conversation as prompt, then response, or changes the
+            response.
         """
         if not self.chat:
             return record.responses[index]
@@ -98,20 +98,21 @@ class Template:
         whole = self._render(record, [*_messages(self.unmarked(record.prompt)), answer], False)
         if not whole.startswith(prompt) or not whole.endswith(self.tail):
             raise ValueError(
-                f"{record.where}: the chat template does not write this conversation as the prompt "
+                f"{record.location}: the chat template does not write this conversation as the prompt "
                 f"(ending in {prompt[-40:]!r}), then the response (ending in {self.tail!r}); got "
                 f"{whole[-200:]!r}: set config.data.template=plain, or use a tokenizer whose template does"
             )
         written = whole[len(prompt) : len(whole) - len(self.tail)]
         if text.strip() not in written:
             raise ValueError(
-                f"{record.where}: the chat template leaves out some of the response; expected {text.strip()[:200]!r}, "
-                f"got {written[:200]!r}: set config.data.template=plain, use another template, or change the response"
+                f"{record.location}: the chat template leaves out some of the response; expected "
+                f"{text.strip()[:200]!r}, got {written[:200]!r}: set config.data.template=plain, use another template, "
+                "or change the response"
             )
         return written if record.extras.is_cut(index) else written + self.end
 
     def unmarked(self, content: Any) -> Any:
-        """A string without BOS at its beginning and the end of a turn at its end, which the chat template writes."""
+        """A string without the BOS and the end of turn that the chat template writes itself."""
         if not self.chat or not isinstance(content, str):
             return content
         begin = str(self.tokenizer.bos_token or "")
@@ -122,7 +123,7 @@ class Template:
         return content
 
     def unwritten(self, record: Exchange, text: str) -> list[str]:
-        """What the chat template leaves out without a word: `tools`, `tool_calls`, ..., or the text of a message.
+        """What the chat template silently leaves out: `tools`, `tool_calls`, ..., or the text of a message.
 
         Args:
           text: what `prompt()` gave.
@@ -151,7 +152,7 @@ class Template:
                     try:
                         same = self._render(record, bare, False) == self._render(record, conversation, False)
                     except ValueError:
-                        continue  # the template cannot do without
+                        continue  # the template requires the field
                     if same and name not in missing:
                         missing.append(name)
         return missing
@@ -161,9 +162,9 @@ class Template:
         options = {**self.options, **extras.template_kwargs}
         try:
             return _render(self.tokenizer, messages, generate, extras.tools, options)
-        except Exception as error:  # templates raise what they like: no system role, no two users in a row
+        except Exception as error:  # templates raise errors of any type: no system role, no two users in a row
             raise ValueError(
-                f"{record.where}: the chat template does not take this conversation ({error}); "
+                f"{record.location}: the chat template does not take this conversation ({error}); "
                 "expected roles in an order that it takes: change them, or set config.data.template=plain"
             ) from error
 
@@ -175,7 +176,7 @@ def make_template(
 
     Args:
       name: `chat`, `plain`, or `auto`: chat if the tokenizer has a chat template, else plain.
-      options: for the chat template, `enable_thinking` say; those of a record's own win.
+      options: for the chat template, such as `enable_thinking`; a record's own take precedence.
 
     Raises:
       ValueError: the name is none of these, or the tokenizer lacks what it needs.
@@ -196,10 +197,10 @@ def make_template(
 
 
 def _chat(tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any]) -> Template:
-    """Finds out what the chat template writes around a response, from one that it cannot have of its own.
+    """Finds out what the chat template writes around a response, from one that cannot be its own text.
 
     Raises:
-      ValueError: it takes no conversation that is tried, or does not write one as prompt, then response.
+      ValueError: it takes none of the conversations tried, or does not write one as prompt, then response.
     """
     mark = "0response0"
     user, system = {"role": "user", "content": "Hello"}, {"role": "system", "content": "Answer."}
@@ -209,7 +210,7 @@ def _chat(tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any]) -> T
             prompt = _render(tokenizer, question, True, None, options)
             whole = _render(tokenizer, [*question, {"role": "assistant", "content": mark}], False, None, options)
             break
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates raise errors of any type
             refusal = error
     else:
         raise ValueError(
@@ -225,7 +226,7 @@ def _chat(tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any]) -> T
     tail = whole[whole.rindex(mark) + len(mark) :]
     asked = _render(tokenizer, question, False, None, options)
     header = prompt[len(asked) :] if prompt.startswith(asked) else ""
-    # Also tokens that are not flagged special: some tokenizers do not flag the one that ends a turn.
+    # Includes tokens that are not flagged special: some tokenizers do not flag the one that ends a turn.
     specials = {t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()}
     ends = [tail.index(s) + len(s) for s in specials if s in tail]
     if ends:

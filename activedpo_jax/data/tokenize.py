@@ -1,4 +1,4 @@
-"""Records to token ids: texts to learn from, and the pool of pairs that everything after this works on."""
+"""From records to token ids: texts to learn from, and the pool of pairs that everything downstream works on."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,11 +21,11 @@ def tokenize_texts(
     max_response: int,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> Texts:
-    """One group a record, in their order.
+    """One group per record, in order.
 
-    A prompt of more than `max_prompt` tokens loses its beginning, but for BOS, which models depend on; it
-    keeps its end, and with it the header of the assistant's turn.  A response of more than `max_response`
-    tokens loses its end, and with it EOS.  Both are counted in the `notes`.
+    A prompt of more than `max_prompt` tokens loses its beginning, except for BOS, on which models depend; it
+    keeps its end, including the header of the assistant's turn.  A response of more than `max_response`
+    tokens loses its end, including EOS.  Both are counted in the `notes`.
 
     Args:
       template: `auto`, `chat` or `plain`; see `templates`.
@@ -48,7 +48,7 @@ def tokenize_texts(
     prompts = [_last(p, max_prompt, tokenizer.bos_token_id) for p in prompts]
     for prompt, record in zip(prompts, records, strict=True):
         if not len(prompt):
-            raise ValueError(f"{record.where}: the tokenizer makes no token of the prompt; expected some: change it")
+            raise ValueError(f"{record.location}: the tokenizer makes no token of the prompt; expected some: change it")
     return Texts(
         prompt_tokens=prompts, response_tokens=[[r[:max_response] for r in rs] for rs in responses], notes=notes
     )
@@ -68,7 +68,7 @@ def tokenize(
     Which response is shown first depends on the seed and the pair's id alone.
 
     Raises:
-      ValueError: as `tokenize_texts`, or two pairs have the same id.
+      ValueError: see `tokenize_texts`; or two pairs have the same id.
     """
     texts = tokenize_texts(records, tokenizer, template, max_prompt, max_response, template_kwargs)
     responses, notes = texts.response_tokens, list(texts.notes)
@@ -111,7 +111,7 @@ def _encode(
     """Token ids of every prompt and every response, and notes.
 
     The ids of a response are those that follow the prompt's in the whole text.  Where a token of the whole
-    text lies across the border, the response is tokenised on its own, as a model that goes on from the
+    text spans the border, the response is tokenised on its own, as a model that continues from the
     prompt's tokens would have to write it.
     """
     texts = [template.prompt(r) for r in records]
@@ -121,17 +121,17 @@ def _encode(
     ]
     notes += _markers(records, template)
     flat = [(t, a) for t, several in zip(texts, answers, strict=True) for a in several]
-    prompts = _ids(template, texts, [r.where for r in records])
-    whole = iter(_ids(template, [t + a for t, a in flat], [r.where for r in records for _ in r.responses]))
+    prompts = _ids(template, texts, [r.location for r in records])
+    whole = iter(_ids(template, [t + a for t, a in flat], [r.location for r in records for _ in r.responses]))
     leading, trailing = list(template.leading), list(template.trailing)
     responses, across = [], 0
     for record, prompt, several in zip(records, prompts, answers, strict=True):
         group = []
         for j, answer in enumerate(several):
-            both = next(whole)
-            joined = both[: len(prompt)] == prompt
+            text_ids = next(whole)
+            joined = text_ids[: len(prompt)] == prompt
             across += not joined
-            ids = both[len(prompt) :] if joined else _ids(template, [answer])[0]
+            ids = text_ids[len(prompt) :] if joined else _ids(template, [answer])[0]
             ends = record.extras.is_cut(j) or (trailing and ids[-len(trailing) :] == trailing)
             group.append(np.array(ids if ends else ids + trailing, np.int32))
         responses.append(group)
@@ -145,19 +145,19 @@ def _encode(
 
 
 def _left_out(records: Sequence[Exchange], texts: Sequence[str], template: Template) -> list[str]:
-    """What the chat template does not write, counted: nothing is dropped in silence."""
+    """Counts what the chat template does not write: nothing is dropped in silence."""
     missing: dict[str, list[str]] = {}
     for record, text in zip(records, texts, strict=True):
         for name in template.unwritten(record, text):
-            missing.setdefault(name, []).append(record.where)
+            missing.setdefault(name, []).append(record.location)
     return [
-        f"{len(where)} of {len(records)} records have {name}, which the chat template leaves out (first: {where[0]})"
-        for name, where in missing.items()
+        f"{len(places)} of {len(records)} records have {name}, which the chat template leaves out (first: {places[0]})"
+        for name, places in missing.items()
     ]
 
 
 def _markers(records: Sequence[Exchange], template: Template) -> list[str]:
-    """How many texts have their own beginning or end of a sequence, which is not written a second time."""
+    """Counts texts with a beginning or end of sequence of their own, which is not written a second time."""
     bos, eos = (str(token or "") for token in (template.tokenizer.bos_token, template.tokenizer.eos_token))
     begun = sum(isinstance(r.prompt, str) and bool(bos) and r.prompt.startswith(bos) for r in records)
     ends = tuple({eos, template.end.strip()} - {""})
@@ -169,19 +169,19 @@ def _markers(records: Sequence[Exchange], template: Template) -> list[str]:
     return notes
 
 
-def _ids(template: Template, texts: list[str], where: Sequence[str] = ("",)) -> list[list[int]]:
-    """Token ids of texts; `where` each stands, for what a tokenizer raises."""
+def _ids(template: Template, texts: list[str], locations: Sequence[str] = ("",)) -> list[list[int]]:
+    """Token ids of texts; `locations` are for errors that the tokenizer raises."""
     if not texts:
         return []
     try:
         return template.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    except Exception as error:  # tokenizers raise what they like
-        for text, place in zip(texts, where, strict=False):
+    except Exception as error:  # tokenizers raise errors of any type
+        for text, location in zip(texts, locations, strict=False):
             try:
                 template.tokenizer([text], add_special_tokens=False, verbose=False)
-            except Exception as one:
+            except Exception as cause:
                 raise ValueError(
-                    f"{place}: the tokenizer does not take this text ({type(one).__name__}: {one}); change it"
+                    f"{location}: the tokenizer does not take this text ({type(cause).__name__}: {cause}); change it"
                 ) from error
         raise
 
@@ -193,19 +193,19 @@ def _last(prompt: np.ndarray, size: int, bos: int | None) -> np.ndarray:
     return np.concatenate([prompt[:keep_bos], prompt[len(prompt) - size + keep_bos :]])
 
 
-def _truncation(what: str, lost: str, lengths: list[int], size: int) -> list[str]:
-    """What was cut, if anything was."""
+def _truncation(kind: str, lost: str, lengths: list[int], size: int) -> list[str]:
+    """A note on what was cut, if anything was."""
     longer = sum(n > size for n in lengths)
     if not longer:
         return []
     return [
-        f"{longer} of {len(lengths)} {what} ({longer / len(lengths):.1%}) are longer than {size} tokens "
+        f"{longer} of {len(lengths)} {kind} ({longer / len(lengths):.1%}) are longer than {size} tokens "
         f"(up to {max(lengths)}) and lost their {lost}: see config.data.buckets"
     ]
 
 
 def _copies(records: Sequence[Record], pairs: Sequence[tuple[int, int, int]], preferences: Sequence[int]) -> list[str]:
-    """How many pairs of texts are there again, in either order, and how many of these have another label."""
+    """Counts pairs of texts that occur again, in either order, and those of them with another label."""
     first: dict[tuple[str, ...], str | None] = {}
     again = opposite = 0
     for (group, *shown), preference in zip(pairs, preferences, strict=True):
@@ -230,7 +230,7 @@ def _check_unique(pair_ids: list[str], pairs: list[tuple[int, int, int]], record
     for name, (g, _, _) in zip(pair_ids, pairs, strict=True):
         if name in first:
             raise ValueError(
-                f"{records[g].where}: the pair id {name!r} is that of a pair of {first[name]} already; "
+                f"{records[g].location}: the pair id {name!r} is that of a pair of {first[name]} already; "
                 "expected every pair id once: change the `id` of one of the records"
             )
-        first[name] = records[g].where
+        first[name] = records[g].location

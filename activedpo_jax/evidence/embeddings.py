@@ -11,7 +11,7 @@ from activedpo_jax.models.policy import Policy
 def embeddings(spec: EvidenceSpec, policy: Policy, lora: Lora, groups: Groups, seed: jax.Array) -> jax.Array:
     """ψ = e(x,y_i) − e(x,y_j) of every pair i < j: [G, m(m−1)/2, d] float32.
 
-    e is the hidden state of the response's last token, after the final norm, of π_ref, whatever θ is; it is not scaled.
+    e is π_ref's hidden state at the response's last token, after the final norm, whatever θ is; it is not scaled.
     The adapter of π_θ and the seed are not used.
     """
     variables = {"params": policy.params, "lora": policy.reference}

@@ -18,17 +18,17 @@ _STREAM = 0x656E7472  # keeps these samples apart from others of the same seed
 def entropies(spec: EvidenceSpec, policy: Policy, lora: Lora, groups: Groups, seed: jax.Array) -> jax.Array:
     """H(x) = −(1/N) Σ_n log π_θ(y_n|x), y_n sampled from π_θ at temperature 1: [G, m(m−1)/2] float32, in nats.
 
-    It is a number of the prompt, the same for all its pairs.  A response ends with a stop token or after
-    `spec.entropy_length` tokens, so that H is the entropy of what the policy says up to there.
+    H depends on the prompt, and is the same for all its pairs.  A response ends with a stop token or after
+    `spec.entropy_length` tokens, so that H is the entropy of what the policy writes up to there.
     """
     responses = sampled(spec, policy, lora, groups, seed)
-    of_prompts = -jnp.mean(jnp.sum(responses.logps, axis=-1), axis=-1)
+    prompt_entropies = -jnp.mean(jnp.sum(responses.logps, axis=-1), axis=-1)
     pairs = len(group_pairs(groups.response_ids.shape[1]))
-    return jnp.broadcast_to(of_prompts[:, None], (of_prompts.shape[0], pairs))
+    return jnp.broadcast_to(prompt_entropies[:, None], (prompt_entropies.shape[0], pairs))
 
 
 def sampled(spec: EvidenceSpec, policy: Policy, lora: Lora, groups: Groups, seed: jax.Array) -> Responses:
-    """The N responses to each prompt, which depend on θ, its tokens and the seed alone."""
+    """N responses to each prompt, which depend on θ, its tokens and the seed alone."""
     decoding = DecodingSpec(policy.decoder.clone(unrolled=True), Sampling(), spec.stop, spec.entropy_length, spec.mesh)
     seeds = prompt_hash(groups, jnp.uint32(seed) ^ jnp.uint32(_STREAM))
     samples = jnp.broadcast_to(

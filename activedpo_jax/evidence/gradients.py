@@ -5,8 +5,8 @@
 where ĝ is g sketched to D dimensions and then, with `response` normalisation, scaled to unit length.  (β and π_ref
 drop out: the first scales every feature alike, the second has no gradient.)
 
-`response_features` and `pair_features` are fast, by the probe of `models.lora`; `reference_gradients` is what they
-compute, written with `vmap(grad)` for everyone to read and for the tests to compare with.
+`response_features` and `pair_features` are fast, thanks to the probe of `models.lora`; `reference_gradients` computes
+the same with `vmap(grad)`, to be read and for the tests to compare with.
 """
 
 from typing import Any
@@ -40,21 +40,22 @@ def response_features(
 ) -> jax.Array:
     """The sketched gradient of every response: [G, m, D] float32, not normalised.
 
-    Each response needs a backward pass of its own, through its prompt too: the prompt's tokens carry gradient of every
-    response, which no linear map can take apart again.  But the prompt's *forward* pass is one for all.  Mapping over
-    the responses alone gives just that: whatever depends on the prompt only is not mapped, so it is computed, and kept
-    for the backward passes, once.  In tokens through the network, for m responses of R tokens to a prompt of P:
+    Each response needs a backward pass of its own, through its prompt too: the prompt's tokens carry the gradients of
+    all responses, which no linear map can separate again.  But the prompt's *forward* pass is shared by all.  Mapping
+    over the responses alone achieves this: whatever depends on the prompt only is not mapped, so it is computed, and
+    kept for the backward passes, once.  In tokens through the network, for m responses of R tokens to a prompt of P:
 
         separate rows    forward m(P + R)    backward m(P + R)
         here             forward P + mR      backward m(P + R)
         summed gradient  forward P + mR      backward P + mR     (`none` on pairs; cannot be normalised)
     """
 
-    def one(response_ids: jax.Array, response_len: jax.Array) -> jax.Array:
+    def single_response(response_ids: jax.Array, response_len: jax.Array) -> jax.Array:
         single = Groups(groups.prompt_ids, groups.prompt_len, response_ids[:, None], response_len[:, None])
         return _weighted_gradient(decoder, params, lora, single, jnp.ones(1), dim, seed)
 
-    return jax.vmap(one, in_axes=1, out_axes=1)(jnp.asarray(groups.response_ids), jnp.asarray(groups.response_len))
+    mapped = jax.vmap(single_response, in_axes=1, out_axes=1)
+    return mapped(jnp.asarray(groups.response_ids), jnp.asarray(groups.response_len))
 
 
 def normalise(features: jax.Array) -> jax.Array:
@@ -93,8 +94,8 @@ def reference_gradients(decoder: Decoder, params: Params, lora: Lora, groups: Gr
     """g(x,y) of every response by `vmap(grad)` over the LoRA tree: leaves [G, m, L, ...].  Slow and readable."""
 
     def log_prob(lora: Lora, prompt_ids: Any, prompt_len: Any, response_ids: Any, response_len: Any) -> jax.Array:
-        one = Groups(prompt_ids[None], prompt_len[None], response_ids[None, None], response_len[None, None])
-        return response_logps(decoder, params, lora, one)[0, 0]
+        single = Groups(prompt_ids[None], prompt_len[None], response_ids[None, None], response_len[None, None])
+        return response_logps(decoder, params, lora, single)[0, 0]
 
     per_response = jax.vmap(jax.grad(log_prob), in_axes=(None, None, None, 0, 0))
     return jax.vmap(per_response, in_axes=(None, 0, 0, 0, 0))(lora, *groups)
@@ -107,6 +108,6 @@ def sketch_gradients(gradients: dict[str, Any], dim: int, seed: jax.Array) -> ja
         for name, grad in matrices.items():
             groups, m, layers = grad.shape[:3]
             rows = jnp.moveaxis(grad.reshape(groups * m, *grad.shape[2:]), 1, 0)
-            one = lambda args, name=f"{module}/{name}": tiled_count_sketch(args[0], dim, seed, args[1], name)  # noqa: E731
-            total += jnp.sum(jax.lax.map(one, (rows, jnp.arange(layers))), axis=0).reshape(groups, m, dim)
+            sketch = lambda args, name=f"{module}/{name}": tiled_count_sketch(args[0], dim, seed, args[1], name)  # noqa: E731
+            total += jnp.sum(jax.lax.map(sketch, (rows, jnp.arange(layers))), axis=0).reshape(groups, m, dim)
     return total

@@ -13,10 +13,12 @@ def margins(spec: EvidenceSpec, policy: Policy, lora: Lora, groups: Groups, seed
     """Δ = r̂(x,y_i) − r̂(x,y_j) of every pair i < j: [G, m(m−1)/2] float32.  The seed is not used.
 
     Where θ is the reference, as in a run's first round, Δ is exactly 0: one program scores both adapters, one after the
-    other, while of two programs each would round in its own way.
+    other, whereas two programs would round differently.
     """
-    both = jax.tree.map(lambda *x: jnp.stack(x), lora, policy.reference)
-    logps, ref_logps = jax.lax.map(lambda one: response_logps(policy.decoder, policy.params, one, groups), both)
+    adapters = jax.tree.map(lambda *x: jnp.stack(x), lora, policy.reference)
+    logps, ref_logps = jax.lax.map(
+        lambda adapter: response_logps(policy.decoder, policy.params, adapter, groups), adapters
+    )
     rewards = spec.beta * (logps - ref_logps)
     first, second = group_pairs(groups.response_ids.shape[1]).T
     return rewards[:, first] - rewards[:, second]

@@ -26,7 +26,7 @@ EVIDENCE: dict[str, EvidenceFunction] = {
 def compute(
     names: Iterable[str], spec: EvidenceSpec, policy: Policy, lora: Lora, groups: Groups, seed: jax.Array
 ) -> dict[str, jax.Array]:
-    """These kinds of evidence about all pairs of a chunk of groups; names and spec are static.
+    """The named kinds of evidence about all pairs of a chunk of groups; names and spec are static.
 
     Args:
       lora: the adapter of π_θ.
@@ -36,7 +36,7 @@ def compute(
       By name: [G · m(m−1)/2, ...] float32, group by group, pairs in the order of `data.groups.group_pairs`.
 
     Raises:
-      ValueError: there is no such kind; names all there are.
+      ValueError: there is no such kind; lists all kinds.
     """
     names = tuple(names)
     if unknown := [name for name in names if name not in EVIDENCE]:

@@ -18,7 +18,7 @@ class FeatureSpec:
     """D, and how a response's sketch is scaled.
 
     Raises:
-      ValueError: a normalisation that there is none of.
+      ValueError: there is no such normalisation.
     """
 
     dim: int
@@ -36,8 +36,8 @@ class EvidenceSpec:
     features: FeatureSpec
     beta: float  # of the implicit reward r̂
     mesh: Mesh
-    entropy_samples: int  # N responses a prompt, of which its entropy is estimated
-    entropy_length: int  # tokens that these have at most
+    entropy_samples: int  # N responses per prompt, from which its entropy is estimated
+    entropy_length: int  # largest number of tokens of each
     stop: tuple[int, ...]  # tokens that end a response
 
 
@@ -48,12 +48,12 @@ class EvidenceFunction(Protocol):
         Args:
           spec: static.
           lora: the adapter of π_θ.
-          groups: G groups of m responses.  A response of no tokens is padding: what is returned for its pairs is
-            finite, and means nothing.
-          seed: scalar uint32, of all that is random.
+          groups: G groups of m responses.  A response without tokens is padding: the values for its pairs are finite,
+            and mean nothing.
+          seed: scalar uint32, for everything random.
 
         Returns:
-          [G, m(m−1)/2, ...] float32, pairs in the order of `data.groups.group_pairs`.  What a pair gets does not
+          [G, m(m−1)/2, ...] float32, pairs in the order of `data.groups.group_pairs`.  A pair's value does not
           depend on its batch, bucket or padding.
         """
         ...

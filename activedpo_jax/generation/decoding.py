@@ -1,4 +1,4 @@
-"""Responses from a decoder, token by token: one prefill a prompt, then a loop that ends when all responses have.
+"""Responses from a decoder, token by token: one prefill per prompt, then a loop that ends when all responses have.
 
 One compiled program for each spec and bucket.
 """
@@ -34,21 +34,21 @@ class DecodingSpec:
 
 
 class Requests(NamedTuple):
-    """A batch of G prompts, of each of which m responses are asked for."""
+    """A batch of G prompts, with m responses asked for to each."""
 
     prompt_ids: Any  # [G, P] int32, padded on the left
     prompt_len: Any  # [G] int32, at least 1
     seeds: Any  # [G] uint32
-    samples: Any  # [G, m] int32: which of its prompt's samples a response is; −1: none is asked for here
+    samples: Any  # [G, m] int32: the number of each response among its prompt's samples; −1: not asked for
 
 
 class Responses(NamedTuple):
-    """What a batch of requests gave."""
+    """The responses to a batch of requests."""
 
-    tokens: jax.Array  # [G, m, R] int32, 0 behind the end
-    length: jax.Array  # [G, m] int32, the stop token included; 0 where none was asked for
+    tokens: jax.Array  # [G, m, R] int32, 0 after the end
+    length: jax.Array  # [G, m] int32, the stop token included; 0 where not asked for
     ended: jax.Array  # [G, m] bool: by a stop token, not by having R tokens
-    logps: jax.Array  # [G, m, R] float32: log π(token | before), of the model itself, 0 behind the end
+    logps: jax.Array  # [G, m, R] float32: log π(token | before) under the model itself, 0 after the end
 
 
 class _State(NamedTuple):
@@ -63,11 +63,11 @@ class _State(NamedTuple):
 def respond(spec: DecodingSpec, params: Params, lora: Lora | None, requests: Requests) -> Responses:
     """Samples every request's responses.
 
-    What a response is depends on its prompt, its seed, which sample it is, and the spec's `sampling` and `stop` alone:
-    in another batch, bucket or mesh it is the same, as far as the logits are the same numbers.
+    A response depends on its prompt, its seed, its number among the samples, and the spec's `sampling` and `stop`
+    alone: it is the same in another batch, bucket or mesh, as far as the logits are the same numbers.
 
     Args:
-      params, lora: as `models.decoder.unstack` gives them; no LoRA: the base model.
+      params, lora: as `models.decoder.unstack` returns them; no LoRA: the base model.
     """
     variables = {"params": params} if lora is None else {"params": params, "lora": lora}
     decoder, length = spec.decoder, spec.length
@@ -107,14 +107,14 @@ def respond(spec: DecodingSpec, params: Params, lora: Lora | None, requests: Req
         last, running, responses = append(logits, state.place, state.running, state.responses)
         return _State(state.place + 1, last, running, responses, cache)
 
-    def goes_on(state: _State) -> jax.Array:
+    def unfinished(state: _State) -> jax.Array:
         return (state.place < length) & jnp.any(state.running)
 
     start = jnp.int32(0)
     logits = jnp.broadcast_to(logits[:, None], (groups, m, logits.shape[-1]))
     last, running, responses = append(logits, start, samples >= 0, empty)
     cache = [_empty_cache(kv, m, length, spec.mesh) for kv in prompt]
-    return jax.lax.while_loop(goes_on, step, _State(start + 1, last, running, responses, cache)).responses
+    return jax.lax.while_loop(unfinished, step, _State(start + 1, last, running, responses, cache)).responses
 
 
 def _on_mesh(mesh: Mesh, x: jax.Array) -> jax.Array:
@@ -122,7 +122,7 @@ def _on_mesh(mesh: Mesh, x: jax.Array) -> jax.Array:
 
 
 def _empty_cache(prompt: KeysValues, m: int, length: int, mesh: Mesh) -> KeysValues:
-    """Room for the keys [G, K·m, Dh, R] and values [G, K·m, R, Dh] of the responses, cut as the weights are."""
+    """Room for the keys [G, K·m, Dh, R] and values [G, K·m, R, Dh] of the responses, cut like the weights."""
     groups, heads, dim, _ = prompt[0].shape
 
     def zeros(*shape: int) -> jax.Array:

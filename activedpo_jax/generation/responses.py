@@ -1,4 +1,4 @@
-"""Responses to prompts: m different ones each, batch by batch, with what is empty or a duplicate sampled anew."""
+"""Responses to prompts: m different ones each, batch by batch; empty and duplicate ones are sampled again."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -19,12 +19,12 @@ class GenerationSpec:
     """How responses are made.
 
     Raises:
-      ValueError: m > 1 responses of a model that always takes the likeliest token.
+      ValueError: m > 1 responses are asked of a model that always takes the likeliest token.
     """
 
     decoding: DecodingSpec
     responses: int  # m
-    resamples: int  # how often what is empty or a duplicate is sampled anew
+    resamples: int  # how often empty and duplicate responses are sampled again
     chunk: int  # prompts at a time
 
     def __post_init__(self) -> None:
@@ -40,19 +40,19 @@ class Generated:
     """The m responses to one prompt."""
 
     tokens: list[np.ndarray]  # int32 [length] each, the stop token included
-    logps: list[np.ndarray]  # float32 [length] each: log π(token | before) of the model itself, at temperature 1
+    logps: list[np.ndarray]  # float32 [length] each: log π(token | before) under the model itself, at temperature 1
     ended: list[bool]  # by a stop token, not by `length` tokens
     texts: list[str]
 
     @property
     def flawed(self) -> list[int]:
-        """Which responses are empty, or the same text as one before but for the space around it."""
+        """The responses that are empty, or equal to an earlier one up to surrounding space."""
         texts = [text.strip() for text in self.texts]
         return [j for j, text in enumerate(texts) if not text or text in texts[:j]]
 
-    def replace(self, j: int, other: "Generated", i: int) -> None:
+    def replace(self, j: int, source: "Generated", i: int) -> None:
         for name in ("tokens", "logps", "ended", "texts"):
-            getattr(self, name)[j] = getattr(other, name)[i]
+            getattr(self, name)[j] = getattr(source, name)[i]
 
 
 def generate(
@@ -68,16 +68,16 @@ def generate(
     """Responses to prompts of all lengths, batch by batch, with a progress bar.
 
     Args:
-      params, lora: as `models.decoder.unstack` gives them.
-      prompts: of each its tokens, int32 [length].
-      seeds: [n] uint32, one a prompt.
-      widths: that prompts are padded to, each prompt to the smallest that holds it; one compiled program each.
+      params, lora: as `models.decoder.unstack` returns them.
+      prompts: the tokens of each, int32 [length].
+      seeds: [n] uint32, one per prompt.
+      widths: each prompt is padded to the smallest that holds it; there is one compiled program per width.
       text_of: the text of a response's tokens.
-      wanted: which of the prompts.  A batch with one of these is made as a whole, so that its numbers are the same
-        whatever else is wanted.
+      wanted: the prompts that need responses.  A batch with one of these is made as a whole, so that its numbers are
+        the same whatever else is wanted.
 
     Yields:
-      The responses of a batch by the row of their prompt.  After `spec.resamples` attempts some may still be `flawed`.
+      The responses of a batch, by the row of their prompt.  After `spec.resamples` attempts some may still be `flawed`.
 
     Raises:
       ValueError: a prompt is longer than the widest of `widths`.
@@ -107,10 +107,10 @@ def respond_to(
     width: int,
     text_of: Callable[[np.ndarray], str],
 ) -> list[Generated]:
-    """The responses of one batch, in its order; arguments as of `generate`.
+    """The responses of one batch, in its order; arguments as in `generate`.
 
-    What is flawed is replaced by further samples of the same prompt and seed, so that a prompt's responses do not
-    depend on what it shares the batch with.
+    Flawed responses are replaced by further samples of the same prompt and seed, so that a prompt's responses do not
+    depend on the rest of its batch.
     """
     m, mesh = spec.responses, spec.decoding.mesh
     size = layout.round_up(spec.chunk, mesh)
@@ -122,15 +122,15 @@ def respond_to(
         samples = np.full((size, m), -1, np.int32)
         samples[list(wanted)] = attempt * m + np.arange(m)
         requests = Requests(padded.prompt_ids, padded.prompt_len, seeds, samples)
-        requests = jax.device_put(requests, layout.batch(mesh))
+        requests = layout.put(requests, layout.batch(mesh))
         tokens, lengths, ended, logps = jax.device_get(respond(spec.decoding, params, lora, requests))
 
-        def one(g: int) -> Generated:
+        def generated(g: int) -> Generated:
             cut = [tokens[g, j, : lengths[g, j]] for j in range(m)]
             probs = [logps[g, j, : lengths[g, j]] for j in range(m)]
             return Generated(cut, probs, ended[g].tolist(), [text_of(t) for t in cut])
 
-        return {g: one(g) for g in wanted}
+        return {g: generated(g) for g in wanted}
 
     results = sample(0, range(len(prompts)))
     for attempt in range(1, spec.resamples + 1):

@@ -1,7 +1,7 @@
-"""One token from logits: temperature, top-k, top-p, and randomness that depends on nothing but the request.
+"""One token from logits: temperature, top-k, top-p, and randomness that depends on the request alone.
 
-Temperature, then top-k, then top-p, each as in `transformers`.  What is cut off is found without sorting: a threshold
-is read off bit by bit, in 32 passes over the vocabulary.
+Temperature, then top-k, then top-p, each as in `transformers`.  The cut-off is found without sorting: its threshold is
+determined bit by bit, in 32 passes over the vocabulary.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ class Sampling:
     """How tokens are drawn.
 
     Raises:
-      ValueError: a number out of its range.
+      ValueError: a number is out of its range.
     """
 
     temperature: float = 1.0  # 0: always the likeliest token
@@ -35,20 +35,20 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p}: expected a number above 0, at most 1 (all tokens)")
 
 
-def draw(how: Sampling, logits: jax.Array, seeds: jax.Array, samples: jax.Array, place: jax.Array) -> jax.Array:
+def draw(sampling: Sampling, logits: jax.Array, seeds: jax.Array, samples: jax.Array, place: jax.Array) -> jax.Array:
     """The next token of every response.
 
     Args:
       logits: [G, m, V] float32.
-      seeds: [G] uint32, of the requests; samples: [G, m], which of its request's samples each response is; place:
-        scalar, of the token in its response.  The noise depends on these alone.
+      seeds: [G] uint32, of the requests; samples: [G, m], the number of each response among its request's samples;
+        place: scalar, of the token in its response.  The noise depends on these alone.
 
     Returns:
-      [G, m] int32; of equally likely ones the first.
+      [G, m] int32; the first of equally likely tokens.
     """
-    if how.temperature == 0:
+    if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scores = truncate(how, logits / how.temperature)
+    scores = truncate(sampling, logits / sampling.temperature)
 
     def noise(seed: jax.Array, sample: jax.Array) -> jax.Array:
         # The generator is named, since a seed must mean the same on every platform.
@@ -61,27 +61,27 @@ def draw(how: Sampling, logits: jax.Array, seeds: jax.Array, samples: jax.Array,
     return jnp.argmax(scores + per_response(seeds, samples), axis=-1).astype(jnp.int32)
 
 
-def truncate(how: Sampling, logits: jax.Array) -> jax.Array:
-    """[..., V] float32 with −∞ for what top-k and then top-p cut off.  Equal logits go or stay together: all that are
-    as likely as the last one that stays, stay."""
+def truncate(sampling: Sampling, logits: jax.Array) -> jax.Array:
+    """[..., V] float32 with −∞ for what top-k and then top-p cut off.  Equal logits are kept or cut together: all that
+    are as likely as the last one kept are kept."""
     vocabulary = logits.shape[-1]
-    if 0 < how.top_k < vocabulary:
+    if 0 < sampling.top_k < vocabulary:
         keys = _ordered(logits)
         # The k-th largest: the largest key that k keys reach.
-        kth = _largest(lambda t: jnp.sum(keys >= t, axis=-1, keepdims=True) >= how.top_k, keys)
+        kth = _largest(lambda t: jnp.sum(keys >= t, axis=-1, keepdims=True) >= sampling.top_k, keys)
         logits = jnp.where(keys >= kth, logits, -jnp.inf)
-    if how.top_p < 1:
+    if sampling.top_p < 1:
         keys, probs = _ordered(logits), jax.nn.softmax(logits, axis=-1)
-        # The tail that goes: as many of the unlikeliest as have 1 − p between them.  Never all.
+        # The tail to cut: as many of the unlikeliest tokens as have 1 − p between them, but never all.
         tail = lambda t: jnp.sum(jnp.where(keys <= t, probs, 0.0), axis=-1, keepdims=True)  # noqa: E731
-        last_out = _largest(lambda t: tail(t) <= 1 - how.top_p, keys)
+        last_out = _largest(lambda t: tail(t) <= 1 - sampling.top_p, keys)
         likeliest = jnp.max(keys, axis=-1, keepdims=True)
         logits = jnp.where((keys > last_out) | (keys == likeliest), logits, -jnp.inf)
     return logits
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """uint32 in the order of the float32 numbers `x`: their bits, with those of negative ones turned round."""
+    """uint32 in the order of the float32 numbers `x`: their bits, with those of negative ones inverted."""
     x = x + 0.0  # −0 becomes 0
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >= _HIGHEST_BIT, ~bits, bits | _HIGHEST_BIT)

@@ -1,4 +1,4 @@
-"""PEFT's LoRA adapters: out, as `peft.PeftModel.from_pretrained` loads them, and in, as the start of a run."""
+"""PEFT's LoRA adapters: written as `peft.PeftModel.from_pretrained` loads them, and read as the start of a run."""
 
 import os
 import pathlib
@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from activedpo_jax import layout
 from activedpo_jax.files import read_json, write_json
 from activedpo_jax.huggingface import hub
 from activedpo_jax.huggingface.families import LINEAR_MAPS
@@ -22,15 +23,15 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
-# Fields of an adapter's config that are read here, or that say nothing of what the adapter computes.  In any other,
-# known or of a later PEFT, a value that means something makes it another kind of adapter.
+# Fields of an adapter's config that are read here, or that do not affect what the adapter computes.  In any other
+# field, known or from a later PEFT, a value that is not off makes it another kind of adapter.
 _READ = {"r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 _READ |= {"peft_type", "rank_pattern", "alpha_pattern", "init_lora_weights", "lora_dropout", "base_model_name_or_path"}
 _IRRELEVANT = {"auto_mapping", "inference_mode", "peft_version", "revision", "task_type", "runtime_config"}
-_IRRELEVANT |= {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}  # of `init_lora_weights`
-_IRRELEVANT |= {"qalora_group_size", "megatron_core", "ensure_weight_tying"}  # of features that are off
-# These leave the base weights as they are.  The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take the first BA out of
-# them, and the adapter belongs to what remains; PEFT's own conversion of such an adapter writes `true`.
+_IRRELEVANT |= {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}  # for `init_lora_weights`
+_IRRELEVANT |= {"qalora_group_size", "megatron_core", "ensure_weight_tying"}  # for features that are off
+# These leave the base weights as they are.  The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract the first BA
+# from them, and the adapter belongs to what remains; PEFT's own conversion of such an adapter writes `true`.
 _INITIALISATIONS = {"none", "true", "false", "gaussian", "orthogonal", "eva", "mica"}
 _ADVICE = "merge the adapter into its base model with peft, and set config.model.path to the result"
 
@@ -42,7 +43,7 @@ def save_adapter(
 
     Args:
       lora: {"layers": {module: {"a": [L, r, d_in], "b": [L, d_out, r]}}}.
-      base_model_name, revision: the directory or Hub name that the adapter belongs to, and which of its revisions.
+      base_model_name, revision: directory or Hub name of the model that the adapter belongs to, and its revision.
 
     Raises:
       ValueError: the matrices are not those of `lora_config`.
@@ -56,8 +57,8 @@ def save_adapter(
     for module, matrices in layers.items():
         name = f"{_PREFIX}{LINEAR_MAPS[module]}"
         for key, matrix in (("lora_A", matrices["a"]), ("lora_B", matrices["b"])):
-            for layer, one in enumerate(matrix):
-                tensors[f"{name.format(layer=layer)}.{key}.weight"] = np.ascontiguousarray(one, np.float32)
+            for layer, part in enumerate(matrix):
+                tensors[f"{name.format(layer=layer)}.{key}.weight"] = np.ascontiguousarray(part, np.float32)
 
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f"{_WEIGHTS}.partial"
@@ -92,17 +93,17 @@ def load_adapter(
     lora_config: LoraConfig,
     shardings: Callable[[Lora], Any] | None = None,
 ) -> Lora:
-    """A LoRA adapter that `peft` has saved, as the starting point of a run; prints what is to be known of it.
+    """A LoRA adapter saved by `peft`, as the starting point of a run; prints notes about it.
 
-    It may have been trained on the model with its language-model head, or without it.  Where it leaves out layers
-    (`layers_to_transform`, a regular expression), A and B are zero there: no LoRA, also in training, since either
-    one's gradient is a multiple of the other.
+    It may have been trained on the model with its language-model head, or without it.  In layers that it leaves out
+    (`layers_to_transform`, a regular expression), A and B are zero: there is no LoRA, in training too, since the
+    gradient of either is a multiple of the other.
 
     Args:
       path: a directory, or a name on the Hub.
       revision: branch, tag or commit on the Hub; empty: the default branch.
-      model_config: of the base model.  That its weights are those that the adapter was trained on is not checked.
-      lora_config: has to describe the adapter.
+      model_config: of the base model.  Whether the adapter was trained on its weights is not checked.
+      lora_config: must describe the adapter.
       shardings: takes the adapter as `jax.ShapeDtypeStruct`s and returns a `jax.sharding.Sharding` for each; None:
         all on the default device.
 
@@ -110,8 +111,8 @@ def load_adapter(
       {"layers": {module: {"a": [L, r, d_in], "b": [L, d_out, r]}}}, float32.
 
     Raises:
-      ValueError: there is no such adapter; it is not plain LoRA on the linear maps of the layers; `lora_config` is
-        another one's (says which flags to set); tensors are missing, misshapen, not finite, or there for no reason.
+      ValueError: there is no such adapter; it is not plain LoRA on the linear maps of the layers; `lora_config`
+        describes another (says which flags to set); tensors are missing, misshapen, not finite, or unexpected.
     """
     folder = hub.fetch(path, revision, [_CONFIG, _WEIGHTS], "a PEFT adapter", "config.lora")
     if not (folder / _CONFIG).exists():
@@ -147,13 +148,13 @@ def load_adapter(
                     raise ValueError(
                         f"{folder / _WEIGHTS}: tensor {name} has entries that are not finite: train it anew"
                     )
-            lora["layers"][module] = {k: jax.device_put(x, places["layers"][module][k]) for k, x in stacks.items()}
+            lora["layers"][module] = {k: layout.put(x, places["layers"][module][k]) for k, x in stacks.items()}
     print(f"adapter {hub.named(path, revision)}: {'; '.join(_notes(adapter, layers, model_config.num_layers))}")
     return lora
 
 
 def _tensor_names(linear_map: str, layers: list[int]) -> Iterator[tuple[str, int, str]]:
-    """(matrix, layer, name of its tensor) of one module."""
+    """(matrix, layer, tensor name) for each matrix of one module."""
     for layer in layers:
         for key in ("a", "b"):
             yield key, layer, f"{_PREFIX}{linear_map.format(layer=layer)}.lora_{key.upper()}.weight"
@@ -199,10 +200,10 @@ def _target_layers(adapter: Mapping[str, Any], maps: Mapping[str, str], num_laye
 def _is_target(adapter: Mapping[str, Any], name: str, layer: int | None) -> bool:
     """PEFT's rule: a string is a regular expression of whole names, a list has whole names or their ends."""
 
-    def matches(which: str | list[str] | None) -> bool:
-        if isinstance(which, str):
-            return re.fullmatch(which, name) is not None
-        return any(name == one or name.endswith(f".{one}") for one in which or ())
+    def matches(pattern: str | list[str] | None) -> bool:
+        if isinstance(pattern, str):
+            return re.fullmatch(pattern, name) is not None
+        return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern or ())
 
     targets, layers = adapter["target_modules"], adapter.get("layers_to_transform")
     if matches(adapter.get("exclude_modules")):
@@ -214,17 +215,19 @@ def _is_target(adapter: Mapping[str, Any], name: str, layer: int | None) -> bool
     return matches(targets) and layer in ([layers] if isinstance(layers, int) else layers)
 
 
-def _hold_to_options(what: str, adapter: Mapping[str, Any], modules: tuple[str, ...], config: LoraConfig) -> None:
+def _hold_to_options(source: str, adapter: Mapping[str, Any], modules: tuple[str, ...], config: LoraConfig) -> None:
     found = {
         "rank": (adapter["r"], config.rank),
         "alpha": (_plain_number(adapter["lora_alpha"]), config.alpha),
         "rslora": (bool(adapter.get("use_rslora")), config.rslora),
     }
-    flags = [f"--config.lora.{name}={its}" for name, (its, ours) in found.items() if its != ours]
+    flags = [f"--config.lora.{name}={stored}" for name, (stored, given) in found.items() if stored != given]
     if set(modules) != set(config.target_modules):
         flags.append(f"--config.lora.target_modules={','.join(modules)}")
     if flags:
-        raise ValueError(f"{what}: config.lora describes another adapter; to start from this one set {' '.join(flags)}")
+        raise ValueError(
+            f"{source}: config.lora describes another adapter; to start from this one set {' '.join(flags)}"
+        )
 
 
 def _plain_number(value: float) -> float:
@@ -243,16 +246,16 @@ def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]
     for name in sorted(tensors.keys() - expected.keys()):
         faults.append(f"unexpected tensor {name} of shape {list(tensors[name].shape)}")
     if faults:
-        more = [f"... and {len(faults) - 5} more such"] if len(faults) > 5 else []
+        rest = [f"... and {len(faults) - 5} more such"] if len(faults) > 5 else []
         start = f"{folder / _WEIGHTS}: the tensors do not match {_CONFIG} and the base model:"
-        raise ValueError("\n".join([start, *faults[:5], *more]))
+        raise ValueError("\n".join([start, *faults[:5], *rest]))
 
 
 def _notes(adapter: Mapping[str, Any], layers: Mapping[str, list[int]], num_layers: int) -> list[str]:
     notes = [f"made for {adapter.get('base_model_name_or_path') or 'a model without a name'}"]
     if adapter.get("lora_dropout"):
         notes.append(f"lora_dropout={adapter['lora_dropout']} left out, training here has none")
-    some = [f"{module} in {', '.join(map(str, its))}" for module, its in layers.items() if len(its) < num_layers]
-    if some:
-        notes.append(f"LoRA in some of the {num_layers} layers alone ({'; '.join(some)})")
+    partial = [f"{module} in {', '.join(map(str, i))}" for module, i in layers.items() if len(i) < num_layers]
+    if partial:
+        notes.append(f"LoRA in some of the {num_layers} layers alone ({'; '.join(partial)})")
     return notes

@@ -1,9 +1,9 @@
 """Model families: how a Hugging Face config and checkpoint are read, as one short description each.
 
-There is one decoder; a family says which of its parts it has.  A config is read, and what it leaves out filled in, as
-transformers' class of that family does it.  A feature that the decoder does not have is refused with its name: a model
-never runs silently wrong.  (`attention_dropout` is no such feature.  It acts in training alone, and preference training
-goes without dropout, as in TRL, so that the policy and its reference differ by their weights only.)
+There is one decoder; a family says which of its parts it has.  A config is read, and what it leaves out is filled in,
+as transformers' class of that family does.  A feature that the decoder lacks is refused by name: a model never runs
+silently wrong.  (`attention_dropout` is not such a feature.  It acts in training only, and preference training goes
+without dropout, as in TRL, so that the policy and its reference differ by their weights only.)
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from activedpo_jax.huggingface.fields import (
 from activedpo_jax.models.config import ModelConfig
 
 _LAYER = "model.layers.{layer}"
-# Where each linear map of a layer stands in a checkpoint; the same in every family.
+# The name of each linear map of a layer in a checkpoint; the same in every family.
 LINEAR_MAPS = {f"{name}_proj": f"{_LAYER}.self_attn.{name}_proj" for name in "qkvo"} | {
     f"{name}_proj": f"{_LAYER}.mlp.{name}_proj" for name in ("gate", "up", "down")
 }
@@ -32,7 +32,7 @@ LINEAR_MAPS = {f"{name}_proj": f"{_LAYER}.self_attn.{name}_proj" for name in "qk
 class Weight:
     """A leaf of the parameter tree in a checkpoint.
 
-    A name with `{layer}` stands for one tensor a layer, which the leaf stacks.  `transposed`: the checkpoint has a
+    A name with `{layer}` stands for one tensor per layer, which the leaf stacks.  `transposed`: the checkpoint has a
     linear map as [out, in], the decoder as [in, out].
     """
 
@@ -48,10 +48,10 @@ class Family:
     """How one `model_type` of Hugging Face maps onto the decoder."""
 
     architecture: str  # the class in `architectures` that has a language-model head and nothing else
-    defaults: dict[str, Any]  # fields that its configs have beside the sizes: what transformers takes for a missing one
+    defaults: dict[str, Any]  # fields that its configs have besides the sizes, as transformers fills them in
     weights: Weights
-    decoder: dict[str, Any] = dataclasses.field(default_factory=dict)  # of ModelConfig: what all its models have
-    varying: Callable[[Fields], Fields] = lambda config: {}  # of ModelConfig: what its config's own fields say
+    decoder: dict[str, Any] = dataclasses.field(default_factory=dict)  # fields of ModelConfig that all its models share
+    varying: Callable[[Fields], Fields] = lambda config: {}  # fields of ModelConfig that vary by config
 
 
 def _norms(**names: str) -> Weights:
@@ -67,7 +67,7 @@ _OUTER: Weights = {
 } | {("layers", m, "kernel"): Weight(f"{name}.weight", transposed=True) for m, name in LINEAR_MAPS.items()}
 
 
-# --- What a config's own fields say
+# --- Fields of ModelConfig that vary by config
 
 
 def _window_of_all(config: Fields) -> Fields:
@@ -161,7 +161,7 @@ GEMMA2 = dataclasses.replace(
 GEMMA3 = dataclasses.replace(
     GEMMA2,
     architecture="Gemma3ForCausalLM",
-    # No attn_logit_softcapping: transformers' config has it, its model does not look at it.
+    # No attn_logit_softcapping: transformers' config has it, but its model ignores it.
     defaults={name: value for name, value in GEMMA2.defaults.items() if name != "attn_logit_softcapping"}
     | {"final_logit_softcapping": None, "sliding_window_pattern": 6}
     | {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
@@ -205,7 +205,7 @@ FAMILIES = {
 
 # --- Reading a config
 
-# ModelConfig's field: the config's, which has to be there.
+# ModelConfig's fields and the config's, which are required.
 _SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -214,7 +214,7 @@ _SIZES = {
     "num_heads": "num_attention_heads",
 }
 
-# Where null is a value of its own; elsewhere it is as good as the field left out.
+# Fields in which null is a value of its own; elsewhere it means that the field is left out.
 _NULLABLE = {"num_key_value_heads", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
 
 
@@ -222,7 +222,7 @@ def family(hf_config: Fields) -> Family:
     """The family of a `config.json`.
 
     Raises:
-      ValueError: there is none for its `model_type`.
+      ValueError: its `model_type` has none.
     """
     model_type = hf_config.get("model_type")
     if model_type not in FAMILIES:
@@ -236,7 +236,7 @@ def model_config(hf_config: Fields) -> ModelConfig:
     Raises:
       ValueError: a model type or a feature that the decoder does not support, or a missing field.
     """
-    this = family(hf_config)
+    model_family = family(hf_config)
     missing = [name for name in _SIZES.values() if hf_config.get(name) is None]
     if missing:
         raise ValueError(f"no {', '.join(missing)}; expected in the config of every {hf_config['model_type']} model")
@@ -244,10 +244,10 @@ def model_config(hf_config: Fields) -> ModelConfig:
         size = hf_config.get(name)
         if size is not None and (type(size) is not int or size < 1):
             raise ValueError(f"{name} is {size!r}; expected a whole number above 0")
-    refuse_unsupported(hf_config, this.architecture, this.defaults.keys())
+    refuse_unsupported(hf_config, model_family.architecture, model_family.defaults.keys())
 
     given = {name: value for name, value in hf_config.items() if value is not None or name in _NULLABLE}
-    config = {**this.defaults, **given}
+    config = {**model_family.defaults, **given}
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
     fields: dict[str, Any] = {
         **{ours: config[theirs] for ours, theirs in _SIZES.items()},
@@ -256,7 +256,7 @@ def model_config(hf_config: Fields) -> ModelConfig:
         "activation": activation(config),
         "tie_embeddings": config["tie_word_embeddings"],
         "rms_norm_eps": float(config["rms_norm_eps"]),
-        **this.decoder,
-        **this.varying(config),
+        **model_family.decoder,
+        **model_family.varying(config),
     }
     return ModelConfig(**(fields if "rope" in fields else {**fields, "rope": one_rope(config)}))

@@ -12,16 +12,16 @@ Fields = Mapping[str, Any]
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
-# By `rope_type`, what stands beside it.
+# By `rope_type`, the fields that go with it.
 _ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
-# Fields that change what some model computes, with the values under which they do not; null never does.  A family that
-# has one among its own supports it.  In any other it is refused, even where transformers would ignore it: then whoever
-# wrote the config meant another model than transformers runs.
+# Fields that change what some model computes, with the values at which they do not; null never does.  A family that
+# reads a field supports it.  Any other refuses it, even where transformers would ignore it: whoever wrote the config
+# then meant a model other than the one that transformers runs.
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     # attention
     "attention_bias": (False,),
@@ -59,11 +59,11 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 }
 
 
-def refuse_unsupported(hf_config: Fields, architecture: str, own: Collection[str]) -> None:
+def refuse_unsupported(hf_config: Fields, architecture: str, supported: Collection[str]) -> None:
     """Refuses a `config.json` with a feature that the family does not have.
 
     Args:
-      own: the fields that the family reads.
+      supported: the fields that the family reads.
 
     Raises:
       ValueError: names the field, its value, and what was expected.
@@ -82,17 +82,17 @@ def refuse_unsupported(hf_config: Fields, architecture: str, own: Collection[str
         value = hf_config.get(name)
         if name == "sliding_window" and hf_config.get("use_sliding_window") is False:
             continue
-        if value is not None and name not in own and value not in values:
+        if value is not None and name not in supported and value not in values:
             expected = " or ".join([*map(repr, values), "no such field"])
             raise ValueError(f"{name}={value!r} is not supported; expected {expected}")
 
 
 def activation(config: Fields) -> str:
-    """`ModelConfig.activation`; Gemma's configs have it under two names, of which one must not contradict the other."""
+    """`ModelConfig.activation`; Gemma's configs have it under two names, which must not contradict each other."""
     kinds = {}
     for name in ("hidden_act", "hidden_activation"):
         if (value := config.get(name)) is not None:
-            # The first Gemma's configs say gelu and mean its approximation, as transformers takes it too.
+            # The first Gemma's configs say gelu and mean its approximation, and transformers reads them so.
             legacy = config["model_type"] == "gemma" and (name, value) == ("hidden_act", "gelu")
             kinds[name] = "gelu_pytorch_tanh" if legacy else value
     kind, *others = kinds.values()
@@ -106,7 +106,7 @@ def activation(config: Fields) -> str:
 
 
 def local_layers(config: Fields, default: Callable[[int], bool]) -> Fields:
-    """`window` and `local` of `ModelConfig`: as `layer_types` says, or where that is missing `default`, layer by layer.
+    """`window` and `local` of `ModelConfig`: from `layer_types`, or if that is missing, from `default` layer by layer.
 
     Raises:
       ValueError: another kind of layer, the wrong number of them, or local layers without a window.
@@ -143,7 +143,7 @@ def unrotated_layers(config: Fields) -> tuple[bool, ...]:
 
 
 def one_rope(config: Fields) -> Rope:
-    """Of all layers: transformers 5 writes `rope_parameters`, versions before it `rope_scaling` and `rope_theta`."""
+    """The same in all layers: transformers 5 writes `rope_parameters`, earlier ones `rope_scaling` and `rope_theta`."""
     settings = config.get("rope_scaling") or config.get("rope_parameters") or {}
     nested = [name for name, value in settings.items() if isinstance(value, Mapping)]
     if nested:
@@ -154,8 +154,8 @@ def one_rope(config: Fields) -> Rope:
 def two_ropes(config: Fields) -> Fields:
     """`rope` and `local_rope` of `ModelConfig`: `rope_parameters` has one for each kind of layer.
 
-    Before transformers 5, `rope_scaling` and `rope_theta` were for the layers that see everything, and local ones had
-    `rope_local_base_freq`.
+    Before transformers 5, `rope_scaling` and `rope_theta` were for the layers that see everything, and
+    `rope_local_base_freq` for local ones.
     """
     nested = config.get("rope_parameters") or {}
     unknown = sorted(nested.keys() - {"full_attention", "sliding_attention"})

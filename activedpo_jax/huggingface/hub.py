@@ -1,4 +1,4 @@
-"""Where Hugging Face files are: in a directory here, or on the Hub."""
+"""Hugging Face files: in a local directory, or on the Hub."""
 
 import hashlib
 import pathlib
@@ -11,29 +11,29 @@ def named(path: str, revision: str) -> str:
     return f"{path} (revision {revision})" if revision else path
 
 
-def refuse_missing_directory(path: str, what: str, option: str) -> None:
-    """A Hub name is `name` or `owner/name`; anything else that is not a directory is a directory misspelt.
+def refuse_missing_directory(path: str, expected: str, option: str) -> None:
+    """Refuses a misspelt directory: a path that is not one, and not a Hub name (`name` or `owner/name`) either.
 
     Raises:
-      ValueError: `path` is such a one; `what` was expected there, and `option`.path says where.
+      ValueError: `path` is one; says what was expected there, and that `option`.path gives it.
     """
     looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
     if looks_local and not pathlib.Path(path).is_dir():
-        raise ValueError(f"{path}: no such directory; expected {what}: set {option}.path")
+        raise ValueError(f"{path}: no such directory; expected {expected}: set {option}.path")
 
 
-def fetch(path: str, revision: str, patterns: Sequence[str], what: str, option: str) -> pathlib.Path:
+def fetch(path: str, revision: str, patterns: Sequence[str], expected: str, option: str) -> pathlib.Path:
     """The directory of a model or an adapter: `path` itself, or the Hub's files that match, downloaded unless cached.
 
     Args:
       path: a directory, or a name on the Hub.
       revision: branch, tag or commit on the Hub; empty: the default branch.
-      what, option: what is expected there, and which group of options has its `path` and `revision`.
+      expected, option: what the path should hold, and the group of options with its `path` and `revision`.
 
     Raises:
-      ValueError: there is nothing of the name; in offline mode: nothing in the cache.
+      ValueError: nothing has this name, in offline mode nothing in the cache.
     """
-    refuse_missing_directory(path, what, option)
+    refuse_missing_directory(path, expected, option)
     if pathlib.Path(path).is_dir():
         return pathlib.Path(path)
     try:
@@ -48,18 +48,17 @@ def fetch(path: str, revision: str, patterns: Sequence[str], what: str, option: 
 
 
 _FINGERPRINTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-_BLOCK_BYTES, _BLOCKS = 1 << 16, 1024  # of a larger file only so many blocks, evenly spread, are read
+_BLOCK_BYTES, _BLOCKS = 1 << 16, 1024  # of a larger file, only this many evenly spread blocks are read
 
 
 def fingerprint(path: str, revision: str) -> str:
-    """What tells a model's or an adapter's files from others: a digest, or the commit that the Hub's cache has.
+    """What identifies a model's or an adapter's files: a digest, or the commit in the Hub's cache.
 
-    Files of up to 64 MiB are read whole.  Of larger ones the digest has the size, the first block (which holds the
-    header of a safetensors file) and 1,024 blocks spread evenly: another training changes all of
-    them, and no more than 64 MiB of a file are read.
+    Files of up to 64 MiB are read whole.  For larger ones the digest covers the size and 1,024 evenly spread blocks,
+    the first of which holds the header of a safetensors file: another training changes all of the others.
 
     Args:
-      path, revision: as of `fetch`, of files that are here already.
+      path, revision: as in `fetch`; the files must be local or cached.
     """
     folder = pathlib.Path(path)
     if not folder.is_dir():

@@ -1,7 +1,7 @@
-"""Hugging Face in: a model directory or a Hub name becomes a config, sharded parameters and a tokenizer.
+"""From Hugging Face: a model directory or a Hub name becomes a config, sharded parameters and a tokenizer.
 
-A checkpoint is checked as a whole from the headers of its files, then goes to the devices tensor by tensor: beside what
-they hold, a model needs hardly any memory to be loaded.
+A checkpoint is checked as a whole from the headers of its files, then goes to the devices tensor by tensor: loading
+takes hardly any memory besides what the devices hold.
 """
 
 import functools
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _GENERATION = "generation_config.json"
-_EXPECTED = ("a Hugging Face model directory", "config.model")  # where a path leads, and the options that give it
+_EXPECTED = ("a Hugging Face model directory", "config.model")  # what a path should hold, and the options that give it
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DTYPES = ("F64", "F32", "F16", "BF16")  # anything else is a quantised checkpoint
 
@@ -47,8 +47,8 @@ def load_config(path: str, revision: str = "") -> ModelConfig:
 
 
 def load_tokenizer(path: str, revision: str = "") -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model, with its chat template if it has one; arguments and errors as of `load_config`."""
-    from transformers import AutoTokenizer  # imports for seconds, which a run without a tokenizer need not wait for
+    """The tokenizer of a model, with its chat template if it has one; arguments and errors as in `load_config`."""
+    from transformers import AutoTokenizer  # takes seconds, for which a run without a tokenizer need not wait
 
     hub.refuse_missing_directory(path, *_EXPECTED)
     try:
@@ -58,9 +58,9 @@ def load_tokenizer(path: str, revision: str = "") -> "PreTrainedTokenizerBase":
 
 
 def eos_token_ids(path: str, revision: str = "") -> tuple[int, ...]:
-    """The tokens that end a response by `generation_config.json`, or where that says nothing by `config.json`.
+    """The tokens that end a response, from `generation_config.json`, or if that names none, from `config.json`.
 
-    Args and errors as of `load_config`.
+    Arguments and errors as in `load_config`.
     """
     folder = _fetch(path, revision, [_CONFIG, _GENERATION])
     for name in (_GENERATION, _CONFIG):
@@ -81,23 +81,24 @@ def load_model(
     """A model from safetensors, single or sharded.
 
     Args:
-      path, revision: as of `load_config`.
-      dtype: that the parameters are converted to.
+      path, revision: as in `load_config`.
+      dtype: the parameters are converted to it.
       shardings: takes the parameter tree as `jax.ShapeDtypeStruct`s and returns a `jax.sharding.NamedSharding` for
         each; None: all on the default device.
       quantisation: none, int8 or nf4: the kernels are quantised one by one, from the checkpoint's own dtype.
 
     Returns:
-      The config, and the parameters of `Decoder` ([in, out] kernels, stacked over layers), as `quantise_params` gives.
+      The config, and the parameters of `Decoder` ([in, out] kernels, stacked over layers), quantised as in
+      `quantise_params`.
 
     Raises:
       ValueError: there is no such model; it has a feature that is not supported; tensors are missing, misshapen,
         quantised, or not of this family; `quantisation` needs qwix, which is not installed.
     """
     folder = _fetch(path, revision, [_CONFIG, _INDEX, _SINGLE])
-    this, config = _read_config(folder)
+    model_family, config = _read_config(folder)
     files = _weight_files(folder)
-    # Of a sharded model on the Hub only the small files are here yet.
+    # So far, only the small files of a sharded model on the Hub have been fetched.
     folder = _fetch(path, revision, [_CONFIG, _INDEX, *files])
 
     decoder = Decoder(config, LoraConfig())
@@ -107,7 +108,7 @@ def load_model(
     )
     paths = [tuple(k.key for k in keys) for keys, _ in jax.tree.leaves_with_path(shapes)]
     leaves = jax.tree.leaves(shapes)
-    weights = [this.weights[path] for path in paths]
+    weights = [model_family.weights[path] for path in paths]
     tensors = read_headers([folder / name for name in files])
     if config.tie_embeddings and _HEAD in tensors and _EMBEDDINGS not in tensors:
         tensors[_EMBEDDINGS] = tensors.pop(_HEAD)  # one table under either name
@@ -121,7 +122,7 @@ def load_model(
     places = jax.tree.leaves(place(result), is_leaf=is_quantised)
     parts = [[tensors[name] for name in _names(w, x.shape)] for w, x in zip(weights, leaves, strict=True)]
     params: list[Any] = [None] * len(leaves)
-    # The largest tensors first: what their conversion takes beside them is free again when the devices fill up.
+    # The largest tensors first: the extra memory of their conversion is free again by the time the devices fill up.
     order = sorted(range(len(leaves)), key=lambda i: -math.prod(parts[i][0].shape))
     with progress(total=sum(map(len, parts)), desc=f"loading {path}", unit="tensor") as bar:
         for i in order:
@@ -148,10 +149,10 @@ def _read_config(folder: pathlib.Path) -> tuple[Family, ModelConfig]:
 
 
 def _weight_files(folder: pathlib.Path) -> list[str]:
-    """Names of the checkpoint's files: the single file, and without one those of the index, as transformers has it.
+    """Names of the checkpoint's files: the single file, or else those of the index, as in transformers.
 
     Raises:
-      ValueError: the index is not one.
+      ValueError: the index is malformed.
     """
     index = folder / _INDEX
     if (folder / _SINGLE).exists() or not index.exists():
@@ -173,11 +174,11 @@ def _check(
     shapes: Sequence[tuple[int, ...]],
     folder: pathlib.Path,
 ) -> None:
-    """Holds the checkpoint to the config: every tensor, of the right shape, and no other."""
+    """Checks the checkpoint against the config: every tensor, of the right shape, and no other."""
     expected: dict[str, tuple[int, ...]] = {}
     for weight, shape in zip(weights, shapes, strict=True):
-        one = shape[1:] if "{layer}" in weight.name else shape
-        expected |= dict.fromkeys(_names(weight, shape), one[::-1] if weight.transposed else one)
+        part = shape[1:] if "{layer}" in weight.name else shape
+        expected |= dict.fromkeys(_names(weight, shape), part[::-1] if weight.transposed else part)
 
     faults = []
     for name, shape in expected.items():
@@ -204,8 +205,8 @@ def _check(
             f"which {_CONFIG} has no place for"
         )
     if faults:
-        more = [f"... and {len(faults) - 5} more such"] if len(faults) > 5 else []
-        raise ValueError("\n".join(["the checkpoint does not match its config:", *faults[:5], *more]))
+        rest = [f"... and {len(faults) - 5} more such"] if len(faults) > 5 else []
+        raise ValueError("\n".join(["the checkpoint does not match its config:", *faults[:5], *rest]))
 
 
 def _load_leaf(
@@ -220,8 +221,8 @@ def _load_leaf(
     """A leaf of the parameter tree: one tensor, or those of all layers written one by one into their stack.
 
     Args:
-      leaf, place: shape and dtype, and sharding; of codes and scales where the leaf is quantised.
-      transit: the sharding of a tensor on the way.
+      leaf, place: shape and dtype, and sharding, of the leaf, or of codes and scales if it is quantised.
+      transit: the sharding of a tensor on its way there.
     """
 
     def convert(tensor: jax.Array) -> Any:

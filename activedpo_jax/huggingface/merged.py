@@ -1,4 +1,4 @@
-"""A whole model out: base weights, with or without an adapter merged into them, as a Hugging Face checkpoint."""
+"""To Hugging Face: base weights, with or without an adapter merged into them, as a checkpoint."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ from activedpo_jax.models.quantise import Kernel, dequantise, is_quantised
 from activedpo_jax.progress import progress
 
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
-# What else of the base model belongs to the new one.
+# Other files of the base model that belong to the new one.
 _COPIED = (
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.*", "merges.txt", "chat_template*", "additional_chat_templates/*"),
@@ -48,7 +48,7 @@ class _Source(NamedTuple):
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:
-    """Of a leaf, or of the kernels [L, in, out] that codes [L, tiles, in/tiles, out] stand for."""
+    """The shape of a leaf, or of the kernels [L, in, out] that codes [L, tiles, in/tiles, out] stand for."""
     if not is_quantised(leaf):
         return tuple(leaf.shape)
     layers, tiles, rows, columns = leaf.qvalue.shape
@@ -68,20 +68,20 @@ def save_merged(
     """Writes W + scale·BA as a checkpoint that `transformers` loads, with the base model's config and tokenizer.
 
     Tensors are merged in float32 on the devices that hold them, converted, and written one by one: host memory holds
-    one at a time.  The checkpoint is written beside `directory` and renamed at the end, so that what is there is whole.
+    one at a time.  The checkpoint is written next to `directory` and renamed at the end, so that it is complete there.
 
     Args:
-      params: of `Decoder`, on any sharding; kernels that are quantised are written as what they stand for.
+      params: of `Decoder`, on any sharding; quantised kernels are written dequantised.
       lora: the adapter to merge; None: the parameters as they are, as after training all of them.
       lora_config: of the adapter.
       base_model, revision: the directory or Hub name that the parameters came from.
-      directory: to be made; may be there if it is empty.
-      dtype: that the checkpoint has: float32, bfloat16 or float16.
+      directory: is made; may exist if it is empty.
+      dtype: of the checkpoint: float32, bfloat16 or float16.
       max_shard_size: of a file, in bytes or as "5GB"; a larger tensor gets a file of its own.
 
     Raises:
-      ValueError: `directory` is taken; no such base model; parameters or adapter are not of its shapes; another dtype;
-        a weight is not finite in that dtype.
+      ValueError: `directory` is taken; there is no such base model; parameters or adapter do not have its shapes; the
+        dtype is another; a weight is not finite in it.
     """
     dtype = jnp.dtype(dtype)
     if dtype.name not in _DTYPES:
@@ -125,13 +125,13 @@ def save_merged(
         copy = partial / source.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
         _write(copy, [source.read_bytes()])
-    # `torch_dtype` is the name that versions of transformers before 4.56 know.
+    # Versions of transformers before 4.56 know only the name `torch_dtype`.
     older = {"torch_dtype": dtype.name} if "torch_dtype" in config else {}
     write_json(partial / _CONFIG, {**config, "dtype": dtype.name, **older})
     os.replace(partial, directory)
 
 
-def _hold_to_shapes(tree: Any, init: Callable[[], Any], what: str, base_model: str) -> None:
+def _hold_to_shapes(tree: Any, init: Callable[[], Any], kind: str, base_model: str) -> None:
     expected, found = (
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): _shape(leaf)
@@ -142,7 +142,7 @@ def _hold_to_shapes(tree: Any, init: Callable[[], Any], what: str, base_model: s
     for name in sorted(expected | found):
         if expected.get(name) != found.get(name):
             raise ValueError(
-                f"{name} of the {what} has shape {found.get(name)}; by the config of {base_model} it has "
+                f"{name} of the {kind} has shape {found.get(name)}; by the config of {base_model} it has "
                 f"{expected.get(name)}: give the model and the LoRA options that it was made with"
             )
 
@@ -174,11 +174,11 @@ def _merged(
     scale: float,
     dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """One tensor, and whether all of it is finite.  The layer is no constant, or each would be compiled anew."""
-    one: Any = leaf if layer is None else jax.tree.map(lambda stack: stack[layer], leaf)
-    if is_quantised(one):
-        one = dequantise(one, jnp.float32).reshape(-1, _shape(leaf)[-1])
-    weight = one.astype(jnp.float32)
+    """One tensor, and whether all of it is finite.  The layer is traced: a constant would be recompiled for each."""
+    part: Any = leaf if layer is None else jax.tree.map(lambda stack: stack[layer], leaf)
+    if is_quantised(part):
+        part = dequantise(part, jnp.float32).reshape(-1, _shape(leaf)[-1])
+    weight = part.astype(jnp.float32)
     if matrices is not None:
         # HIGHEST: by default, GPUs and TPUs multiply float32 in fewer bits.
         weight += scale * jnp.matmul(matrices["b"][layer], matrices["a"][layer], precision=jax.lax.Precision.HIGHEST).T
@@ -189,7 +189,7 @@ def _merged(
 def _safetensors(
     shapes: Mapping[str, tuple[int, ...]], dtype: Any, read: Callable[[str], np.ndarray]
 ) -> Iterator[bytes | memoryview]:
-    """A safetensors file in pieces, a tensor at a time, where the library's own writer takes all of them at once.
+    """A safetensors file in pieces, a tensor at a time; the library's own writer takes all of them at once.
 
     Format: https://huggingface.co/docs/safetensors: the length of the header (64 bits), the header, the data.
     """
@@ -203,7 +203,7 @@ def _safetensors(
     yield struct.pack("<Q", len(text))
     yield text
     for name in shapes:
-        # As bytes: NumPy gives out no buffer of bfloat16.
+        # As bytes, since NumPy exports no buffer of bfloat16.
         yield np.ascontiguousarray(read(name)).reshape(-1).view(np.uint8).data
 
 

@@ -1,6 +1,6 @@
-"""Safetensors: what the headers of a checkpoint's files say, and the way of one tensor onto the devices.
+"""Safetensors: reads the headers of a checkpoint's files, and puts one tensor at a time onto the devices.
 
-A tensor travels in pieces: the host holds one of them at a time, and a device gets no more than its part.
+A tensor travels in pieces: the host holds one piece at a time, and a device gets no more than its part.
 """
 
 import functools
@@ -15,16 +15,18 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  gives NumPy the bfloat16 that safetensors reads into
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
+
+from activedpo_jax import layout
 
 PIECE_BYTES = 1 << 25  # of host memory, twice over: as pages of the file, and copied out of them
 
-Box = tuple[slice, ...]  # a part of a tensor, one slice with both ends an axis
+Box = tuple[slice, ...]  # a part of a tensor: for every axis, a slice with both ends
 
 
 class Tensor(NamedTuple):
-    """What the header of a safetensors file says of one tensor."""
+    """What the header of a safetensors file says about one tensor."""
 
     file: pathlib.Path
     name: str
@@ -33,10 +35,10 @@ class Tensor(NamedTuple):
 
 
 def read_headers(files: Sequence[pathlib.Path]) -> dict[str, Tensor]:
-    """The tensors of all files by name; nothing but the headers is read.
+    """The tensors of all files by name; only the headers are read.
 
     Raises:
-      ValueError: a file is not there, or not whole.
+      ValueError: a file is missing or incomplete.
     """
     tensors: dict[str, Tensor] = {}
     for file in files:
@@ -57,25 +59,25 @@ def read_headers(files: Sequence[pathlib.Path]) -> dict[str, Tensor]:
 
 
 def read_pieces(tensor: Tensor, box: Box | None = None) -> Iterator[np.ndarray]:
-    """A tensor, or the `box` of it, cut along its first axis into pieces of at most `PIECE_BYTES`, or of one row."""
+    """A tensor, or its part `box`, cut along its first axis into pieces of at most `PIECE_BYTES`, or of one row."""
     box = tuple(slice(0, n) for n in tensor.shape) if box is None else box
     first, *others = box
     row_bytes = math.prod([s.stop - s.start for s in others]) * _itemsize(tensor)
     rows = max(1, PIECE_BYTES // max(1, row_bytes))
     for start in range(first.start, first.stop, rows):
-        # Opened anew for each piece, which lets go of the pages that the piece before has read.
+        # Reopened for each piece, which releases the pages that the previous piece has read.
         with safe_open(tensor.file, framework="numpy") as opened:
             part = opened.get_slice(tensor.name)
             piece: np.ndarray = part[(slice(start, min(start + rows, first.stop)), *others)]
-            del part  # it too holds the file
+            del part  # it keeps the file open, too
         yield piece
 
 
-def equal(one: Tensor, other: Tensor) -> bool:
+def equal(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors hold the same numbers."""
-    if one.shape != other.shape:
+    if first.shape != second.shape:
         return False
-    return all(np.array_equal(a, b) for a, b in itertools.zip_longest(read_pieces(one), read_pieces(other)))
+    return all(np.array_equal(a, b) for a, b in itertools.zip_longest(read_pieces(first), read_pieces(second)))
 
 
 def put_tensor(tensor: Tensor, sharding: Sharding) -> jax.Array:
@@ -86,7 +88,7 @@ def put_tensor(tensor: Tensor, sharding: Sharding) -> jax.Array:
         devices[tuple(s.indices(n)[:2] for s, n in zip(index, tensor.shape, strict=True))].append(device)
     shards = []
     for ends, holders in devices.items():
-        box = tuple(slice(*both) for both in ends)
+        box = tuple(slice(*bounds) for bounds in ends)
         shards += _put_box(tensor, box, holders)
     return jax.make_array_from_single_device_arrays(tensor.shape, sharding, shards)
 
@@ -96,8 +98,8 @@ def _put_box(tensor: Tensor, box: Box, holders: Sequence[jax.Device]) -> list[ja
     start = 0
     for piece in read_pieces(tensor, box):
         shape = tuple(s.stop - s.start for s in box)
-        # Wait: a transfer that is still under way would keep this piece in host memory beside the next one.
-        pieces = jax.block_until_ready([jax.device_put(piece, device) for device in holders])
+        # Wait, since a transfer under way would keep this piece in host memory next to the following one.
+        pieces = jax.block_until_ready([layout.put(piece, SingleDeviceSharding(device)) for device in holders])
         if piece.shape == shape:
             return pieces
         buffers = buffers or [

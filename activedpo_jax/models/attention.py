@@ -19,29 +19,29 @@ class Rule(NamedTuple):
 
     scale: float  # of the queries
     softcap: float | None
-    window: jax.Array  # scalar int32: a token sees so many, itself included
-    limits: tuple[int | None, ...]  # what `window` is in one layer of the model or another; None: no limit
+    window: jax.Array  # scalar int32: how many tokens a token sees, itself included
+    limits: tuple[int | None, ...]  # the values of `window` in the model's layers; None: no limit
 
 
-def rule(config: ModelConfig, window: jax.Array) -> Rule:
+def make_rule(config: ModelConfig, window: jax.Array) -> Rule:
     scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
     limits = tuple(sorted({config.window if local else None for local in config.is_local}, key=lambda n: n or 0))
     return Rule(scale, config.attention_softcap, window, limits)
 
 
 def windows(config: ModelConfig) -> np.ndarray:
-    """Of every layer the number of tokens that one sees, [L] int32: beyond all lengths where there is no limit."""
+    """The number of tokens that a token sees in each layer, [L] int32: beyond all lengths where there is no limit."""
     return np.array([config.window if local else _NO_WINDOW for local in config.is_local], np.int32)
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Of every layer the radians per position, [L, Dh/2] float32; a layer without rotation has zeros."""
+    """The radians per position of each layer, [L, Dh/2] float32; zeros in a layer without rotation."""
     everywhere = _frequencies(config.rope, config.head_dim)
     local = everywhere if config.local_rope is None else _frequencies(config.local_rope, config.head_dim)
     unrotated = config.unrotated or (False,) * config.num_layers
     rows = [
-        0 * everywhere if none else local if here else everywhere
-        for here, none in zip(config.is_local, unrotated, strict=True)
+        0 * everywhere if is_unrotated else local if is_local else everywhere
+        for is_local, is_unrotated in zip(config.is_local, unrotated, strict=True)
     ]
     return np.stack(rows).astype(np.float32)
 
@@ -52,7 +52,7 @@ def _frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     scaling = rope.scaling
     if scaling is None:
         return frequency
-    # Short wavelengths stay, long ones are stretched by `factor`, those between are interpolated.
+    # Short wavelengths are kept, long ones stretched by `factor`, those in between interpolated.
     turns = scaling.original_max_position * frequency / (2 * math.pi)  # over the original context
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = np.clip(kept, 0.0, 1.0)
@@ -67,17 +67,17 @@ def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Ar
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def _scores(q: jax.Array, k: jax.Array, mask: jax.Array, how: Rule) -> jax.Array:
+def _scores(q: jax.Array, k: jax.Array, mask: jax.Array, rule: Rule) -> jax.Array:
     """[..., r, Q, S] float32 of queries [..., r, Q, Dh] and keys [..., S, Dh], masked."""
     *batch, r, length, dim = q.shape
-    scores = _products(q.reshape(*batch, r * length, dim), jnp.swapaxes(k, -1, -2), how)
+    scores = _products(q.reshape(*batch, r * length, dim), jnp.swapaxes(k, -1, -2), rule)
     return jnp.where(mask, scores.reshape(*batch, r, length, -1), _MASKED)
 
 
-def _products(q: jax.Array, k: jax.Array, how: Rule) -> jax.Array:
+def _products(q: jax.Array, k: jax.Array, rule: Rule) -> jax.Array:
     """Scores [..., Q, S] float32 of queries [..., Q, Dh] and keys [..., Dh, S], with the scale and the soft-cap."""
-    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) * how.scale
-    return scores if how.softcap is None else how.softcap * jnp.tanh(scores / how.softcap)
+    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) * rule.scale
+    return scores if rule.softcap is None else rule.softcap * jnp.tanh(scores / rule.softcap)
 
 
 def _attend(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
@@ -95,8 +95,8 @@ def _attend(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
     return (out / total).astype(parts[0][1].dtype)
 
 
-# Below, heads stand before tokens while scores are made: [..., K, r, Q, Dh] with r = H/K query heads to a key head, so
-# that the products are plain batched matrix products, several times faster on CPU than with heads in between.
+# Below, heads come before tokens while scores are computed: [..., K, r, Q, Dh] with r = H/K query heads to a key head.
+# The products are then plain batched matrix products, several times faster on CPU than with heads in between.
 
 
 def heads_first(x: jax.Array) -> jax.Array:
@@ -116,7 +116,7 @@ def _tokens_first(out: jax.Array) -> jax.Array:
     return out.reshape(*out.shape[:-3], -1)
 
 
-def prompt_attention(q: jax.Array, k: jax.Array, v: jax.Array, prompt_len: jax.Array, how: Rule) -> jax.Array:
+def prompt_attention(q: jax.Array, k: jax.Array, v: jax.Array, prompt_len: jax.Array, rule: Rule) -> jax.Array:
     """Causal attention within left-padded prompts.
 
     Args:
@@ -128,8 +128,8 @@ def prompt_attention(q: jax.Array, k: jax.Array, v: jax.Array, prompt_len: jax.A
     length, kv_heads = k.shape[1:3]
     key = jnp.arange(length)
     distance = key[:, None] - key
-    mask = (distance >= 0) & (distance < how.window) & (key >= length - prompt_len[:, None, None])  # [G, P, P]
-    scores = _scores(_queries_first(q, kv_heads), heads_first(k), mask[:, None, None], how)
+    mask = (distance >= 0) & (distance < rule.window) & (key >= length - prompt_len[:, None, None])  # [G, P, P]
+    scores = _scores(_queries_first(q, kv_heads), heads_first(k), mask[:, None, None], rule)
     return _tokens_first(_attend([(scores, heads_first(v))]))
 
 
@@ -140,7 +140,7 @@ def response_attention(
     prompt_k: jax.Array,
     prompt_v: jax.Array,
     prompt_len: jax.Array,
-    how: Rule,
+    rule: Rule,
 ) -> jax.Array:
     """Attention of each response to its prompt and, causally, to itself; responses do not see each other.
 
@@ -156,23 +156,23 @@ def response_attention(
     query = jnp.arange(length)[:, None]
     key = jnp.arange(prompt_length)
     in_prompt = (key >= prompt_length - prompt_len[:, None])[:, None, None, None, None]
-    in_prompt &= prompt_length + query - key < how.window
+    in_prompt &= prompt_length + query - key < rule.window
     distance = query - jnp.arange(length)
-    causal = (distance >= 0) & (distance < how.window)
+    causal = (distance >= 0) & (distance < rule.window)
 
-    shared = [jnp.repeat(heads_first(x)[:, None], m, axis=1) for x in (prompt_k, prompt_v)]  # small beside the scores
+    shared = [jnp.repeat(heads_first(x)[:, None], m, axis=1) for x in (prompt_k, prompt_v)]  # small next to the scores
     return _tokens_first(
         _attend(
             [
-                (_scores(q, shared[0], in_prompt, how), shared[1]),
-                (_scores(q, heads_first(k), causal, how), heads_first(v)),
+                (_scores(q, shared[0], in_prompt, rule), shared[1]),
+                (_scores(q, heads_first(k), causal, rule), heads_first(v)),
             ]
         )
     )
 
 
-# For decoding, keys lie as [..., Dh, T] and values as [..., T, Dh] behind the heads, and the heads of a prompt's
-# responses on one axis: as the products take them.  From other layouts XLA on CPU copies the cache for every token.
+# For decoding, keys are stored as [..., Dh, T] and values as [..., T, Dh] after the heads, and the heads of a prompt's
+# responses share an axis, as the products need them.  In other layouts, XLA on CPU copies the cache for every token.
 
 
 def kept(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -194,16 +194,16 @@ def cached_attention(
     prompt: tuple[jax.Array, jax.Array],
     response: tuple[jax.Array, jax.Array],
     prompt_len: jax.Array,
-    how: Rule,
+    rule: Rule,
     place: Any,
 ) -> jax.Array:
     """`response_attention` of one token of each response, at `place`, with keys and values from a cache.
 
-    The queries of all responses go through their prompt's keys together: these are read once, whatever m is.
+    The queries of all responses go through their prompt's keys together, which are read once, whatever m is.
 
     Args:
       q: [G, m, 1, H, Dh]; prompt: keys and values [G, K, Dh, P], [G, K, P, Dh]; response: likewise [G, K·m, Dh, R],
-        [G, K·m, R, Dh], up to `place` (what stands behind may be anything finite); prompt_len: [G]; place: scalar.
+        [G, K·m, R, Dh], up to `place` (what follows may be anything finite); prompt_len: [G]; place: scalar.
 
     Returns:
       [G, m, 1, H·Dh] in q's dtype.
@@ -213,19 +213,19 @@ def cached_attention(
     length = response[1].shape[2]
     q = jnp.moveaxis(q.reshape(groups, m, kv_heads, -1, dim), 1, 2)  # [G, K, m, r, Dh]
     apart, together = q.reshape(groups, kv_heads * m, -1, dim), q.reshape(groups, kv_heads, -1, dim)
-    key, own = jnp.arange(prompt_length), jnp.arange(length)
-    in_prompt = (key >= prompt_length - prompt_len[:, None]) & (prompt_length + place - key < how.window)
-    in_response = (own <= place) & (place - own < how.window)
+    key, response_key = jnp.arange(prompt_length), jnp.arange(length)
+    in_prompt = (key >= prompt_length - prompt_len[:, None]) & (prompt_length + place - key < rule.window)
+    in_response = (response_key <= place) & (place - response_key < rule.window)
 
-    of_prompt = _products(together, prompt[0], how).reshape(*apart.shape[:-1], prompt_length)
-    of_prompt = jnp.where(in_prompt[:, None, None], of_prompt, _MASKED)
-    of_response = jnp.where(in_response, _products(apart, response[0], how), _MASKED)
-    largest = jnp.maximum(*(jnp.max(s, axis=-1, keepdims=True) for s in (of_prompt, of_response)))
-    of_prompt, of_response = jnp.exp(of_prompt - largest), jnp.exp(of_response - largest)
-    total = jnp.sum(of_prompt, axis=-1, keepdims=True) + jnp.sum(of_response, axis=-1, keepdims=True)
+    prompt_scores = _products(together, prompt[0], rule).reshape(*apart.shape[:-1], prompt_length)
+    prompt_scores = jnp.where(in_prompt[:, None, None], prompt_scores, _MASKED)
+    response_scores = jnp.where(in_response, _products(apart, response[0], rule), _MASKED)
+    largest = jnp.maximum(*(jnp.max(s, axis=-1, keepdims=True) for s in (prompt_scores, response_scores)))
+    prompt_weights, response_weights = jnp.exp(prompt_scores - largest), jnp.exp(response_scores - largest)
+    total = jnp.sum(prompt_weights, axis=-1, keepdims=True) + jnp.sum(response_weights, axis=-1, keepdims=True)
 
-    weights = of_prompt.astype(q.dtype).reshape(*together.shape[:-1], prompt_length)
+    weights = prompt_weights.astype(q.dtype).reshape(*together.shape[:-1], prompt_length)
     out = jnp.matmul(weights, prompt[1], preferred_element_type=jnp.float32).reshape(apart.shape)
-    out += jnp.matmul(of_response.astype(q.dtype), response[1], preferred_element_type=jnp.float32)
+    out += jnp.matmul(response_weights.astype(q.dtype), response[1], preferred_element_type=jnp.float32)
     out = (out / total).astype(q.dtype).reshape(q.shape)
     return jnp.moveaxis(out, 2, 1).reshape(groups, m, 1, heads * dim)

@@ -26,11 +26,11 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What a decoder is made of.  Field names are the ones of the papers; `models.families` maps Hugging Face's onto
+    """What a decoder is made of.  Field names are those of the papers; `huggingface.families` maps Hugging Face's onto
     them.
 
     Raises:
-      ValueError: sizes that do not go together.
+      ValueError: sizes do not fit together.
     """
 
     vocab_size: int
@@ -56,9 +56,9 @@ class ModelConfig:
 
     rope: Rope = Rope()
     unrotated: tuple[bool, ...] = ()  # which layers have no rotary embedding; empty: none
-    window: int | None = None  # in local layers a token sees so many, itself included
-    local: tuple[bool, ...] = ()  # which layers are local; empty: with a window all, else none
-    local_rope: Rope | None = None  # of local layers; None: as elsewhere
+    window: int | None = None  # tokens that a token sees in local layers, itself included
+    local: tuple[bool, ...] = ()  # which layers are local; empty: all if there is a window, else none
+    local_rope: Rope | None = None  # of local layers; None: as in the others
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -74,7 +74,7 @@ class ModelConfig:
 
     @property
     def is_local(self) -> tuple[bool, ...]:
-        """Of every layer: whether attention is limited to `window`."""
+        """Whether attention is limited to `window`, layer by layer."""
         if self.window is None:
             return (False,) * self.num_layers
         return self.local or (True,) * self.num_layers

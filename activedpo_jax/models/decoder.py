@@ -51,16 +51,16 @@ class RMSNorm(nn.Module):
 
 
 class Places(NamedTuple):
-    """Where the tokens of a batch stand."""
+    """The positions of a batch's tokens."""
 
     prompt_len: jax.Array  # [G]
-    start: jax.Array | int  # place in its response of the response block's first token
+    start: jax.Array | int  # the position of the response block's first token in its response
 
 
 class PerLayer(NamedTuple):
-    """What differs between layers.  For the scan, which takes it away, all but what is None have a leading [L]."""
+    """What differs between layers.  For the scan, which removes it, all fields that are not None have a leading [L]."""
 
-    layer: Any  # its index
+    layer: Any  # the layer's index
     window: Any
     frequencies: Any  # [Dh/2]
     prompt: KeysValues | None = None  # [G, K, Dh, P], [G, K, P, Dh] of prompts that are not in the blocks
@@ -77,15 +77,15 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, blocks: Blocks, here: PerLayer, places: Places, probe: Probe | None
+        self, blocks: Blocks, per_layer: PerLayer, places: Places, probe: Probe | None
     ) -> tuple[Blocks, KeysValues | None]:
-        """Returns the blocks, and what there is to keep for the tokens to come: of prompts that come alone their
-        keys and values, of one more token of every response the cache with it."""
+        """Returns the blocks, and what later tokens need: for prompts alone, their keys and values; for one more
+        token of every response, the cache that includes it."""
         config = self.config
         pre, post = config.norms in ("pre", "both"), config.norms in ("post", "both")
 
         def linear(name: str, features: int, blocks: Sequence[jax.Array], bias: bool = False) -> list[jax.Array]:
-            return LoraLinear(features, self.lora_scale, self.dtype, bias, name=name)(blocks, here.layer, probe)
+            return LoraLinear(features, self.lora_scale, self.dtype, bias, name=name)(blocks, per_layer.layer, probe)
 
         def norm(name: str, blocks: Sequence[jax.Array]) -> list[jax.Array]:
             module = RMSNorm(config.rms_norm_eps, config.norm_offset, name=name)
@@ -103,29 +103,29 @@ class Layer(nn.Module):
         k = heads(linear("k_proj", kv_width, inputs, config.qkv_bias), "k_norm")
         v = heads(linear("v_proj", kv_width, inputs, config.qkv_bias))
 
-        how, kept, attended = attention.rule(config, here.window), None, []
+        rule, kept, attended = attention.make_rule(config, per_layer.window), None, []
         for i, x in enumerate(blocks):
-            # A prompt's positions start at 0 whatever its padding; each response goes on where its prompt ends.
+            # A prompt's positions start at 0 whatever its padding; each response continues where its prompt ends.
             if x.ndim == 3:
                 width = x.shape[1]
                 positions = jnp.maximum(jnp.arange(width) - (width - places.prompt_len[:, None]), 0)
             else:
                 positions = places.prompt_len[:, None, None] + places.start + jnp.arange(x.shape[2])
-            q_i, k_i = (attention.rotate(y[i], positions, here.frequencies) for y in (q, k))
+            q_i, k_i = (attention.rotate(y[i], positions, per_layer.frequencies) for y in (q, k))
             if x.ndim == 3:
                 prompt_kv = (k_i, v[i])
-                attended.append(kernels.prompt_attention(q_i, *prompt_kv, places.prompt_len, how, self.backend))
+                attended.append(kernels.prompt_attention(q_i, *prompt_kv, places.prompt_len, rule, self.backend))
                 if len(blocks) == 1:
                     kept = attention.kept(k_i, v[i])
-            elif here.cache is None:
+            elif per_layer.cache is None:
                 attended.append(
-                    kernels.response_attention(q_i, k_i, v[i], *prompt_kv, places.prompt_len, how, self.backend)
+                    kernels.response_attention(q_i, k_i, v[i], *prompt_kv, places.prompt_len, rule, self.backend)
                 )
             else:
-                assert here.prompt is not None
-                kept = attention.extended(here.cache, k_i, v[i], places.start)
+                assert per_layer.prompt is not None
+                kept = attention.extended(per_layer.cache, k_i, v[i], places.start)
                 attended.append(
-                    attention.cached_attention(q_i, here.prompt, kept, places.prompt_len, how, places.start)
+                    attention.cached_attention(q_i, per_layer.prompt, kept, places.prompt_len, rule, places.start)
                 )
         out = linear("o_proj", config.hidden_size, attended)
         out = norm("attention_post_norm", out) if post else out
@@ -158,7 +158,7 @@ class Decoder(nn.Module):
     """A causal language model that scores groups, and gives the logits that continue them.
 
     `dtype` is the compute dtype; float32 master copies, reductions and results do not depend on it.  An `unrolled`
-    decoder takes the weights that `unstack` returns: a scan would copy every layer's out of the stack for every token.
+    decoder takes the weights that `unstack` returns: a scan would copy each layer's from the stack for every token.
     """
 
     config: ModelConfig
@@ -167,7 +167,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     logits_chunk: int = 512
     attention: str = "auto"  # the kernel, one of `kernels.CHOICES`
-    mesh: Mesh | None = None  # that the programs are for; None: the default device
+    mesh: Mesh | None = None  # the programs' mesh; None: the default device
     unrolled: bool = False
 
     def setup(self) -> None:
@@ -192,17 +192,17 @@ class Decoder(nn.Module):
             self.lm_head = Embedding(config.vocab_size, config.hidden_size)
 
     def __call__(self, groups: Groups, probe: Probe | None = None, train_base: bool = False) -> jax.Array:
-        """Log π(token | what stands before it) of every response token.
+        """log π(token | the tokens before it) of every response token.
 
         Args:
           groups: G prompts with m responses each.
           probe: makes the backward pass return gradient sketches; see `models.lora`.
-          train_base: the output table gets a gradient too, at the price of computing the logits twice.
+          train_base: gives the output table a gradient too, at the price of computing the logits twice.
 
         Returns:
           [G, m, R] float32, 0 at padding.
         """
-        # The state before each response token: the prompt's last, then the response's own but its last.
+        # The states before the response tokens: the prompt's last, then all of the response's but its last.
         first, response = self._encoded(groups, probe)
         states = self.final_norm(jnp.concatenate([first, response[:, :, :-1]], axis=2))
         targets, softcap = jnp.asarray(groups.response_ids), self.config.logit_softcap
@@ -239,18 +239,18 @@ class Decoder(nn.Module):
         Args:
           tokens: [G, m] int32, the tokens at `place` (scalar int32) of the responses.
           prompt: what `prefill` returned.
-          cache: keys [G, K·m, Dh, R] and values [G, K·m, R, Dh] of the responses' tokens before `place`; what stands
-            behind may be anything finite.
+          cache: keys [G, K·m, Dh, R] and values [G, K·m, R, Dh] of the responses' tokens before `place`; what
+            follows may be anything finite.
 
         Returns:
-          The logits [G, m, V] float32 of the next token, and the cache with this one in it.
+          The logits [G, m, V] float32 of the next token, and the cache that includes these.
         """
         blocks = [self._embedded(tokens[:, :, None])]
         (response,), new = self._through_layers(blocks, Places(prompt_len, place), None, prompt, cache)
         return self._logits(response[:, :, 0]), new
 
     def _encoded(self, groups: Groups, probe: Probe | None) -> tuple[jax.Array, jax.Array]:
-        """What the last layer gives for the prompt's last token, [G, m, 1, d], and for the responses', [G, m, R, d]."""
+        """The last layer's output for the prompt's last token, [G, m, 1, d], and the responses, [G, m, R, d]."""
         blocks = [self._embedded(groups.prompt_ids), self._embedded(groups.response_ids)]
         (prompt, response), _ = self._through_layers(blocks, Places(jnp.asarray(groups.prompt_len), 0), probe)
         return jnp.broadcast_to(prompt[:, None, -1:], (*response.shape[:2], 1, response.shape[3])), response
@@ -283,30 +283,32 @@ class Decoder(nn.Module):
             return self.layers(blocks, per_layer, places, probe)
         kept = []
         nothing = [None] * count
-        for i, (layer, *its) in enumerate(zip(self.layers, prompt or nothing, cache or nothing, strict=True)):
-            blocks, new = layer(blocks, PerLayer(i, windows[i], frequencies[i], *its), places, probe)
+        for i, (layer, *caches) in enumerate(zip(self.layers, prompt or nothing, cache or nothing, strict=True)):
+            blocks, new = layer(blocks, PerLayer(i, windows[i], frequencies[i], *caches), places, probe)
             kept.append(new)
         return blocks, kept
 
 
 def unstack(tree: Any, outputs_first: bool = False) -> Any:
-    """The weights (or the adapter) of an unrolled decoder from those of the usual one: a copy of the layers.
+    """The weights (or the adapter) of an unrolled decoder from those of a scanned one: a copy of the layers.
 
     Args:
-      outputs_first: kernels become `few_tokens.OutputsFirst`, the faster way for CPUs.
+      outputs_first: kernels become `few_tokens.OutputsFirst`, which are faster on CPUs.
     """
     count = len(jax.tree.leaves(tree["layers"])[0])
 
-    def one(path: tuple[Any, ...], leaf: jax.Array, i: int) -> Any:
+    def slice_of(path: tuple[Any, ...], leaf: jax.Array, i: int) -> Any:
         turned = outputs_first and path[-1] == jax.tree_util.DictKey("kernel")
         return few_tokens.OutputsFirst(leaf[i].T) if turned else leaf[i]
 
-    layers = {f"layers_{i}": jax.tree.map_with_path(functools.partial(one, i=i), tree["layers"]) for i in range(count)}
+    layers = {
+        f"layers_{i}": jax.tree.map_with_path(functools.partial(slice_of, i=i), tree["layers"]) for i in range(count)
+    }
     return {name: value for name, value in tree.items() if name != "layers"} | layers
 
 
 def init_params(decoder: Decoder, key: jax.Array) -> Params:
     """Random weights (normal, 0.02), for decoders that are trained from scratch."""
-    one = Groups(np.zeros((1, 1), int), np.ones((1,), int), np.zeros((1, 1, 1), int), np.ones((1, 1), int))
-    decoder = decoder.clone(attention="xla")  # a kernel that was asked for need not be able to run one token
-    return jax.jit(decoder.init)(key, one)["params"]
+    example = Groups(np.zeros((1, 1), int), np.ones((1,), int), np.zeros((1, 1, 1), int), np.ones((1, 1), int))
+    decoder = decoder.clone(attention="xla")  # the kernel asked for may be unable to run a single token
+    return jax.jit(decoder.init)(key, example)["params"]

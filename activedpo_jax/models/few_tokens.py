@@ -1,7 +1,7 @@
-"""Linear maps of few tokens on CPU, where reading the weights is what takes time.
+"""Linear maps of few tokens on CPU, where reading the weights takes most of the time.
 
 XLA (jax 0.10) reads them more slowly in the product of [tokens, in] and [in, out] than in that of [out, in] and
-[in, tokens]; `benchmarks.generation` shows what it comes to.  The barriers keep XLA from turning one into the other.
+[in, tokens]; `benchmarks.generation` shows by how much.  The barriers keep XLA from turning one into the other.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OutputsFirst:
-    """A kernel that lies as [out, in].  `x @ kernel` is the product with the kernel [in, out] that it stands for."""
+    """A kernel stored as [out, in].  `x @ kernel` is the product with the kernel [in, out] that it stands for."""
 
     rows: jax.Array
 

@@ -1,11 +1,11 @@
 """Attention by platform: cuDNN's flash attention on NVIDIA, Pallas' splash attention on TPU, plain XLA elsewhere.
 
-`prompt_attention` and `response_attention` compute what those of `models.attention` do, which are the XLA path.  Which
-kernel a call takes is decided while tracing, from facts that are known then: the platform that the program is for,
-shapes, dtype, the model's features.
+`prompt_attention` and `response_attention` compute the same as those of `models.attention`, which are the XLA path.
+The kernel of a call is chosen while tracing, from what is known then: the program's platform, shapes, dtype, the
+model's features.
 
-A fused kernel never keeps scores in memory.  Both calls are one to it: causal attention of the last Q of S positions,
-whose first positions may be padding.
+A fused kernel never keeps scores in memory.  Both calls are the same to it: causal attention of the last Q of S
+positions, the first of which may be padding.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ CHOICES = ("auto", "xla", "cudnn", "splash")
 _FOR_PLATFORM = {"tpu": "splash", "gpu": "cudnn"}
 _LANES = 128  # splash's blocks are multiples of it
 _BLOCK = 512  # tokens, the largest block of splash
-_WASTE = 4  # so many times the scores that are needed cuDNN may compute: an estimate, as no GPU has been timed yet
+_WASTE = 4  # cuDNN may compute this many times the scores needed: an estimate, as no GPU has been timed yet
 _INTERPRET = False  # for tests on CPU: splash in Pallas' interpreter
 _CUDNN: Any = "cudnn"  # for tests on CPU: "xla" computes what cuDNN would
 
@@ -37,7 +37,7 @@ Rows = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # q, k
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """What was asked for, and where it is to run."""
+    """The kernel asked for, and where it will run."""
 
     kernel: str = "auto"  # one of CHOICES
     mesh: Mesh | None = None  # of the program; None: the default device
@@ -61,17 +61,17 @@ class Call(NamedTuple):
 
 
 def prompt_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, prompt_len: jax.Array, how: Rule, backend: Backend
+    q: jax.Array, k: jax.Array, v: jax.Array, prompt_len: jax.Array, rule: Rule, backend: Backend
 ) -> jax.Array:
     """As `attention.prompt_attention`, by the kernel that the call takes.
 
     Raises:
       ValueError: the backend's kernel cannot run this; says why, and what to set.
     """
-    call = _call(q, k.shape[1], k.shape[2], how)
+    call = _call(q, k.shape[1], k.shape[2], rule)
     if (kernel := choose(backend, call)) == "xla":
-        return attention.prompt_attention(q, k, v, prompt_len, how)
-    out = _rows(kernel, q, k, v, k.shape[1] - prompt_len, how, call, backend.mesh)
+        return attention.prompt_attention(q, k, v, prompt_len, rule)
+    out = _rows(kernel, q, k, v, k.shape[1] - prompt_len, rule, call, backend.mesh)
     return out.reshape(*out.shape[:-2], -1)
 
 
@@ -82,7 +82,7 @@ def response_attention(
     prompt_k: jax.Array,
     prompt_v: jax.Array,
     prompt_len: jax.Array,
-    how: Rule,
+    rule: Rule,
     backend: Backend,
 ) -> jax.Array:
     """As `attention.response_attention`, by the kernel that the call takes.
@@ -92,16 +92,16 @@ def response_attention(
     """
     groups, m, length = q.shape[:3]
     prompt = prompt_k.shape[1]
-    call = _call(q, prompt + length, k.shape[3], how)
+    call = _call(q, prompt + length, k.shape[3], rule)
     if (kernel := choose(backend, call)) == "xla":
-        return attention.response_attention(q, k, v, prompt_k, prompt_v, prompt_len, how)
+        return attention.response_attention(q, k, v, prompt_k, prompt_v, prompt_len, rule)
 
-    def row(shared: jax.Array, own: jax.Array) -> jax.Array:
+    def row(shared: jax.Array, response: jax.Array) -> jax.Array:
         shared = jnp.broadcast_to(shared[:, None], (groups, m, *shared.shape[1:]))
-        return _merge(jnp.concatenate([shared, own], axis=2))
+        return _merge(jnp.concatenate([shared, response], axis=2))
 
     padding = jnp.repeat(prompt - prompt_len, m)
-    out = _rows(kernel, _merge(q), row(prompt_k, k), row(prompt_v, v), padding, how, call, backend.mesh)
+    out = _rows(kernel, _merge(q), row(prompt_k, k), row(prompt_v, v), padding, rule, call, backend.mesh)
     return out.reshape(groups, m, length, -1)
 
 
@@ -110,11 +110,11 @@ def _merge(x: jax.Array) -> jax.Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def _call(q: jax.Array, keys: int, kv_heads: int, how: Rule) -> Call:
+def _call(q: jax.Array, keys: int, kv_heads: int, rule: Rule) -> Call:
     heads, head_dim = q.shape[-2:]
-    # A window that holds everything is none.
-    limits = tuple(dict.fromkeys(None if n is None or n >= keys else n for n in how.limits))
-    return Call(q.shape[-3], keys, heads, kv_heads, head_dim, q.dtype, how.softcap, limits)
+    # A window that covers all keys is no limit.
+    limits = tuple(dict.fromkeys(None if n is None or n >= keys else n for n in rule.limits))
+    return Call(q.shape[-3], keys, heads, kv_heads, head_dim, q.dtype, rule.softcap, limits)
 
 
 def choose(backend: Backend, call: Call) -> str:
@@ -160,11 +160,11 @@ def _rows(
     k: jax.Array,
     v: jax.Array,
     padding: jax.Array,
-    how: Rule,
+    rule: Rule,
     call: Call,
     mesh: Mesh | None,
 ) -> jax.Array:
-    """Causal attention of the last Q of S positions, the first `padding` of which nobody sees.
+    """Causal attention of the last Q of S positions, of which the first `padding` are never seen.
 
     Args:
       q: [B, Q, H, Dh]; k, v: [B, S, K, Dh]; padding: [B] int32.
@@ -175,16 +175,16 @@ def _rows(
 
     def within(limit: int | None) -> jax.Array:
         if kernel == "splash":
-            rows: Rows = functools.partial(_splash_rows, how.scale, how.softcap, limit)
+            rows: Rows = functools.partial(_splash_rows, rule.scale, rule.softcap, limit)
         else:
-            rows = functools.partial(_cudnn_rows, _Flash(how.scale, limit))
+            rows = functools.partial(_cudnn_rows, _Flash(rule.scale, limit))
         return _on_mesh(rows, q, k, v, padding, mesh)
 
     if len(call.limits) == 1:
         return within(call.limits[0])
-    # A kernel's window is compiled into it.
+    # A window is compiled into its kernel, so there is one kernel for each of the two.
     local = next(n for n in call.limits if n is not None)
-    return jax.lax.cond(how.window <= local, lambda: within(local), lambda: within(None))
+    return jax.lax.cond(rule.window <= local, lambda: within(local), lambda: within(None))
 
 
 def _on_mesh(rows: Rows, q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array, mesh: Mesh | None) -> jax.Array:
@@ -235,13 +235,17 @@ def _splash_rows(
     v: jax.Array,
     padding: jax.Array,
 ) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # experimental: none but its users need it
+    from jax.experimental.pallas.ops.tpu import splash_attention  # experimental, so imported only where used
 
     (queries, heads), keys = q.shape[1:3], k.shape[1]
     shape, offset = (queries, keys), keys - queries
-    mask = splash.CausalMask(shape, offset) if limit is None else splash.LocalMask(shape, (limit - 1, 0), offset)
+    mask = (
+        splash_attention.CausalMask(shape, offset)
+        if limit is None
+        else splash_attention.LocalMask(shape, (limit - 1, 0), offset)
+    )
     rows, columns = _block(queries), _block(keys)
-    sizes = splash.BlockSizes(
+    sizes = splash_attention.BlockSizes(
         block_q=rows,
         block_kv=columns,
         block_q_dkv=rows,
@@ -249,8 +253,8 @@ def _splash_rows(
         block_q_dq=rows,
         block_kv_dq=columns,
     )
-    kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * heads),
+    kernel = splash_attention.make_splash_mha(
+        splash_attention.MultiHeadMask([mask] * heads),
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
@@ -261,13 +265,13 @@ def _splash_rows(
     text = (jnp.arange(keys) >= padding[:, None]).astype(jnp.int32)
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel has no scale
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(text[:, offset:], text))
+    out = jax.vmap(kernel)(q, k, v, splash_attention.SegmentIds(text[:, offset:], text))
     return jnp.swapaxes(out, 1, 2)
 
 
-# cuDNN's flash attention.  Given a mask it reads a bias [B, 1, Q, S] and writes its gradient, so it is given none: each
-# row is rotated until its padding stands at the end, where causal attention does not look.  And since its causal mask
-# wants as many queries as keys, the Q that are meant stand behind S − Q others, whose outputs nobody reads.
+# cuDNN's flash attention.  Given a mask, it reads a bias [B, 1, Q, S] and writes its gradient, so it is given none:
+# each row is rotated until its padding is at the end, where causal attention does not look.  Since its causal mask
+# needs as many queries as keys, the Q queries follow S − Q others, whose outputs are dropped.
 
 
 class _Flash(NamedTuple):
@@ -309,9 +313,9 @@ def _refusal(length: int, heads: int, kv_heads: int, head_dim: int, dtype: Any, 
 
 
 def _folded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of arrays [B, ...], for which an axis that `vmap` adds becomes a part of B.
+    """`function` of arrays [B, ...], with an axis that `vmap` adds made part of B.
 
-    JAX's own rule for this kernel wants all arguments mapped or none, but a prompt's keys are not mapped where the
+    JAX's own rule for this kernel needs all arguments mapped or none, but a prompt's keys are not mapped where the
     gradients that arrive at them are.
     """
     folded = jax.custom_batching.custom_vmap(function)
@@ -331,9 +335,9 @@ def _folded(function: Callable[..., Any]) -> Callable[..., Any]:
     return folded
 
 
-def _rotate(x: jax.Array, by: jax.Array) -> jax.Array:
+def _rotate(x: jax.Array, shift: jax.Array) -> jax.Array:
     """Each row of [B, S, ...] rotated to the left by its number of places."""
-    places = (jnp.arange(x.shape[1]) + by[:, None]) % x.shape[1]
+    places = (jnp.arange(x.shape[1]) + shift[:, None]) % x.shape[1]
     return jnp.take_along_axis(x, places.reshape(*places.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
@@ -356,8 +360,8 @@ def _cudnn_rows_fwd(flash, q, k, v, padding):  # type: ignore[no-untyped-def]
 
 
 def _cudnn_rows_bwd(flash, residuals, d_out):  # type: ignore[no-untyped-def]
-    # The forward pass is computed again, since JAX keeps what its backward pass needs to itself; beside the linear maps
-    # it is little.
+    # The forward pass is computed again, since JAX does not give out what its backward pass needs; next to the linear
+    # maps it is cheap.
     def backward(q, k, v, padding, d_out):  # type: ignore[no-untyped-def]
         length = k.shape[1]
         rotated = [_rotate(x, padding) for x in (_among(q, length), k, v)]

@@ -1,7 +1,7 @@
 """Log-probabilities of tokens from hidden states, without ever holding the logits of a whole batch.
 
-A 256k vocabulary costs as much as many layers, and its logits more memory than all of them; so they are made for a few
-tokens at a time.
+A 256k vocabulary costs as much as many layers, and its logits take more memory than all of them; so they are computed
+for a few tokens at a time.
 """
 
 import functools
@@ -49,18 +49,18 @@ def _frozen_table_logps(
 
 
 def _frozen_table_fwd(states, table, targets, size, softcap):  # type: ignore[no-untyped-def]
-    # The cotangent of a log-prob is one number a token, so d log p/d state = E[target] − Σ_v p_v E[v] can be taken now,
-    # while the logits exist, and scaled later: the backward pass need not make them again.
+    # The cotangent of a log-prob is one number per token, so d log p/d state = E[target] − Σ_v p_v E[v] can be computed
+    # now, while the logits exist, and scaled later: the backward pass need not compute them again.
     def chunk(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h, t = args
         logits = make_logits(h, table, softcap)
         lse = jax.nn.logsumexp(logits, axis=-1)
-        probs, of_target = jnp.exp(logits - lse[..., None]), jnp.take(table, t, axis=0)
-        if softcap is not None:  # every row of the table counts by the slope of the cap at its logit
+        probs, target_rows = jnp.exp(logits - lse[..., None]), jnp.take(table, t, axis=0)
+        if softcap is not None:  # the slope of the cap at its logit weights each row of the table
             slope = 1 - (logits / softcap) ** 2
-            probs, of_target = probs * slope, of_target * _pick(slope, t)[..., None]
+            probs, target_rows = probs * slope, target_rows * _pick(slope, t)[..., None]
         mean = jnp.einsum("gmcv,vd->gmcd", probs.astype(table.dtype), table, preferred_element_type=jnp.float32)
-        return _pick(logits, t) - lse, (of_target - mean).astype(h.dtype)
+        return _pick(logits, t) - lse, (target_rows - mean).astype(h.dtype)
 
     logps, slopes = jax.lax.map(chunk, (_chunks(states, size), _chunks(targets, size)))
     return _unchunk(logps), _unchunk(slopes)
@@ -85,7 +85,7 @@ def token_logprobs(
 
     Args:
       states: [G, m, R, d], the hidden state that predicts each target; table: [V, d]; targets: [G, m, R] int32.
-      tokens_per_chunk: about so many tokens' logits exist at a time (at least one position of each response).
+      tokens_per_chunk: about how many tokens' logits exist at a time (at least one position of each response).
       train_table: whether the table gets a gradient (then logits are recomputed backwards).
 
     Returns:

@@ -37,7 +37,7 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 def init_lora(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Lora:
     """A fresh adapter as in Hu et al. (2021) and PEFT: A uniform in ±1/√d_in, B = 0, so that BA = 0.
 
-    With B = 0 the gradient with respect to A is exactly zero: half of the features is dead until the first training.
+    With B = 0 the gradient with respect to A is exactly zero: half of the features are zero until the first training.
 
     Raises:
       ValueError: a target module that the decoder does not have.
@@ -110,7 +110,7 @@ def _probed_linear_bwd(scale, name, residuals, d_out):  # type: ignore[no-untype
 
     sketch = functools.partial(tiled_count_sketch, dim=dim, seed=probe.seed, layer=layer)
     features = sketch(per_example(d_low, blocks), name=f"{name}/a") + sketch(per_example(d_out, low), name=f"{name}/b")
-    # None: no cotangent for the base weights, nor for A and B, whose gradient nobody asked for.
+    # None: the base weights get no cotangent, nor do A and B, whose gradients are not needed.
     return d_in, None, None, None, None, Probe(features, None)
 
 
@@ -147,5 +147,5 @@ class LoraLinear(nn.Module):
         if self.has_variable("params", "kernel"):
             kernel: quantise.Kernel = self.get_variable("params", "kernel")
             if quantise.is_quantised(kernel) or isinstance(kernel, OutputsFirst):
-                return kernel  # no array, which `param` would expect
+                return kernel  # not an array, which `param` would expect
         return self.param("kernel", nn.initializers.normal(0.02), (d_in, self.features)).astype(self.dtype)

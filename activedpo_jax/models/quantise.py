@@ -7,10 +7,10 @@ The kernel [in, out] of each of the layers' linear maps becomes a `qwix.QArray` 
     int8    one tile; the code is the value; float32 scales, so a step is 1/127.5 of a column's largest weight
     nf4     tiles of 64 inputs; 16 values that suit normal weights; uint4, two codes a byte; bfloat16 scales
 
-Embeddings, norms and biases stay as they are.  `qwix` (the extra `quant`) makes the codes and the scales; a product
-with them is written here.  The tiles have an axis of their own, and the codebook is a tree of selections, because then
-XLA fuses both into a product on TPU.  `qwix.dequantize` of an nf4 kernel [4096, 11008] there gathers each weight from
-a table: 541 MB beside the product, and 24 s to compile for 3 (v5e, 256 tokens).
+Embeddings, norms and biases stay as they are.  `qwix` (the extra `quant`) makes the codes and the scales; the product
+with them is defined here.  The tiles have an axis of their own, and the codebook is a tree of selections, because XLA
+then fuses both into a product on TPU.  There, `qwix.dequantize` of an nf4 kernel [4096, 11008] gathers each weight from
+a table: 541 MB besides the product, and 24 s to compile instead of 3 (v5e, 256 tokens).
 """
 
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -47,17 +47,17 @@ NF4 = (
 
 
 def is_quantised(kernel: Any) -> bool:
-    """Whether a kernel is a `qwix.QArray`; told without importing qwix, which a run without it may not have."""
+    """Whether a kernel is a `qwix.QArray`; decided without importing qwix, which may not be installed."""
     return hasattr(kernel, "qvalue")
 
 
 def quantise_kernel(kernel: jax.Array, quantisation: str) -> "qwix.QArray":
     """Quantises one kernel [in, out], tile by tile.
 
-    nf4 has tiles of the largest divisor of `in` up to 64 inputs.
+    The tiles of nf4 have as many inputs as the largest divisor of `in` up to 64.
 
     Raises:
-      ValueError: a format that is not int8 or nf4; qwix is not installed.
+      ValueError: the format is not int8 or nf4, or qwix is not installed.
     """
     if quantisation not in FORMATS[1:]:
         raise ValueError(f"quantisation={quantisation!r}: expected one of {', '.join(FORMATS[1:])}")
@@ -74,32 +74,32 @@ def quantise_kernel(kernel: jax.Array, quantisation: str) -> "qwix.QArray":
         tile = max(t for t in range(1, min(d_in, NF4_TILE) + 1) if d_in % t == 0)
         code, scale_dtype = "nf4", jnp.bfloat16
 
-    def one(tile: jax.Array) -> qwix.QArray:
+    def quantise_tile(tile: jax.Array) -> qwix.QArray:
         return qwix.quantize(tile.astype(jnp.float32), code, channelwise_axes=[1], scale_dtype=scale_dtype)
 
-    # One after the other: qwix compares every weight with all 16 values of nf4 at a time.
-    return jax.lax.map(one, kernel.reshape(-1, tile, d_out))
+    # One after the other, since qwix compares every weight with all 16 values of nf4 at once.
+    return jax.lax.map(quantise_tile, kernel.reshape(-1, tile, d_out))
 
 
 def quantise_params(params: dict[str, Any], quantisation: str) -> dict[str, Any]:
     """The parameters of a decoder with the kernels of its linear maps [L, in, out] quantised, layer by layer.
 
     Raises:
-      ValueError: as of `quantise_kernel`.
+      ValueError: see `quantise_kernel`.
     """
     if quantisation == "none":
         return params
 
-    def one(path: tuple[Any, ...], leaf: jax.Array) -> Any:
+    def quantise_leaf(path: tuple[Any, ...], leaf: jax.Array) -> Any:
         if path[-1].key != "kernel":
             return leaf
         return jax.lax.map(lambda kernel: quantise_kernel(kernel, quantisation), leaf)
 
-    return jax.tree.map_with_path(one, params)
+    return jax.tree.map_with_path(quantise_leaf, params)
 
 
 def refuse_quantised(params: dict[str, Any], use: str) -> None:
-    """For uses that need the weights themselves.
+    """Refuses quantised weights, for uses that need the weights themselves.
 
     Raises:
       ValueError: a kernel is quantised.
@@ -111,7 +111,7 @@ def refuse_quantised(params: dict[str, Any], use: str) -> None:
 def dequantise(kernel: "qwix.QArray", dtype: Any) -> jax.Array:
     """The weights that a quantised kernel stands for: [..., tiles, in/tiles, out]."""
     if kernel.qvalue.dtype == jnp.uint4:
-        # Not in float32 where `dtype` is bfloat16: on TPU that is written to memory.  nf4 itself is far coarser.
+        # Not in float32 if `dtype` is bfloat16: TPUs would write it to memory, and nf4 itself is far coarser.
         return _nf4_values(kernel.qvalue, dtype) * kernel.scale.astype(dtype)
     return (kernel.qvalue.astype(jnp.float32) * kernel.scale).astype(dtype)
 

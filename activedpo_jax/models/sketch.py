@@ -15,12 +15,13 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
-# Up to so many tiles the loop over tiles is unrolled, which XLA fuses; beyond, program size would grow with the model.
+# Up to this many tiles, the loop over tiles is unrolled and XLA fuses it; unrolled further, programs would grow with
+# the model.
 _MAX_UNROLLED_TILES = 4
 
 
 def _random_words(seed: jax.Array, layer: jax.Array, name: str, count: int) -> jax.Array:
-    """[count] uint32 for one LoRA matrix.  They depend on nothing else: not on the batch, the chunk or the mesh."""
+    """[count] uint32 for one LoRA matrix.  They depend on nothing else, such as the batch, the chunk or the mesh."""
     key = jnp.stack([jnp.asarray(seed, jnp.uint32), jnp.uint32(zlib.crc32(name.encode()))])
     # The generator is named, since the sketch must be the same on every platform.
     key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), layer)
@@ -39,7 +40,8 @@ def tiled_count_sketch(grads: jax.Array, dim: int, seed: jax.Array, layer: jax.A
     Args:
       grads: [B, rows, columns] float32.
       dim: D.
-      seed: scalar uint32; layer: scalar int32, the layer's index; name: of the matrix in its layer, `q_proj/a` say.
+      seed: scalar uint32; layer: scalar int32, the layer's index; name: of the matrix in its layer, such as
+        `q_proj/a`.
 
     Returns:
       [B, D] float32 with E⟨sketch(g), sketch(h)⟩ = ⟨g, h⟩ over seeds, relative error about 1/√D.
@@ -52,8 +54,8 @@ def tiled_count_sketch(grads: jax.Array, dim: int, seed: jax.Array, layer: jax.A
 
     # A tile rolled by o is the tile written at o into a row of 2D entries whose halves are added at the end.
     def add(tile: jax.Array, offset: jax.Array, row: jax.Array) -> jax.Array:
-        here = jax.lax.dynamic_slice_in_dim(row, offset, tile.shape[1], axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(row, here + tile, offset, axis=1)
+        part = jax.lax.dynamic_slice_in_dim(row, offset, tile.shape[1], axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(row, part + tile, offset, axis=1)
 
     row = jnp.zeros((batch, 2 * dim), jnp.float32)
     if full <= _MAX_UNROLLED_TILES:

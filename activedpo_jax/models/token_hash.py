@@ -1,7 +1,7 @@
-"""Hashes of tokens, on the device: what a prompt or a pair is known by, whatever batch, bucket or padding it is in.
+"""Hashes of tokens, on the device, which identify a prompt or a pair in whatever batch, bucket or padding it is.
 
 Every token is mixed with its place, and the sum of the mixed words is mixed again with their number.  Places are
-counted from where there is no padding: in prompts from the end, in responses from the start.
+counted from the side without padding: in prompts from the end, in responses from the start.
 """
 
 from typing import Any
@@ -26,10 +26,10 @@ def mix(x: Any) -> jax.Array:
 
 
 def prompt_hash(groups: Groups, salt: Any) -> jax.Array:
-    """A number of each prompt's tokens: [G] uint32.
+    """A hash of each prompt's tokens: [G] uint32.
 
     Args:
-      groups: the responses play no part.
+      groups: the responses are not used.
       salt: scalar uint32, may be traced; each gives another hash.
     """
     width = groups.prompt_ids.shape[-1]
@@ -37,7 +37,7 @@ def prompt_hash(groups: Groups, salt: Any) -> jax.Array:
 
 
 def pair_digests(groups: Groups) -> jax.Array:
-    """128 bits of every pair's prompt and two responses, whichever of the two comes first.
+    """128 bits of every pair's prompt and two responses, the same in either order of the two.
 
     Returns:
       [G, m(m−1)/2, 4] uint32, in the order of `data.groups.group_pairs`.
@@ -53,7 +53,7 @@ def pair_digests(groups: Groups) -> jax.Array:
 
 
 def _hash(ids: Any, places: jax.Array, lengths: Any, salt: Any) -> jax.Array:
-    """[..., T] tokens at these places [T], of which those below the lengths [...] count: [...] uint32."""
+    """The hash of tokens [..., T] at places [T], counting places below the lengths [...]: [...] uint32."""
     key, lengths = mix(salt), jnp.asarray(lengths)
     tokens = mix(jnp.asarray(ids).astype(jnp.uint32) + key)
     words = mix(tokens + (places.astype(jnp.uint32) + 1) * jnp.uint32(_STEP))

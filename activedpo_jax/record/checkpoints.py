@@ -1,10 +1,15 @@
 """State on disk, through Orbax: what a run needs to resume."""
 
+import contextlib
+import logging
 import pathlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 
 
 class Checkpoints:
@@ -24,12 +29,14 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, round_number: int, state: Any) -> None:
-        self._manager.save(round_number, args=ocp.args.StandardSave(state))
-        self._manager.wait_until_finished()
+        with each_error_once():
+            self._manager.save(round_number, args=ocp.args.StandardSave(state))
+            self._manager.wait_until_finished()
 
     def restore(self, round_number: int, like: Any) -> Any:
         """The state of that round, with the shapes, dtypes and shardings of `like`."""
-        return self._manager.restore(round_number, args=ocp.args.StandardRestore(_abstract(like)))
+        with each_error_once():
+            return self._manager.restore(round_number, args=ocp.args.StandardRestore(_abstract(like)))
 
     def restore_latest(self, like: Any) -> tuple[int | None, Any]:
         """The newest state that can be read, and its round; (None, None) if none was saved.
@@ -60,14 +67,46 @@ class Checkpoints:
 
 def save_tree(path: pathlib.Path, tree: Any) -> None:
     """Writes one pytree of arrays, all or nothing."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    with each_error_once(), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), tree, force=True)
 
 
 def restore_tree(path: pathlib.Path, like: Any) -> Any:
     """Reads what `save_tree` wrote, with the shapes, dtypes and shardings of `like`."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    with each_error_once(), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path.absolute(), _abstract(like))
+
+
+@contextlib.contextmanager
+def each_error_once() -> Iterator[None]:
+    """Keeps the errors that are raised out of the log and off stderr, where they would stand once for each thread.
+
+    Orbax logs them with their tracebacks; what it logs while nothing is raised appears in the log, if only at the end.
+    TensorStore has the tracebacks of writes printed that are on their way when another one fails, and end, maybe after
+    this, without the event loop that waited for them.
+    """
+    held: list[logging.LogRecord] = []
+    hook = sys.unraisablehook
+
+    def print_unless_without_loop(raised: "sys.UnraisableHookArgs") -> None:
+        if not (isinstance(raised.exc_value, RuntimeError) and str(raised.exc_value) == "Event loop is closed"):
+            hook(raised)
+
+    def has_no_traceback(record: logging.LogRecord) -> bool:
+        if record.exc_info:
+            held.append(record)
+        return not record.exc_info
+
+    logger = absl_logging.get_absl_logger()
+    logger.addFilter(has_no_traceback)
+    sys.unraisablehook = print_unless_without_loop
+    try:
+        yield
+    finally:
+        logger.removeFilter(has_no_traceback)
+    sys.unraisablehook = hook
+    for record in held:
+        logger.handle(record)
 
 
 def _abstract(tree: Any) -> Any:

@@ -120,9 +120,8 @@ def compare(summaries: Sequence[RunSummary], baseline: str = "random") -> dict[s
         `area` (mean, low, high).
       `differences`: per strategy but the baseline, of the areas of the seeds that both have, strategy less
         baseline: `seeds`, `per_seed`, `mean`, `low`, `high`, `p_value`, `verdict`.
-      `labels_needed`: per strategy, the baseline included (it may pass its final accuracy early), after how
-        many labels its mean curve first reaches the baseline's final mean accuracy: see `_needed`; in
-        `per_seed` the same for the two curves of each seed.
+      `labels_needed`: likewise per strategy but the baseline, after how many labels its mean curve first reaches
+        the baseline's final mean accuracy: see `_needed`; in `per_seed` the same for the two curves of each seed.
 
     Raises:
       ValueError: see `learning_curves`.
@@ -147,21 +146,22 @@ def compare(summaries: Sequence[RunSummary], baseline: str = "random") -> dict[s
         return dict(plain(result))
     base = curves[baseline]
     for strategy, of in curves.items():
+        if strategy == baseline:
+            continue
         shared = sorted(set(of.seeds) & set(base.seeds))
         ours = of.accuracy[[of.seeds.index(seed) for seed in shared]]
         theirs = base.accuracy[[base.seeds.index(seed) for seed in shared]]
         if not shared:
             continue  # other seeds, other pools: nothing to compare
-        if strategy != baseline:
-            differences = area(of.labels, ours) - area(of.labels, theirs)
-            interval = mean_interval(differences)
-            result["differences"][strategy] = {
-                "seeds": shared,
-                "per_seed": differences.tolist(),
-                **interval._asdict(),
-                "p_value": p_value(differences),
-                "verdict": _verdict(strategy, baseline, interval, len(shared)),
-            }
+        differences = area(of.labels, ours) - area(of.labels, theirs)
+        interval = mean_interval(differences)
+        result["differences"][strategy] = {
+            "seeds": shared,
+            "per_seed": differences.tolist(),
+            **interval._asdict(),
+            "p_value": p_value(differences),
+            "verdict": _verdict(strategy, baseline, interval, len(shared)),
+        }
         result["labels_needed"][strategy] = {
             **_needed(of.labels, ours.mean(0), theirs.mean(0)),
             "per_seed": {str(seed): _needed(of.labels, ours[i], theirs[i]) for i, seed in enumerate(shared)},
@@ -221,8 +221,7 @@ def table(comparison: Mapping[str, Any]) -> str:
         labels = strategies[baseline]["labels"][-1]
         lines.append("")
         for strategy, needed in comparison["labels_needed"].items():
-            if strategy != baseline or (needed["share"] or 0) < 0.995:  # that it needs all of its own is no news
-                lines.append(_needed_in_words(strategy, baseline, labels, needed))
+            lines.append(_needed_in_words(strategy, baseline, labels, needed))
     return "\n".join(lines)
 
 

@@ -2,8 +2,8 @@
 
 DIR/config.json                the command and its options, written at the start and compared on resuming
 DIR/inputs/                    what data, model and adapter the command began with; see `inputs`
-DIR/.lock                      held by the process that works here, and let go when it ends, however it ends
-DIR/<strategy>/seed<seed>/     one folder a run, where there are several; else the run lies in DIR
+DIR/.lock                      held by the process working here, and released when it ends, however it ends
+DIR/<strategy>/seed<seed>/     one folder per run if there are several; a single run lies in DIR itself
     rounds/NNN/                asked.jsonl, labels.jsonl and selected.jsonl: see `labels`
     metrics.jsonl, tensorboard/, checkpoints, adapter/
     summary.json               see `RunSummary`
@@ -26,7 +26,7 @@ from activedpo_jax.rounds.picked import Picked
 
 
 class RoundSummary(TypedDict):
-    """What `summary.json` says of one round.  Round 0, before any label, has no picks or training."""
+    """What `summary.json` says about one round.  Round 0, before any label, has no picks or training."""
 
     round: int
     labels: int  # so far
@@ -38,11 +38,11 @@ class RoundSummary(TypedDict):
     information_gain: NotRequired[float | None]  # of the round's picks: the growth of log det V, in nats
     score_min: NotRequired[float | None]  # of the round's picks
     score_max: NotRequired[float | None]
-    lam: NotRequired[float]  # λ as used, where it is not the option's
+    lam: NotRequired[float]  # the λ used, where it differs from the option
     fallback: NotRequired[str]  # why the strategy picked at random
-    unlearnt: NotRequired[int]  # of the round's pairs, those without a preference: skipped, or both bad
-    ties: NotRequired[int]  # of the round's pairs
-    agreement: NotRequired[float]  # of annotators: share of their pairs of answers that agree, mean over pairs
+    unlearnt: NotRequired[int]  # pairs of the round without a preference: skipped, or both bad
+    ties: NotRequired[int]  # pairs of the round
+    agreement: NotRequired[float]  # of annotators: share of pairs of answers that agree, mean over the round's pairs
 
 
 class RunSummary(TypedDict):
@@ -61,7 +61,7 @@ class Selected:
     prompt: str | list[dict[str, str]]  # as a person reads it: text, or chat messages
     first: str  # the response shown first
     second: str
-    score: float | None  # what the strategy ranked it by when it was picked; None: it ranks by nothing
+    score: float | None  # what the strategy ranked it by when it was picked; None: it does not rank
     preference: Preference  # which of the two is better, if any
     weight: float  # of the label in the loss
     source: str  # where the label came from
@@ -69,16 +69,16 @@ class Selected:
 
 
 def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: str) -> None:
-    """Makes the work directory of a new command, or checks that an old one began as the same, with the same options.
+    """Makes the work directory of a new command, or checks that an old one belongs to the same command and options.
 
-    The directory is this process's alone until it ends.  Call it once the inputs are known to be valid: a mistyped path
+    The process holds the directory until it ends.  Call this once the inputs are known to be valid: a mistyped path
     should claim nothing.
 
     Args:
       command: the module that is run: `main`, `sft` or `generate`.
 
     Raises:
-      ValueError: as of `check_workdir`, or another process works in the directory.
+      ValueError: see `check_workdir`; or another process works in the directory.
       OSError: the directory cannot be made or written to.
     """
     check_workdir(workdir, config, command)
@@ -89,11 +89,11 @@ def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, comma
 
 
 def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: str) -> None:
-    """Compares the options with those of a work directory that is there already; writes nothing.
+    """Compares the options with those of an existing work directory; writes nothing.
 
     Raises:
-      ValueError: `config.json` is there with other options (names each of them with both values) or is not one;
-        something else than a directory is in the way.
+      ValueError: `config.json` has other options (names each of them with both values) or is malformed; a file is in
+        the way of the directory.
     """
     for place in (workdir, *workdir.parents):
         if place.exists() and not place.is_dir():
@@ -130,7 +130,7 @@ _locks: dict[pathlib.Path, int] = {}  # descriptors that hold a lock until the p
 
 
 def _lock(workdir: pathlib.Path) -> None:
-    """Takes the directory for this process; the kernel lets go of it when the process ends, however it ends."""
+    """Takes the directory for this process; the kernel releases it when the process ends, however it ends."""
     workdir.mkdir(parents=True, exist_ok=True)
     path = (workdir / ".lock").resolve()
     if path in _locks:
@@ -150,7 +150,7 @@ def _lock(workdir: pathlib.Path) -> None:
 
 
 def run_folder(workdir: pathlib.Path, config: ml_collections.ConfigDict, strategy: str, seed: int) -> pathlib.Path:
-    """Where one of the command's runs lies: the work directory itself if it is the only one."""
+    """The folder of one of the command's runs: the work directory itself if there is only one run."""
     if len(config.strategies) * len(config.seeds) == 1:
         return workdir
     return workdir / strategy / f"seed{seed}"
@@ -167,7 +167,7 @@ def write_selected(folder: pathlib.Path, round_number: int, rows: Sequence[Selec
 
 
 def joined(picked: Picked, verdicts: Mapping[str, Verdict]) -> list[Selected]:
-    """A round's picks, in pick order, with what was said of them."""
+    """A round's picks, in pick order, with their labels."""
     rows = []
     for question in picked.questions:
         label = verdicts[question.pair_id].label
@@ -191,7 +191,7 @@ def resumed_summary(folder: pathlib.Path, strategy: str, seed: int, done: int | 
     """The summary up to the last round that was saved.
 
     Raises:
-      ValueError: a round was saved and the summary does not have it, or there are rounds on record and no checkpoint.
+      ValueError: the summary lacks a round that was saved, or there are rounds on record and no checkpoint.
     """
     path = folder / "summary.json"
     if done is None:
@@ -213,11 +213,11 @@ def read_selected(folder: pathlib.Path, round_number: int) -> list[Selected]:
 
     Raises:
       FileNotFoundError: if the round was not written.
-      ValueError: if a line is not what `write_selected` writes; names file, line and field.
+      ValueError: if a line is not one that `write_selected` writes; names file, line and field.
     """
     path = selected_path(folder, round_number)
     rows = []
-    with open(path, encoding="utf-8") as file:  # not splitlines(): U+2028 in a response is no end of line
+    with open(path, encoding="utf-8") as file:  # not splitlines(): U+2028 in a response does not end a line
         for number, line in enumerate(file, start=1):
             try:
                 rows.append(_selected(json.loads(line), round_number))
@@ -240,7 +240,7 @@ def _selected(row: Any, round_number: int) -> Selected:
     }
     for name in ("pair_id", "first", "second", "source"):
         expected[name] = (isinstance(row[name], str), "a string")
-    for name, (holds, what) in expected.items():
+    for name, (holds, description) in expected.items():
         if not holds:
-            raise ValueError(f"{name}: got {row[name]!r}, expected {what}")
+            raise ValueError(f"{name}: got {row[name]!r}, expected {description}")
     return Selected(**row)

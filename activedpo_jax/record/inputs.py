@@ -1,9 +1,9 @@
-"""What a command began with, held against what it finds when it resumes.
+"""What a command began with, compared with what it finds when it resumes.
 
-    DIR/inputs/<name>.json    of every data set, in order, each pair's id and a digest of its tokens and label; of the
-                              model and the adapter a fingerprint of their files, or the Hub's commit
+    DIR/inputs/<name>.json    for every data set: each pair's id and a digest of its tokens and label, in order; for
+                              the model and the adapter: a fingerprint of their files, or the Hub's commit
 
-State that names pairs is only true of the data that it was made from, so a change is refused with what has changed.
+State that names pairs is valid only for the data it was made from, so a change is refused; the error says what changed.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ Inputs = Mapping[str, Any]
 
 
 def describe_pool(pool: PairPool, source: str) -> Inputs:
-    """Of every pair its id, and a digest of its tokens as shown and of what the data says of them."""
+    """Each pair's id, and a digest of its tokens as shown and of its label and rewards in the data."""
     rewards = [None] * pool.num_pairs if pool.rewards is None else pool.rewards
     digests = []
     for (group, *shown), preference, reward in zip(pool.pairs, pool.preferences, rewards, strict=True):
@@ -30,26 +30,26 @@ def describe_pool(pool: PairPool, source: str) -> Inputs:
 
 
 def describe_texts(texts: Texts, source: str) -> Inputs:
-    """Of every group its place and a digest of its tokens."""
+    """Each group's index and a digest of its tokens."""
     digests = [_digest([p, *r], "") for p, r in zip(texts.prompt_tokens, texts.response_tokens, strict=True)]
     return {"source": source, "ids": [str(i) for i in range(len(digests))], "digests": digests}
 
 
-def _digest(arrays: Sequence[np.ndarray], more: str) -> str:
-    state = hashlib.blake2b(more.encode(), digest_size=8)
+def _digest(arrays: Sequence[np.ndarray], label: str) -> str:
+    state = hashlib.blake2b(label.encode(), digest_size=8)
     for array in arrays:
         state.update(len(array).to_bytes(4, "little") + np.asarray(array, np.int32).tobytes())
     return state.hexdigest()
 
 
 def hold(path: pathlib.Path, now: Mapping[str, Inputs | str]) -> None:
-    """Writes down what a new command begins with, or refuses to resume an old one that began with something else.
+    """Records what a new command begins with, or refuses to resume an old one that began with something else.
 
     Args:
-      now: data sets as of `describe_pool`, fingerprints as strings, by name (`pool`, `model`, ...).
+      now: by name (`pool`, `model`, ...): data sets as described by `describe_pool`, fingerprints as strings.
 
     Raises:
-      ValueError: as of `check`.
+      ValueError: see `check`.
     """
     check(path, now)
     if not path.exists():
@@ -57,10 +57,10 @@ def hold(path: pathlib.Path, now: Mapping[str, Inputs | str]) -> None:
 
 
 def check(path: pathlib.Path, now: Mapping[str, Inputs | str]) -> None:
-    """Compares with what was written down, if anything was.
+    """Compares with what was recorded, if anything was.
 
     Raises:
-      ValueError: names what has changed, and how.
+      ValueError: says what has changed, and how.
     """
     if not path.exists():
         return
@@ -87,7 +87,7 @@ def _difference(before: Any, now: Any) -> str:
         "removed": len(old.keys() - new.keys()),
         "with other text, tokens or label": sum(old[name] != new[name] for name in shared),
     }
-    words = [f"{count} {what}" for what, count in counts.items() if count]
+    words = [f"{count} {change}" for change, count in counts.items() if count]
     if shared != [name for name in now["ids"] if name in old]:
         words.append("in another order")
     return (

@@ -1,8 +1,8 @@
-"""The record of a run: `metrics.jsonl`, which is the truth, and TensorBoard events, which are made from it.
+"""The record of a run: `metrics.jsonl`, which is authoritative, and TensorBoard events, which are made from it.
 
-A run that was interrupted does its unfinished round again.  So that its record is the one of a run that was
-not, the writer first takes out what the file holds of that round and of later ones, and writes the events
-anew from the rest.  Write a round's metrics before its checkpoint: what is in the checkpoint is then here.
+An interrupted run repeats its unfinished round.  To leave the same record as an uninterrupted run, the writer first
+removes that round and later ones from the file, and rewrites the events from the rest.  Write a round's metrics before
+its checkpoint: every round that a checkpoint contains is then on record.
 """
 
 import json
@@ -18,7 +18,7 @@ import tensorboardX
 from activedpo_jax.files import plain
 
 _RESERVED = ("round", "step", "time")
-_SECONDS_TO_TENSORBOARD = 10  # after which events are on disk; should they be lost, the file has them
+_SECONDS_TO_TENSORBOARD = 10  # until events are on disk; if some are lost, the file still has them
 
 
 class MetricsWriter:
@@ -27,11 +27,11 @@ class MetricsWriter:
     A record is one line: `{"round": 3, "step": 150, "time": <seconds since 1970>, "train/loss": 0.52, ...}`.
 
     Args:
-      folder: of the run; made if it is not there.
-      from_round: the first round to be written; what the file holds of it and of later ones is taken out.
+      folder: the run's folder; made if it is missing.
+      from_round: the first round to be written; the file's records of it and of later rounds are removed.
 
     Raises:
-      ValueError: if a line of the file that stays is not a record; names file and line.
+      ValueError: if a line to be kept is not a record; names file and line.
     """
 
     def __init__(self, folder: pathlib.Path, from_round: int = 0) -> None:
@@ -53,10 +53,10 @@ class MetricsWriter:
         """Appends one record, and returns once it is on disk.
 
         Args:
-          round_number: the round that it belongs to; never less than that of the record before.
-          step: its place on TensorBoard's x axis: labels for a round's figures, say, or optimiser steps.
-          values: named scalars, `train/loss` say; TensorBoard groups them by what is before the slash.
-            One that is not finite is null in the file, and a gap in TensorBoard.
+          round_number: the round that it belongs to; never less than the previous record's.
+          step: its position on TensorBoard's x axis, such as labels for a round's figures, or optimiser steps.
+          values: named scalars such as `train/loss`; TensorBoard groups them by the part before the slash.
+            A value that is not finite is null in the file, and a gap in TensorBoard.
 
         Raises:
           ValueError: if a name is `round`, `step` or `time`.
@@ -88,7 +88,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, in order; a last line that was cut short by a crash is left out.
+    """The records of a `metrics.jsonl`, in order; a last line that a crash cut short is left out.
 
     Raises:
       ValueError: if another line is not a record; names file and line.
@@ -97,7 +97,7 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _records_before(path: pathlib.Path, end: int | None) -> tuple[list[dict[str, Any]], int]:
-    """The records of rounds below `end` (None: of all), and how many bytes at the file's start they fill."""
+    """The records of rounds below `end` (None: of all), and the number of bytes that they fill at the file's start."""
     records: list[dict[str, Any]] = []
     size = 0
     with open(path, "rb") as file:
@@ -106,12 +106,12 @@ def _records_before(path: pathlib.Path, end: int | None) -> tuple[list[dict[str,
                 break  # the process died while writing it
             try:
                 record = json.loads(line)
-                this_round = record["round"]
+                round_number = record["round"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}:{number}: not a record with a round; restore the line, or cut the file before it"
                 ) from error
-            if end is not None and this_round >= end:
+            if end is not None and round_number >= end:
                 break
             records.append(record)
             size += len(line)

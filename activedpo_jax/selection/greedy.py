@@ -3,11 +3,11 @@
 That is greedy maximisation of log det V, which is pivoted Cholesky and the greedy MAP of a determinantal point process
 (Chen, Zhang & Zhou 2018, arXiv 1709.05135).  The naive loop updates all N scores after every pick: K passes over the
 pool.  But scores only fall, so stale ones are upper bounds (Minoux 1978), and the loop can be run in blocks.  One
-refresh of all scores gives each device its `block` best rows; the loop goes on among these alone, with exact scores,
-for as long as their best beats every stale score outside; then one matrix product brings all scores up to date.  The
+refresh of all scores gives each device its `block` best rows; the loop continues among these alone, with exact scores,
+as long as their best beats every stale score outside; then one matrix product brings all scores up to date.  The
 picks are those of the naive loop.
 
-The rows of the pool are cut over all devices.  Each keeps its own block, W is everywhere, and a pick exchanges two
+The rows of the pool are cut over all devices.  Each keeps its own block, W is replicated, and a pick exchanges two
 numbers and the picked row.
 """
 
@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 from activedpo_jax.selection.posterior import TIE, downdate, explained, prior_variances, variances
 
-# Rows of W per matrix product in a refresh.  A refresh is bound by memory up to about here, and where one is due after
-# every pick, as in a pool of nothing but ties, this keeps it close to the naive loop's price.
+# Rows of W per matrix product in a refresh.  A refresh is memory-bound up to about this number.  Where one is due
+# after every pick, as in a pool of ties only, this keeps its cost close to the naive loop's.
 _REFRESH_TILE = 16
 
 _NO_ROW = jnp.iinfo(jnp.int32).max
@@ -63,7 +63,7 @@ def greedy(
       lam: λ > 0, may be traced.
       num_picks: K.
       block: candidate rows that each device holds; changes the time taken, never the picks.
-      mesh: devices, over all axes of which the rows are cut.
+      mesh: the rows are cut over all of its axes.
 
     Returns:
       Picks with rows −1 and score 0 at the end if fewer than K rows are available.  A score is φᵀV⁻¹φ at the time of
@@ -114,7 +114,7 @@ def _greedy(
     block: int,
     axes: tuple[str, ...],
 ) -> tuple[jax.Array, jax.Array]:
-    """What one device does, whose rows are features [N/devices, D] and available [N/devices]: rows and scores of the
+    """One device's part, with its rows of features [N/devices, D] and available [N/devices]: rows and scores of the
     picks, [K] each."""
     num_local = features.shape[0]
     first_row = jax.lax.axis_index(axes) * num_local
@@ -122,7 +122,7 @@ def _greedy(
     scores = variances(features, posterior, lam)
     tolerance = jnp.where(available, TIE * prior_variances(features, lam), 0.0)
 
-    # A NaN would compare as neither larger nor smaller, on some platforms only; so no pick is made at all.
+    # NaN compares as neither larger nor smaller, and only on some platforms, so no pick is made at all.
     broken = jax.lax.psum(jnp.sum(available & ~jnp.isfinite(scores)), axes) > 0
     limit = jnp.minimum(jax.lax.psum(jnp.sum(available), axes), num_picks)
     limit = jnp.where(broken, 0, limit)
@@ -145,8 +145,8 @@ def _greedy(
         k = state.made
         return _State(k + 1, state.rows.at[k].set(row), state.scores.at[k].set(score), state.new.at[k].set(w)), w
 
-    def lowered(scores: jax.Array, by: jax.Array) -> jax.Array:
-        return jnp.where(scores < 0, -jnp.inf, jnp.maximum(scores - by, 0.0))  # −∞: not available, and stays so
+    def lowered(scores: jax.Array, reduction: jax.Array) -> jax.Array:
+        return jnp.where(scores < 0, -jnp.inf, jnp.maximum(scores - reduction, 0.0))  # −∞: not available, and stays so
 
     def one_block(carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
         state, scores = carry
@@ -163,7 +163,7 @@ def _greedy(
         def after(held_scores: jax.Array, row: jax.Array, w: jax.Array) -> jax.Array:
             return jnp.where(held_rows == row, -jnp.inf, lowered(held_scores, explained(held_features, w[None])))
 
-        def more(carry: tuple[_State, jax.Array, jax.Array]) -> jax.Array:
+        def unfinished(carry: tuple[_State, jax.Array, jax.Array]) -> jax.Array:
             state, _, best = carry
             return (state.made < limit) & (best > outside)
 
@@ -175,20 +175,20 @@ def _greedy(
             return state, held_scores, best_of(held_scores)
 
         held_scores = after(scores[held], row, w)
-        state, _, _ = jax.lax.while_loop(more, one_pick, (state, held_scores, best_of(held_scores)))
+        state, _, _ = jax.lax.while_loop(unfinished, one_pick, (state, held_scores, best_of(held_scores)))
 
         def refresh() -> jax.Array:
             fresh = jnp.where((jnp.arange(capacity) >= start)[:, None], state.new, 0.0)
 
-            def tile(k: jax.Array, by: jax.Array) -> jax.Array:
-                some = jax.lax.dynamic_slice_in_dim(fresh, k * _REFRESH_TILE, _REFRESH_TILE)
-                return by + explained(features, some)
+            def tile(k: jax.Array, reduction: jax.Array) -> jax.Array:
+                part = jax.lax.dynamic_slice_in_dim(fresh, k * _REFRESH_TILE, _REFRESH_TILE)
+                return reduction + explained(features, part)
 
             first, end = start // _REFRESH_TILE, -(-state.made // _REFRESH_TILE)
-            by = jax.lax.fori_loop(first, end, tile, jnp.zeros_like(scores))
+            reduction = jax.lax.fori_loop(first, end, tile, jnp.zeros_like(scores))
             picked = state.rows - first_row
             picked = jnp.where((picked >= 0) & (picked < num_local), picked, num_local)
-            return lowered(scores, by).at[picked].set(-jnp.inf, mode="drop")
+            return lowered(scores, reduction).at[picked].set(-jnp.inf, mode="drop")
 
         return state, jax.lax.cond(state.made < limit, refresh, lambda: scores)
 

@@ -1,8 +1,8 @@
 """The posterior over the reward: V = λI + Σ φφᵀ over labelled pairs (arXiv 2505.19241, section 3), as V⁻¹ = I/λ − WᵀW.
 
-Neither V nor V⁻¹, which are D × D, is ever formed.  W has one row a labelled pair, so that everything here costs a
+Neither V nor V⁻¹, which are D × D, is ever formed.  W has one row per labelled pair, so that everything here costs a
 product with n rows instead of D.  All of it is float32 with full-precision products: V⁻¹ is a difference of nearly
-equal things, and the TF32 or bfloat16 passes that accelerators use by default would leave nothing of it.
+equal terms, and the TF32 or bfloat16 passes that accelerators use by default would leave nothing of it.
 """
 
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ import jax.numpy as jnp
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
-# A variance is known to ± TIE ‖φ‖²/λ.  Two rows whose scores differ by less are tied, and one whose score is less is
-# below what float32 resolves: it counts as explained already.
+# A variance is known to ± TIE ‖φ‖²/λ.  Two rows whose scores differ by less are tied, and a row whose score is less
+# is below what float32 resolves: it counts as explained already.
 #
 # Equal rows get unequal scores for two reasons.  First, s = ‖φ‖²/λ − Σ(φ·w)² is rounded in another order elsewhere (in
 # the block or outside it, on another device or mesh): a few ulp *of ‖φ‖²/λ*, however small s has become; up to 4e-7
 # after 50 picks, 1e-6 after 500.  Second, the same text in another batch position or bucket has another φ: 3e-7 of ‖φ‖
-# were measured, 1e-7 in ‖φ‖².  2⁻²⁰, 8 ulp, covers the two.  More would be wrong in the other direction: at 20,000
-# rows, scores that differ by a few 1e-6 are no longer rare.  (bfloat16 models repeat a φ to 1e-2 only.  There equal
-# texts are not tied, which does no harm: once one is picked, the score of the others falls with it.)
+# were measured, 1e-7 in ‖φ‖².  2⁻²⁰, 8 ulp, covers both.  More would be wrong in the other direction: at 20,000
+# rows, scores that differ by a few 1e-6 are no longer rare.  (bfloat16 models repeat a φ to 1e-2 only.  Equal texts
+# are then not tied, which does no harm: once one is picked, the score of the others falls with it.)
 TIE = 2.0**-20
 
-# The least λ, as a share of the largest ‖φ‖², at which variances of pairs inside the span of those labelled, which are
-# about D/n, stand above that rounding: TIE / FLOOR = 1/64.
+# The least λ, as a share of the largest ‖φ‖², at which variances of pairs in the span of the labelled ones, which are
+# about D/n, exceed that rounding: TIE / FLOOR = 1/64.
 FLOOR = 2.0**-14
 
 
@@ -32,7 +32,7 @@ def condition(features: jax.Array, labelled_mask: jax.Array, lam: jax.Array | fl
     """W of the labelled pairs, with V⁻¹ = I/λ − WᵀW.
 
     By Woodbury, V⁻¹ = I/λ − Φᵀ(λI + ΦΦᵀ)⁻¹Φ/λ; with the Cholesky factor LLᵀ = λI + ΦΦᵀ that is W = L⁻¹Φ/√λ.  Rows
-    added to Φ leave those above them in W as they are, so this W goes on as `greedy` extends it.
+    added to Φ leave the rows above them in W unchanged, so that `greedy` can extend this W.
 
     Args:
       features: [n, D] float32, φ of the labelled pairs; empty slots may hold anything.
@@ -67,8 +67,8 @@ def condition(features: jax.Array, labelled_mask: jax.Array, lam: jax.Array | fl
 def downdate(phi: jax.Array, rows: Sequence[jax.Array], lam: jax.Array | float) -> tuple[jax.Array, jax.Array]:
     """The row w = V⁻¹φ / √(1 + φᵀV⁻¹φ) that φ appends to W (Sherman & Morrison 1950), and the variance φᵀV⁻¹φ.
 
-    A variance below TIE ‖φ‖²/λ is rounding noise, and so is V⁻¹φ, of full size: it would make V⁻¹ indefinite.  Then
-    both are zero.
+    A variance below TIE ‖φ‖²/λ is rounding noise, and so is V⁻¹φ, which at its full size would make V⁻¹ indefinite;
+    both are then zero.
 
     Args:
       phi: [D] float32; rows: W in parts of [n, D] float32 each; lam: λ.

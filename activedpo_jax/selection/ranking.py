@@ -1,4 +1,4 @@
-"""The K first rows by keys or scores that do not change from pick to pick; the same on any mesh."""
+"""The first K rows by keys or scores that do not change from pick to pick; the same on any mesh."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ def first(keys: Sequence[jax.Array], scores: jax.Array, available: jax.Array, nu
     """The K rows that come first, lowest keys first.
 
     Args:
-      keys: [N] each; a later one decides between rows that are equal in those before, and at last the row number.
+      keys: [N] each; a later key orders rows that are equal in the earlier ones, and at last the row number does.
       scores: [N] float32, to be reported.
       available: [N] bool, rows that may be picked; the others may hold anything.
       num_picks: K, static.
@@ -24,9 +24,9 @@ def first(keys: Sequence[jax.Array], scores: jax.Array, available: jax.Array, nu
     rows = jnp.arange(available.shape[0], dtype=jnp.int32)
     *_, order, sorted_scores = jax.lax.sort((~available, *keys, rows, scores), num_keys=2 + len(keys))
     missing = (0, max(0, num_picks - rows.size))
-    left = jnp.arange(num_picks) < jnp.sum(available)
-    found = jnp.where(left, jnp.pad(order[:num_picks], missing), -1)
-    found_scores = jnp.where(left, jnp.pad(sorted_scores[:num_picks], missing), 0.0)
+    filled = jnp.arange(num_picks) < jnp.sum(available)
+    found = jnp.where(filled, jnp.pad(order[:num_picks], missing), -1)
+    found_scores = jnp.where(filled, jnp.pad(sorted_scores[:num_picks], missing), 0.0)
     return _unless_broken(Picks(found, found_scores), available, *keys, scores)
 
 
@@ -35,21 +35,21 @@ def largest(scores: jax.Array, tolerance: jax.Array, available: jax.Array, num_p
 
     Args:
       scores: [N] float32, at least 0.
-      tolerance: [N] float32.  Each pick is the lowest of the rows whose scores are no further below the largest that is
-        left, as in `greedy`; so that equal rows are tied however their scores were rounded.
+      tolerance: [N] float32.  Each pick is the lowest of the rows whose scores are no further than this below the
+        largest one left, as in `greedy`, so that equal rows are tied however their scores were rounded.
       available, num_picks: as in `first`.
 
     Returns:
-      As `first`.
+      As in `first`.
     """
 
-    def one(left: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        tied = left & (scores + tolerance >= jnp.max(jnp.where(left, scores, -jnp.inf)))
-        row = jnp.argmax(tied)  # of equal ones the first
+    def pick(rest: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        tied = rest & (scores + tolerance >= jnp.max(jnp.where(rest, scores, -jnp.inf)))
+        row = jnp.argmax(tied)  # the first of the tied rows
         found = (jnp.where(tied[row], row, -1).astype(jnp.int32), jnp.where(tied[row], scores[row], 0.0))
-        return left.at[row].set(False), found
+        return rest.at[row].set(False), found
 
-    _, picks = jax.lax.scan(one, available, length=num_picks)
+    _, picks = jax.lax.scan(pick, available, length=num_picks)
     return _unless_broken(Picks(*picks), available, scores)
 
 

@@ -1,9 +1,9 @@
 """Learning completions: the mean of −log π(token) over a batch's completion tokens, EOS included, in nats.
 
-Prompts are read, not learnt.  Trained are an adapter, or all weights; both are float32, whatever the model computes in,
-since a step of 2e-5 is lost in the rounding of bfloat16.  With AdamW's two moments, the gradient's sum over
-microbatches and one microbatch's part of it that is 20 bytes a trained parameter (140 GB for 7 billion), cut over the
-mesh as `layout.weight_shardings` says.  The base weights under an adapter stay in the dtype that they come in.
+Prompts are read, not learnt.  An adapter is trained, or all weights; both are float32, whatever the compute dtype,
+since a step of 2e-5 would be lost in the rounding of bfloat16.  With AdamW's two moments, the gradient's sum over
+microbatches and one microbatch's part of it, this takes 20 bytes per trained parameter (140 GB for 7 billion), cut over
+the mesh as in `layout.weight_shardings`.  The base weights under an adapter keep their dtype.
 """
 
 import functools
@@ -26,7 +26,7 @@ from activedpo_jax.training.loop import Advance
 
 
 class Examples(NamedTuple):
-    """What is learnt, and what the learning is judged by: groups of one response each."""
+    """What is learnt, and what the result is evaluated on: groups of one response each."""
 
     train: Texts
     heldout: Texts | None
@@ -38,7 +38,7 @@ class Recipe(NamedTuple):
 
     optimiser: optimiser.OptimiserSpec
     epochs: int
-    batch_size: int  # examples an optimiser step
+    batch_size: int  # examples per optimiser step
     microbatch: int  # examples whose activations exist at a time, divided evenly by the mesh
     checkpoint_every: int  # steps
 
@@ -47,15 +47,15 @@ class Recipe(NamedTuple):
 
 
 class Trainee(NamedTuple):
-    """A model, and what of it is trained."""
+    """A model, and the part of it that is trained."""
 
     decoder: Decoder
-    params: Params | None  # the base weights under an adapter; None: `weights` are all that there are
-    weights: Any  # what is trained, float32, laid out as `layout.weight_shardings` says
+    params: Params | None  # the base weights under an adapter; None: `weights` are the whole model
+    weights: Any  # the trained part, float32, laid out as in `layout.weight_shardings`
 
 
 class Report(NamedTuple):
-    """What one step says of itself."""
+    """What one step reports."""
 
     loss: jax.Array  # nats a token, of the batch
     rate: jax.Array  # the learning rate
@@ -89,7 +89,7 @@ def steps(recipe: Recipe, trainee: Trainee, examples: Examples, mesh: Mesh, seed
 
 
 def initial_moments(recipe: Recipe, mesh: Mesh, weights: Any) -> Any:
-    """The optimiser's state before the first step, laid out as the weights are."""
+    """The optimiser's state before the first step, laid out like the weights."""
     shardings = optimiser.optimiser_shardings(recipe.optimiser, mesh, weights)
     init = functools.partial(optimiser.init_optimiser, recipe.optimiser)
     return jax.jit(init, out_shardings=shardings)(weights)
@@ -104,7 +104,7 @@ def state_shapes(recipe: Recipe, mesh: Mesh, weights: Any) -> tuple[Any, Any]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def no_gradient(mesh: Mesh, weights: Any) -> tuple[Any, jax.Array]:
-    """What the parts of a batch's gradient and loss are added to."""
+    """Zeros, to which the parts of a batch's gradient and loss are added."""
     return _laid_out(mesh, jax.tree.map(jnp.zeros_like, weights)), jnp.float32(0)
 
 
@@ -118,7 +118,7 @@ def gradient_program(
     groups: Groups,
     share: jax.Array,
 ) -> tuple[Any, jax.Array]:
-    """Adds the part of a batch's gradient and loss that comes from one microbatch; compiled once a bucket."""
+    """Adds the part of a batch's gradient and loss that comes from one microbatch; compiled once per bucket."""
     base, lora = (weights, None) if params is None else (params, weights)
     new = optimiser.completion_gradient(decoder, base, lora, groups, share)
     gradient, loss = jax.tree.map(jnp.add, total, new)

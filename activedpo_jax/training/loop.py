@@ -1,4 +1,4 @@
-"""The one training loop: of the synthetic task's base model, of SFT and of DPO."""
+"""The one training loop, for the synthetic task's base model, SFT and DPO."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -8,24 +8,24 @@ import optax
 
 from activedpo_jax.progress import progress
 
-# One optimiser step, from (its place, weights, their optimiser's state) to (weights, state, what it reports, whose
-# first field or entry is the loss).
+# One optimiser step, from (its number from 0, weights, optimiser state) to (weights, state, report); the first entry of
+# a report is the loss.
 Advance = Callable[[int, Any, optax.OptState], tuple[Any, optax.OptState, Any]]
 
 
 class Work(NamedTuple):
-    """Which steps there are to do, and what they are called."""
+    """The steps to take, and what they are called."""
 
     label: str  # in progress and errors
-    first: int  # the steps before it are done
+    first: int  # the first step to take, from 0
     total: int
     rate_option: str  # the option to lower if the loss diverges
 
 
 class Step(NamedTuple):
-    """What there is after one step.  Weights and state are used up by the next one."""
+    """The result of one step.  The next step consumes weights and state."""
 
-    number: int  # of steps that are done
+    number: int  # of steps taken
     weights: Any
     opt_state: optax.OptState
     report: Any

@@ -62,7 +62,7 @@ def init_optimiser(spec: OptimiserSpec, weights: Any) -> optax.OptState:
 
 
 def optimiser_shardings(spec: OptimiserSpec, mesh: Mesh, weights: Any) -> Any:
-    """Shardings of the optimiser's state: moments are laid out like their weights, which the compiler alone would not do.
+    """Shardings of the optimiser's state: moments are laid out like their weights, as the compiler alone would not.
 
     Args:
       weights: base weights or an adapter, arrays or shapes.

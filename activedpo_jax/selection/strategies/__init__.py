@@ -1,8 +1,8 @@
 """The strategies: which K unlabelled pairs to ask about, from shared evidence.
 
 A strategy names the evidence that it needs, so that a run computes no other, and is a pure function that can be traced
-into the compiled round.  Their definitions differ; what they see, and what they return, does not.  A new one is a file
-beside these, and a line below.
+into the compiled round.  Strategies differ in their definitions, not in what they see and return.  A new one is a file
+next to these, and a line below.
 """
 
 import difflib
@@ -38,7 +38,7 @@ def get(name: str) -> Strategy:
     """The strategy of that name.
 
     Raises:
-      ValueError: there is none; names the nearest and all there are.
+      ValueError: there is none; names the nearest, and lists all.
     """
     if name not in STRATEGIES:
         nearest = difflib.get_close_matches(name, STRATEGIES, n=1, cutoff=0.0)[0]

@@ -1,4 +1,4 @@
-"""`activedpo_topk`: the K largest φᵀV⁻¹φ, V of the labelled pairs alone: ActiveDPO without the update in the batch.
+"""`activedpo_topk`: the K largest φᵀV⁻¹φ with V from labelled pairs alone: ActiveDPO without the update in the batch.
 
 An ablation.  Pairs that say the same thing are all picked, since none lowers the score of another.
 """

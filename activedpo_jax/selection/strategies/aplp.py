@@ -14,16 +14,16 @@ from activedpo_jax.selection.strategies.random import draw_where_flat
 
 
 def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh) -> Picks:
-    """Scores are |Δ|.  Random where every Δ is 0, as in round 1, and only there is the key used.
+    """Scores are |Δ|.  Random where every Δ is 0, as in round 1; the key is used only there.
 
     Only prompts with a pair that may be picked count, and half of an odd number is rounded up.  If the half has fewer
-    than K pairs, those of the other prompts follow, prompt by prompt as H falls, and in a prompt as |Δ| falls.  Of
-    prompts with equal H the one with the lowest number comes first.
+    than K pairs, those of the other prompts follow, prompt by prompt as H falls, and within a prompt as |Δ| falls.
+    Among prompts with equal H, the one with the lowest number comes first.
     """
     margins, entropies, groups = required(
         "aplp", margins=evidence.margins, entropies=evidence.entropies, groups=evidence.groups
     )
-    # A margin counts for nothing where the entropy that it is chosen by is not a number.
+    # Where the entropy is not finite, the margin must not count either.
     sizes = jnp.where(jnp.isfinite(entropies), jnp.abs(margins), jnp.nan)
     rank, count = _prompt_ranks(entropies, groups, available)
     half = (count + 1) // 2
@@ -32,7 +32,7 @@ def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: 
 
 
 def _prompt_ranks(entropies: jax.Array, groups: jax.Array, available: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How many prompts come before each row's prompt as H falls, [N] int32, and how many prompts there are."""
+    """The rank of each row's prompt as H falls, [N] int32, and the number of prompts."""
     rows = jnp.arange(groups.shape[0], dtype=jnp.int32)
     absent, _, prompts, order = jax.lax.sort((~available, -entropies, groups, rows), num_keys=3, is_stable=True)
     begins = ~absent & jnp.concatenate([jnp.ones(1, bool), prompts[1:] != prompts[:-1]])

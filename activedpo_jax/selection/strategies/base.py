@@ -10,7 +10,7 @@ from activedpo_jax.selection.greedy import Picks
 
 
 class Evidence(NamedTuple):
-    """What strategies may look at, about each of N pairs; a pytree.  What no strategy of the run needs is None."""
+    """What strategies may look at, about each of N pairs; a pytree.  Fields that no strategy needs are None."""
 
     features: jax.Array | None = None  # φ: [N, D] float32, rows cut over all devices
     embeddings: jax.Array | None = None  # ψ: [N, d] float32, likewise
@@ -33,10 +33,10 @@ class Select(Protocol):
           key: of `jax.random`.
           num_picks: K, static.
           block: candidate rows that a device holds, static; see `greedy`.
-          mesh: devices, over all axes of which pool rows are cut; static.
+          mesh: pool rows are cut over all of its axes; static.
 
         Returns:
-          Picks in pick order; of equal rows the lowest comes first.  Rows are −1, and scores 0, at the end where no row
+          Picks in pick order; the lowest of equal rows comes first.  Rows are −1, and scores 0, at the end where no row
           was left.  If evidence about a row that may be picked is not finite, all rows are −1 and all scores NaN.
 
         Raises:
@@ -52,16 +52,16 @@ class Strategy:
     name: str
     select: Select
     needs: frozenset[str] = frozenset()  # kinds of evidence, by their fields of Evidence
-    design: str | None = None  # which of these `evidence.posterior` has to be over; None: it is not looked at
+    design: str | None = None  # which of these `evidence.posterior` must be made of; None: it is not used
     ranks: bool = True  # scores mean something
     gains: bool = False  # Σ log(1 + score) is the information gain; see `posterior.information_gain`
 
 
 def required(strategy: str, **fields: jax.Array | None) -> list[jax.Array]:
-    """The fields of the evidence, none of which is None.
+    """The given fields of the evidence, none of which may be None.
 
     Raises:
-      ValueError: one is.
+      ValueError: one is None.
     """
     missing = [f"`{name}`" for name, value in fields.items() if value is None]
     if missing:

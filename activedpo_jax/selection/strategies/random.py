@@ -21,7 +21,7 @@ def draw(available: jax.Array, key: jax.Array, num_picks: int) -> Picks:
 
 
 def draw_where_flat(picks: Picks, values: jax.Array, available: jax.Array, key: jax.Array) -> Picks:
-    """These picks; but random ones, which say so, where all values [N] that count are 0, as margins are in round 1."""
+    """The picks; random ones, marked as a fallback, if the values [N] of all available rows are 0, as in round 1."""
     flat = jnp.any(available) & jnp.all(~available | (values == 0))
     drawn = draw(available, key, picks.rows.size)
     return Picks(jnp.where(flat, drawn.rows, picks.rows), jnp.where(flat, drawn.scores, picks.scores), flat)

@@ -1,0 +1,210 @@
+"""Checks of options that go together: those that need or exclude each other, and sizes that they make between them."""
+
+import re
+from typing import Any
+
+import ml_collections
+
+from activedpo_jax.errors import UsageError
+from activedpo_jax.files import flatten
+
+
+def check(config: ml_collections.ConfigDict, command: str) -> None:
+    """Checks a config each of whose options is valid by itself.
+
+    Args:
+      command: one of `flags.COMMANDS`.
+
+    Raises:
+      UsageError: for the first options that do not go together: their names, what they are, and what was expected.
+    """
+    _check_data_and_model(config, command)
+    _check_oracle(config)
+    _check_labels(config)
+    _check_sizes(config)
+    if config.data.train == "synthetic":
+        _check_synthetic(config)
+
+
+def wrong(name: str, value: Any, expected: str) -> UsageError:
+    """What to raise for an option's value."""
+    return UsageError(f"config.{name}: got {value!r}, expected {expected}")
+
+
+def _check_data_and_model(config: ml_collections.ConfigDict, command: str) -> None:
+    """Options that need, or exclude, each other.  An option that would be ignored is an error, too."""
+    needs_no_pool = config.sft.data or config.generation.prompts
+    if not (config.data.train or (command != "main" and needs_no_pool)):
+        raise UsageError("config.data.train: got '', expected a file, the name of a data set, or synthetic")
+    if config.sft.data and not config.model.path:
+        raise UsageError(
+            f"config.sft.data: got {config.sft.data!r} without config.model.path; expected a Hugging Face directory "
+            "or name there, whose tokenizer makes tokens of the texts"
+        )
+    if config.sft.data and config.sft.weights == "full" and config.lora.path:
+        raise UsageError(
+            f"config.lora.path: got {config.lora.path!r} with sft.weights='full', which changes the base weights "
+            "that the adapter was made for; expected an empty lora.path, or sft.weights='lora'"
+        )
+    if config.model.quantisation != "none" and config.sft.data and config.sft.weights == "full":
+        raise UsageError(
+            f"config.model.quantisation: got {config.model.quantisation!r} with sft.weights='full', which trains the "
+            "weights themselves; expected 'none', or sft.weights='lora'"
+        )
+    if config.export.merged and not config.model.path:
+        raise UsageError(
+            "config.export.merged: got True without config.model.path; expected a Hugging Face directory or name "
+            "there, into whose weights the adapter can be merged"
+        )
+    has_features = command == "select" and config.select.features  # then no model is loaded
+    if not config.model.path and config.data.train != "synthetic" and not has_features:
+        raise UsageError(
+            f"config.model.path: got '' with data.train={config.data.train!r}, expected a Hugging Face "
+            "directory or name; only data.train='synthetic' brings a decoder of its own"
+        )
+
+
+def _check_oracle(config: ml_collections.ConfigDict) -> None:
+    """Who labels, what, and how."""
+    oracle, source, mode = config.oracle, config.candidates.source, config.round.mode
+    kind, noise = oracle.kind, oracle.noise
+    if oracle.function and kind in ("dataset", "people"):
+        raise UsageError(
+            f"config.oracle.function: got {oracle.function!r} with oracle.kind={kind!r}, which asks no function; "
+            "expected an empty one, or oracle.kind='function' or 'reward'"
+        )
+    if kind == "reward" and not oracle.function and config.data.train != "synthetic":
+        raise UsageError(
+            "config.oracle.function: got '' with oracle.kind='reward', expected module:function; only "
+            "data.train='synthetic' brings a reward of its own"
+        )
+    if (kind == "function" or oracle.function) and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:\w+", oracle.function):
+        raise wrong("oracle.function", oracle.function, "module:function, such as my.rewards:helpful")
+    if oracle.annotators != 1 and kind != "people":
+        raise UsageError(
+            f"config.oracle.annotators: got {oracle.annotators} with oracle.kind={kind!r}, which answers once; "
+            "expected 1, or oracle.kind='people'"
+        )
+    if noise != "none" and kind in ("people", "reward"):
+        raise UsageError(
+            f"config.oracle.noise: got {noise!r} with oracle.kind={kind!r}, whose answers are taken as they are; "
+            "expected 'none', or oracle.kind='dataset' or 'function'"
+        )
+    if oracle.flip_probability and noise != "flip":
+        raise UsageError(
+            f"config.oracle.flip_probability: got {oracle.flip_probability} with "
+            f"oracle.noise={noise!r}, which flips nothing; expected oracle.noise='flip'"
+        )
+    if oracle.temperature != 1 and noise != "bradley_terry":
+        raise UsageError(
+            f"config.oracle.temperature: got {oracle.temperature} with oracle.noise={noise!r}, "
+            "which has no temperature; expected oracle.noise='bradley_terry'"
+        )
+    if source != "pool" and kind == "dataset":
+        raise UsageError(
+            f"config.candidates.source: got {source!r} with oracle.kind='dataset', which has no labels of fresh "
+            "responses; expected 'pool', or oracle.kind='function', 'reward' or 'people'"
+        )
+    if config.candidates.prompts_per_round and source == "pool":
+        raise UsageError(
+            f"config.candidates.prompts_per_round: got {config.candidates.prompts_per_round} with "
+            "candidates.source='pool', which takes all pairs; expected 0, or candidates.source='policy' or 'mixture'"
+        )
+    if mode == "fused" and kind in ("function", "people"):
+        raise UsageError(
+            f"config.round.mode: got 'fused' with oracle.kind={kind!r}, whose answers come from outside the "
+            "program; expected 'auto' or 'staged'"
+        )
+
+
+def _check_labels(config: ml_collections.ConfigDict) -> None:
+    """As many labels as there are pairs, and as the arrays of a run can hold."""
+    source, synthetic = config.candidates.source, config.data.train == "synthetic"
+    labels = config.rounds * config.labels_per_round
+    if labels * config.dpo.epochs >= 2**31:
+        raise UsageError(
+            f"config.rounds: got {config.rounds} with labels_per_round={config.labels_per_round} and "
+            f"dpo.epochs={config.dpo.epochs}, expected a product below {2**31:,}"
+        )
+    if source == "pool" and synthetic and labels > config.synthetic.pool_pairs:
+        raise UsageError(
+            f"config.rounds: got {config.rounds} with labels_per_round={config.labels_per_round}, expected at most "
+            f"synthetic.pool_pairs={config.synthetic.pool_pairs} labels together"
+        )
+    prompts = config.candidates.prompts_per_round
+    if synthetic and not (0 < prompts < config.synthetic.pool_pairs):
+        prompts = config.synthetic.pool_pairs
+    m = config.generation.responses
+    if source == "policy" and prompts and config.labels_per_round > prompts * (m * (m - 1) // 2):
+        raise UsageError(
+            f"config.labels_per_round: got {config.labels_per_round}, expected at most {prompts * (m * (m - 1) // 2)}: "
+            f"the pairs among generation.responses={m} responses to {prompts} prompts"
+        )
+
+
+def _check_sizes(config: ml_collections.ConfigDict) -> None:
+    """Products of options that are the sizes of arrays."""
+    m, response = config.generation.responses, max(response for _, response in config.data.buckets)
+    for name, count in (
+        ("generation.prompts_per_chunk", config.generation.prompts_per_chunk * m * config.generation.max_new_tokens),
+        ("features.groups_per_chunk", config.features.groups_per_chunk * m * response),
+        ("features.groups_per_chunk", config.features.groups_per_chunk * config.features.dim),
+        ("evaluation.pairs_per_chunk", config.evaluation.pairs_per_chunk * 2 * response),
+        ("dpo.pairs_per_chunk", config.dpo.pairs_per_chunk * 2 * response),
+        ("sft.examples_per_chunk", config.sft.examples_per_chunk * response),
+    ):
+        if count >= 2**31:
+            expected = f"less: an array would have {count:,} numbers, and can have {2**31 - 1:,}"
+            raise wrong(name, flatten(config)[name], expected)
+    if list(config.mesh.values()).count(-1) > 1:
+        raise UsageError(f"config.mesh: got {dict(config.mesh)}, expected -1 for one axis at most")
+
+
+def _check_synthetic(config: ml_collections.ConfigDict) -> None:
+    """The procedural task can be written, and its decoder can be built and trained."""
+    task, scratch = config.synthetic, config.scratch
+    at_random = task.purity + (1 - task.purity) / task.styles
+    longest = task.max_response + 1
+    head = scratch.hidden_size // scratch.num_heads
+    for excluded, name, expected in (
+        (
+            task.topics_per_family > task.topics,
+            "synthetic.topics_per_family",
+            f"at most synthetic.topics={task.topics}",
+        ),
+        (
+            task.min_response > task.max_response,
+            "synthetic.min_response",
+            f"at most synthetic.max_response={task.max_response}",
+        ),
+        (
+            at_random < 0.1,
+            "synthetic.purity",
+            f"more: with synthetic.styles={task.styles} a word is of its response's style with probability "
+            f"{at_random:.2g}, and a style that leads would be found too rarely; 0.1 will do",
+        ),
+        (
+            scratch.hidden_size % scratch.num_heads != 0,
+            "scratch.hidden_size",
+            f"a multiple of scratch.num_heads={scratch.num_heads}",
+        ),
+        (
+            head % 2 != 0,
+            "scratch.hidden_size",
+            f"an even number for each of scratch.num_heads={scratch.num_heads} heads, since rotary embeddings rotate "
+            f"pairs of channels; {head} is odd",
+        ),
+        (
+            scratch.num_heads % scratch.num_kv_heads != 0,
+            "scratch.num_heads",
+            f"a multiple of scratch.num_kv_heads={scratch.num_kv_heads}",
+        ),
+        (
+            config.candidates.source != "pool" and config.generation.max_new_tokens > longest,
+            "generation.max_new_tokens",
+            f"at most {longest} with candidates.source={config.candidates.source!r}: the words of "
+            f"synthetic.max_response={task.max_response}, and their end",
+        ),
+    ):
+        if excluded:
+            raise wrong(name, flatten(config)[name], expected)
