@@ -13,8 +13,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -26,7 +25,7 @@ from activedpo_jax import config as configs
 from activedpo_jax import flags, layout, specs, start, tasks
 from activedpo_jax.config import OPTIONS
 from activedpo_jax.data.groups import Bucket, PairPool, check_tokens
-from activedpo_jax.data.preferences import Record, _content_hash, parse_record, read_records
+from activedpo_jax.data.preferences import Record, named_records, read_records
 from activedpo_jax.data.sources import fail, kind
 from activedpo_jax.data.tokenize import tokenize
 from activedpo_jax.huggingface import loading
@@ -176,20 +175,14 @@ def _records(rows: Any) -> list[Record]:
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
         change = "choose one of its splits" if isinstance(rows, Mapping) else "pass one of these"
         fail("source", f"this is {kind(rows)}", expected, change)
-    records, seen, copies = [], dict[str, str](), Counter[str]()
-    for number, row in enumerate(rows):
-        location = f"row {number}"
-        if not isinstance(row, Mapping):
-            fail(location, f"this is {kind(row)}", "a dict with the fields of a record", f"pass {expected}")
-        record = parse_record(row, location)
-        if not record.id:
-            content = _content_hash(record)
-            copies[content] += 1
-            record = dataclasses.replace(record, id=content if copies[content] == 1 else f"{content}#{copies[content]}")
-        if record.id in seen:
-            fail(location, f"id {record.id!r} was given to {seen[record.id]} already", "every id once")
-        seen[record.id] = location
-        records.append(record)
+
+    def located() -> Iterator[tuple[str, Mapping[str, Any]]]:
+        for number, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                fail(f"row {number}", f"this is {kind(row)}", "a dict with the fields of a record", f"pass {expected}")
+            yield f"row {number}", row
+
+    records = named_records(located())
     if not records:
         fail("source", "there is no row", "one at least", "pass more data")
     return records

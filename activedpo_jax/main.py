@@ -33,9 +33,9 @@ from activedpo_jax.oracles.labels import Pending
 from activedpo_jax.oracles.noise import Noise
 from activedpo_jax.record import checkpoints, comparison, folders, inputs, metrics, report
 from activedpo_jax.record.labels import RoundRecord
-from activedpo_jax.rounds import state as states
 from activedpo_jax.rounds.checks import check_learnt
 from activedpo_jax.rounds.picked import as_answers
+from activedpo_jax.rounds.state import RunState, initial_state
 from activedpo_jax.selection.strategies import STRATEGIES
 
 
@@ -109,14 +109,14 @@ def run(setting: Setting, strategy: str, folder: pathlib.Path) -> folders.RunSum
     rounds = verbs.make(setting.config, spec, setting.task, policy, setting.seed)
     oracle = verbs.oracle(verbs.Asking(config, setting.task, setting.seed, folder), rounds)
 
-    state = states.initial_state(spec, policy.reference, setting.seed)
+    state = initial_state(spec, policy.reference, setting.seed)
     store = checkpoints.Checkpoints(folder)
     done, restored = store.restore_latest(state)
     summary = folders.resumed_summary(folder, strategy, setting.seed, done)
     told = set[str]()  # kinds of notes
     with metrics.MetricsWriter(folder, 0 if done is None else done + 1) as writer:
 
-        def save(state: states.RunState, entry: folders.RoundSummary) -> None:
+        def save(state: RunState, entry: folders.RoundSummary) -> None:
             summary["rounds"].append(entry)
             writer.write(entry["round"], entry["labels"], scalars(entry))
             files.write_json(folder / "summary.json", summary)
@@ -205,7 +205,7 @@ def evaluator(
     return heldout.Evaluator(policy, truth, batches, specs.loss_spec(config))
 
 
-def export(setting: Setting, state: states.RunState, folder: pathlib.Path) -> None:
+def export(setting: Setting, state: RunState, folder: pathlib.Path) -> None:
     """The run's adapter and, on request, the merged checkpoint."""
     config, decoder, model = setting.config, setting.task.decoder, setting.task.base_model
     revision = config.model.revision if model == config.model.path else ""

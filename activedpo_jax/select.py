@@ -32,8 +32,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from activedpo_jax import api, errors, files, flags, layout, start
-from activedpo_jax.data.groups import Candidates, PairPool, check_tokens, group_pairs
-from activedpo_jax.data.preferences import Record, limit, read_records, uniform
+from activedpo_jax.data.groups import Candidates, PairPool, check_tokens
+from activedpo_jax.data.preferences import Record, limit, read_records, shown_pairs
 from activedpo_jax.data.sources import fail
 from activedpo_jax.huggingface import loading
 from activedpo_jax.oracles import formats
@@ -127,16 +127,7 @@ def without_tokens(records: Sequence[Record], seed: int) -> Candidates:
     Raises:
       ValueError: two pairs have the same id.
     """
-    pairs, pair_ids, seen = [], [], dict[str, str]()
-    for group, record in enumerate(records):
-        for low, high in group_pairs(len(record.responses)).tolist():
-            name = f"{record.id}/{low}-{high}" if record.num_pairs > 1 else record.id
-            if name in seen:
-                problem = f"the pair id {name!r} is that of a pair of {seen[name]} already"
-                fail(record.location, problem, "every pair id once", "change the `id` of one of the records")
-            seen[name] = record.location
-            pairs.append((group, low, high) if uniform(seed, "side", name) < 0.5 else (group, high, low))
-            pair_ids.append(name)
+    pairs, pair_ids = shown_pairs(records, seed)
     return Candidates(
         prompt_tokens=[],
         response_tokens=[],

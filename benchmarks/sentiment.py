@@ -1,6 +1,6 @@
 """Whether on-policy rounds raise the reward that labels them: fresh responses before and after.
 
-    python -m benchmarks.sentiment --train PROMPTS.jsonl --heldout PAIRS.jsonl [--prompts 48] [--out FILE.json]
+    python -m benchmarks.sentiment [--workdir DIR] [--out FILE.json]
 
 Runs `configs/sentiment_smollm2.py`, then lets the model as it was and the model with the run's adapter respond to the
 same held-out prompts, with the same random numbers, and rewards the responses by the oracle's own function.  That is
@@ -23,9 +23,9 @@ CONFIG = "configs/sentiment_smollm2.py"
 
 
 def fresh_rewards(folder: pathlib.Path, prompts: pathlib.Path, adapter: pathlib.Path | None, seed: int) -> list[float]:
-    """The mean reward of two fresh responses to every prompt, in their order."""
+    """The mean reward of eight fresh responses to every prompt, in their order."""
     adapter_flag = [] if adapter is None else [f"--config.lora.path={adapter}"]
-    options = {"generation.prompts": prompts, "generation.responses": 2, "generation.resamples": 0, "seeds": seed}
+    options = {"generation.prompts": prompts, "generation.responses": 8, "generation.resamples": 0, "seeds": seed}
     flags = [f"--config.{name}={value}" for name, value in options.items()]
     generate.main(["generate", "--config", CONFIG, "--workdir", str(folder), *flags, *adapter_flag])
     rows: dict[str, list[float]] = {}
@@ -43,27 +43,19 @@ def mean_and_error(values: Sequence[float]) -> dict[str, float]:
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", required=True, help="prompts or preferences to choose from")
-    parser.add_argument("--heldout", required=True, help="preferences, whose prompts the fresh responses are to")
-    parser.add_argument("--prompts", type=int, default=48, help="held-out prompts to respond to")
     parser.add_argument("--workdir", default="", help="of the run; empty: a temporary one")
     parser.add_argument("--out", default="", help="JSON file of the figures")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         place = pathlib.Path(options.workdir or scratch)
-        data = [f"--config.data.train={options.train}", f"--config.data.heldout={options.heldout}"]
-        main.main(["main", "--config", CONFIG, "--workdir", str(place / "run"), *data])
-        prompts = place / "prompts.jsonl"
-        records = read_prompts(options.heldout)[: options.prompts]
-        prompts.write_text(
-            "".join(json.dumps({"id": r.id, "prompt": r.prompt}) + "\n" for r in records), encoding="utf-8"
-        )
+        main.main(["main", "--config", CONFIG, "--workdir", str(place / "run")])
+        prompts = pathlib.Path("configs/sentiment/heldout.jsonl")
         before = fresh_rewards(place / "before", prompts, None, 1)
         after = fresh_rewards(place / "after", prompts, place / "run" / "adapter", 1)
         differences = [b - a for a, b in zip(before, after, strict=True)]
         rounds = json.loads((place / "run" / "summary.json").read_text(encoding="utf-8"))["rounds"]
         figures = {
-            "prompts": len(records),
+            "prompts": len(before),
             "labels": rounds[-1]["labels"],
             "before": mean_and_error(before),
             "after": mean_and_error(after),

@@ -163,14 +163,14 @@ def mounted(folder: pathlib.Path, options: str) -> Iterator[Callable[[str], None
 @pytest.mark.slow
 def test_a_file_system_that_is_full_or_read_only(whole: Whole, tmp_path: pathlib.Path) -> None:
     full, closed = tmp_path / "full", tmp_path / "closed"
-    with mounted(full, "size=520k") as change, mounted(closed, "ro"):
+    with mounted(full, "size=200k") as change, mounted(closed, "ro"):
         processes = start(full / "run", whole.cache), start(closed / "run", whole.cache)
         resumes = "; once the disk has space and can be written, the same command resumes\n"
         for process, folder, reason in zip(processes, (full, closed), (errno.ENOSPC, errno.EROFS), strict=True):
             line = end(process, code=1)
             assert line.startswith(f"error: {folder}/run") and line.count("\n") == 1
             assert line.endswith(f": {os.strerror(reason)}{resumes}")
-        assert (full / "run" / "base" / "seed0").exists()
+        assert (full / "run" / "inputs").exists() and not (full / "run" / "base" / "seed0").exists()
         change("size=10m")
         end(start(full / "run", whole.cache), code=0)
         assert record(full / "run") == record(whole.folder)

@@ -50,7 +50,7 @@ def pick(
 
     fields = {
         field: None if x is None else put(x, field not in ("posterior", "lam"))
-        for field, x in evidence._asdict().items()
+        for field, x in evidence.items()
     }
     picks = program(name, shape, num_picks)(seen(**fields), put(available, True), jax.random.key(key))
     return jax.tree.map(np.asarray, picks)
@@ -62,7 +62,7 @@ def seen(**fields: Any) -> Evidence:
 
 
 def changed(evidence: Evidence, **fields: Any) -> Evidence:
-    return evidence._replace(**fields)
+    return {**evidence, **fields}
 
 
 def padded(rows: Any, num_picks: int) -> list[int]:
@@ -110,7 +110,7 @@ def test_missing_evidence_is_named(name: str) -> None:
 def test_what_a_strategy_does_not_name_it_does_not_look_at(name: str) -> None:
     strategy, evidence = STRATEGIES[name], some_evidence(1)
     named = strategy.needs | {"groups", "lam"} | ({"posterior"} if strategy.design else set())
-    less = seen(**{field: x if field in named else None for field, x in evidence._asdict().items()})
+    less = seen(**{field: x if field in named else None for field, x in evidence.items()})
     available = np.arange(N) % 4 != 0
     expected = pick(name, evidence, available)
     assert pick(name, less, available).rows.tolist() == expected.rows.tolist()
@@ -129,7 +129,7 @@ def test_rows_run_out(name: str, shape: tuple[int, int, int]) -> None:
         evidence,
         **{
             field: np.where(available.reshape(-1, *[1] * (x.ndim - 1)), x, np.nan)
-            for field, x in evidence._asdict().items()
+            for field, x in evidence.items()
             if field in ("features", "embeddings", "margins", "entropies")
         },
     )
@@ -153,7 +153,7 @@ def test_numbers_that_are_not_finite_are_not_ranked(
 ) -> None:
     """Margins are all zero else, which is no reason to fall back."""
     evidence = changed(some_evidence(3), margins=np.zeros(N, np.float32))
-    broken = np.array(getattr(evidence, field))
+    broken = np.array(evidence[field])
     broken[13] = value
     picks = pick(name, changed(evidence, **{field: broken}), np.ones(N, bool), shape)
     assert picks.rows.tolist() == [-1] * K and np.isnan(picks.scores).all() and not picks.fallback
@@ -165,11 +165,11 @@ def test_the_same_on_any_mesh_and_padding(name: str, flat: bool) -> None:
     """240 rows, every one of them twice or more, and 8 rows of padding."""
     evidence, count = some_evidence(4, 240), 240
     copies = np.random.default_rng(0).permutation(np.arange(count) % 100)
-    margins = np.zeros(count, np.float32) if flat else np.asarray(evidence.margins)[copies]
+    margins = np.zeros(count, np.float32) if flat else np.asarray(evidence["margins"])[copies]
     evidence = changed(
         evidence,
-        features=np.asarray(evidence.features)[copies],
-        embeddings=np.asarray(evidence.embeddings)[copies],
+        features=np.asarray(evidence["features"])[copies],
+        embeddings=np.asarray(evidence["embeddings"])[copies],
         margins=margins,
     )
     available = np.arange(count) % 7 != 0
@@ -182,7 +182,7 @@ def test_the_same_on_any_mesh_and_padding(name: str, flat: bool) -> None:
         assert picks.fallback == expected.fallback
     more = {
         field: np.pad(x, [(0, 8)] + [(0, 0)] * (x.ndim - 1))
-        for field, x in evidence._asdict().items()
+        for field, x in evidence.items()
         if field not in ("posterior", "lam")
     }
     picks = pick(name, changed(evidence, **more), np.pad(available, (0, 8)), num_picks=60)
@@ -200,7 +200,7 @@ def test_gains_are_information(name: str) -> None:
     evidence = some_evidence(5)
     evidence = changed(evidence, posterior=condition(jnp.asarray(known, jnp.float32), jnp.ones(4, bool), LAM))
     picks = pick(name, evidence, np.ones(N, bool))
-    chosen = np.asarray(getattr(evidence, strategy.design), np.float64)[picks.rows]
+    chosen = np.asarray(evidence[strategy.design], np.float64)[picks.rows]
     before = LAM * np.eye(D) + known.T @ known
     expected = np.linalg.slogdet(before + chosen.T @ chosen)[1] - np.linalg.slogdet(before)[1]
     assert float(information_gain(jnp.asarray(picks.scores))) == pytest.approx(expected, rel=1e-4)

@@ -12,10 +12,11 @@ fields are ignored.  https://huggingface.co/docs/trl/dataset_formats
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from activedpo_jax.data.fields import (
@@ -74,8 +75,20 @@ def read_records(source: str, split: str = "train") -> list[Record]:
       ValueError: the source cannot be read, or a record is malformed; says which line (from 1) or row
         (from 0), what was expected, and what to change.  Nothing is dropped or repaired.
     """
+    records = named_records(read_rows(source, split))
+    if not records:
+        raise ValueError(f"{source}: there is no record in it; expected one at least: check config.data")
+    return records
+
+
+def named_records(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Record]:
+    """The records of rows, each given with its location; a record without an id gets a hash of its content.
+
+    Raises:
+      ValueError: a record is malformed, or an id is there twice.
+    """
     records, seen, copies = [], dict[str, str](), Counter[str]()
-    for location, row in read_rows(source, split):
+    for location, row in rows:
         record = parse_record(row, location)
         if not record.id:
             content = _content_hash(record)
@@ -86,9 +99,27 @@ def read_records(source: str, split: str = "train") -> list[Record]:
             fail(location, f"id {record.id!r} was given to {seen[record.id]} already", "every id once")
         seen[record.id] = location
         records.append(record)
-    if not records:
-        raise ValueError(f"{source}: there is no record in it; expected one at least: check config.data")
     return records
+
+
+def shown_pairs(records: Sequence[Record], seed: int) -> tuple[list[tuple[int, int, int]], list[str]]:
+    """All pairs of every record's responses: (record, response shown first, response shown second), and their ids.
+
+    Which of the two is shown first depends on the seed and the pair's id alone.
+
+    Raises:
+      ValueError: two pairs have the same id.
+    """
+    pairs, locations = [], dict[str, str]()
+    for row, record in enumerate(records):
+        for low, high in itertools.combinations(range(len(record.responses)), 2):
+            name = f"{record.id}/{low}-{high}" if record.num_pairs > 1 else record.id
+            if name in locations:
+                problem = f"the pair id {name!r} is that of a pair of {locations[name]} already"
+                fail(record.location, problem, "every pair id once", "change the `id` of one of the records")
+            locations[name] = record.location
+            pairs.append((row, low, high) if uniform(seed, "side", name) < 0.5 else (row, high, low))
+    return pairs, list(locations)
 
 
 def split_by_prompt(records: Sequence[_Record], fraction: float, seed: int) -> tuple[list[_Record], list[_Record]]:

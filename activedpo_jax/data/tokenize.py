@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from activedpo_jax.data.groups import PairPool, Texts, group_pairs
-from activedpo_jax.data.preferences import Record, prompt_key, uniform
+from activedpo_jax.data.groups import PairPool, Texts
+from activedpo_jax.data.preferences import Record, prompt_key, shown_pairs
 from activedpo_jax.data.templates import Exchange, Template, make_template
 
 if TYPE_CHECKING:
@@ -72,21 +72,15 @@ def tokenize(
     """
     texts = tokenize_texts(records, tokenizer, template, max_prompt, max_response, template_kwargs)
     responses, notes = texts.response_tokens, list(texts.notes)
-    pairs, pair_ids, preferences, rewards = [], [], [], []
+    pairs, pair_ids = shown_pairs(records, seed)
+    preferences, rewards = [], []
     same = ties = 0
-    for g, record in enumerate(records):
-        several = record.num_pairs > 1
-        for low, high in group_pairs(len(record.responses)).tolist():
-            name = f"{record.id}/{low}-{high}" if several else record.id
-            first, second = (low, high) if uniform(seed, "side", name) < 0.5 else (high, low)
-            pairs.append((g, first, second))
-            pair_ids.append(name)
-            preferences.append(-1 if record.preferred is None else int(record.preferred == second))
-            given = record.rewards
-            rewards.append((given[first], given[second]) if given else (np.nan, np.nan))
-            same += np.array_equal(responses[g][low], responses[g][high])
-            ties += record.preferred is None and given is not None and given[low] == given[high]
-    _check_unique(pair_ids, pairs, records)
+    for g, first, second in pairs:
+        record, given = records[g], records[g].rewards
+        preferences.append(-1 if record.preferred is None else int(record.preferred == second))
+        rewards.append((given[first], given[second]) if given else (np.nan, np.nan))
+        same += np.array_equal(responses[g][first], responses[g][second])
+        ties += record.preferred is None and given is not None and given[first] == given[second]
     notes += _copies(records, pairs, preferences)
     if same:
         notes.append(f"{same} of {len(pairs)} pairs have two responses of the same tokens: nothing can be learnt there")
@@ -223,14 +217,3 @@ def _copies(records: Sequence[Record], pairs: Sequence[tuple[int, int, int]], pr
     return [
         f"{again} of {len(pairs)} pairs are there a second time, {opposite} with the opposite label: each costs a label"
     ]
-
-
-def _check_unique(pair_ids: list[str], pairs: list[tuple[int, int, int]], records: Sequence[Record]) -> None:
-    first: dict[str, str] = {}
-    for name, (g, _, _) in zip(pair_ids, pairs, strict=True):
-        if name in first:
-            raise ValueError(
-                f"{records[g].location}: the pair id {name!r} is that of a pair of {first[name]} already; "
-                "expected every pair id once: change the `id` of one of the records"
-            )
-        first[name] = records[g].location

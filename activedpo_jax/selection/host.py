@@ -48,7 +48,7 @@ def choose(
     """Picks as the rounds of a run do: the first round, or a later one with these labels.
 
     Args:
-      evidence: fields of `strategies.Evidence`, [N, ...] each and finite; at least those that the strategy needs.
+      evidence: kinds of evidence by name, [N, ...] each and finite; at least those that the strategy needs.
       available: [N] bool, the pairs that can be picked; at least K.
       known: [n, D] float32, the vectors of labelled pairs for the strategy's posterior; None: no pair is labelled.
 
@@ -80,10 +80,10 @@ def _program(
     strategy, lam = query.strategy, jnp.float32(query.lam)
     if strategy.design is not None:
         assert known is not None
-        lam = resolved_lam(getattr(seen, strategy.design), available, lam)
-        seen = seen._replace(posterior=condition(known, jnp.ones(known.shape[0], bool), lam))
+        lam = resolved_lam(seen[strategy.design], available, lam)
+        seen = {**seen, "posterior": condition(known, jnp.ones(known.shape[0], bool), lam)}
     key = jax.random.fold_in(jax.random.key(jnp.uint32(query.seed)), 1)  # as in the first round of a run
-    picks = strategy.select(seen._replace(lam=lam), available, key, query.count, query.block, mesh)
+    picks = strategy.select({**seen, "lam": lam}, available, key, query.count, query.block, mesh)
     return picks._replace(fallback=jnp.asarray(picks.fallback)), lam
 
 

@@ -14,7 +14,7 @@ from activedpo_jax.selection.strategies.base import Evidence, Strategy, required
 
 def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh) -> Picks:
     """Scores are ‖φ‖², tied as in `activedpo`.  Key and block are not used."""
-    (features,) = required("activedpo_norm", features=evidence.features)
+    (features,) = required("activedpo_norm", evidence, "features")
     scores = prior_variances(features, 1.0)
     return largest(scores, TIE * scores, available, num_picks)
 

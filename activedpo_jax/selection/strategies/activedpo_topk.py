@@ -15,9 +15,9 @@ from activedpo_jax.selection.strategies.base import Evidence, Strategy, required
 
 def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh) -> Picks:
     """Scores are variances, 0 where float32 resolves none; tied as in `activedpo`.  Key and block are not used."""
-    features, posterior = required("activedpo_topk", features=evidence.features, posterior=evidence.posterior)
-    tolerance = TIE * prior_variances(features, evidence.lam)
-    scores = variances(features, posterior, evidence.lam)
+    features, posterior, lam = required("activedpo_topk", evidence, "features", "posterior", "lam")
+    tolerance = TIE * prior_variances(features, lam)
+    scores = variances(features, posterior, lam)
     scores = jnp.where(scores <= tolerance, 0.0, scores)
     return largest(scores, tolerance, available, num_picks)
 

@@ -20,9 +20,7 @@ def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: 
     than K pairs, those of the other prompts follow, prompt by prompt as H falls, and within a prompt as |Δ| falls.
     Among prompts with equal H, the one with the lowest number comes first.
     """
-    margins, entropies, groups = required(
-        "aplp", margins=evidence.margins, entropies=evidence.entropies, groups=evidence.groups
-    )
+    margins, entropies, groups = required("aplp", evidence, "margins", "entropies", "groups")
     # Where the entropy is not finite, the margin must not count either.
     sizes = jnp.where(jnp.isfinite(entropies), jnp.abs(margins), jnp.nan)
     rank, count = _prompt_ranks(entropies, groups, available)

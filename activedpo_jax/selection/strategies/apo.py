@@ -12,8 +12,8 @@ from activedpo_jax.selection.strategies.base import Evidence, Strategy, required
 
 def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh) -> Picks:
     """As `activedpo`, on embeddings.  The key is not used."""
-    embeddings, posterior = required("apo", embeddings=evidence.embeddings, posterior=evidence.posterior)
-    return greedy(embeddings, available, posterior, evidence.lam, num_picks=num_picks, block=block, mesh=mesh)
+    embeddings, posterior, lam = required("apo", evidence, "embeddings", "posterior", "lam")
+    return greedy(embeddings, available, posterior, lam, num_picks=num_picks, block=block, mesh=mesh)
 
 
 STRATEGY = Strategy("apo", select, frozenset({"embeddings"}), design="embeddings", gains=True)

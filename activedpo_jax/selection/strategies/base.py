@@ -1,24 +1,20 @@
 """What strategies are, what they see, and how they are called."""
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
 
 from activedpo_jax.selection.greedy import Picks
 
-
-class Evidence(NamedTuple):
-    """What strategies may look at, about each of N pairs; a pytree.  Fields that no strategy needs are None."""
-
-    features: jax.Array | None = None  # φ: [N, D] float32, rows cut over all devices
-    embeddings: jax.Array | None = None  # ψ: [N, d] float32, likewise
-    margins: jax.Array | None = None  # Δ: [N] float32
-    entropies: jax.Array | None = None  # H of the pair's prompt: [N] float32, the same in all its rows
-    groups: jax.Array | None = None  # [N] int32, which prompt the pair belongs to
-    posterior: jax.Array | None = None  # W of the labelled pairs' features or embeddings: [n, D] float32
-    lam: jax.Array | float = 1.0  # λ
+# What strategies may look at, about each of N pairs; a pytree.  By name:
+#   each kind of evidence that the strategy needs: [N, ...] float32, as `evidence.registry` computes it; the rows of
+#     features and embeddings are cut over all devices
+#   groups: [N] int32, which prompt the pair belongs to
+#   posterior: W [n, D] float32 of the labelled pairs' features or embeddings, where the strategy has a `design`
+#   lam: λ, scalar
+Evidence = dict[str, Any]
 
 
 class Select(Protocol):
@@ -51,19 +47,19 @@ class Strategy:
 
     name: str
     select: Select
-    needs: frozenset[str] = frozenset()  # kinds of evidence, by their fields of Evidence
+    needs: frozenset[str] = frozenset()  # kinds of evidence, by their names in `evidence.registry`
     design: str | None = None  # which of these `evidence.posterior` must be made of; None: it is not used
     ranks: bool = True  # scores mean something
     gains: bool = False  # Σ log(1 + score) is the information gain; see `posterior.information_gain`
 
 
-def required(strategy: str, **fields: jax.Array | None) -> list[jax.Array]:
-    """The given fields of the evidence, none of which may be None.
+def required(strategy: str, evidence: Evidence, *names: str) -> list[jax.Array]:
+    """These entries of the evidence.
 
     Raises:
-      ValueError: one is None.
+      ValueError: one is missing.
     """
-    missing = [f"`{name}`" for name, value in fields.items() if value is None]
+    missing = [f"`{name}`" for name in names if evidence.get(name) is None]
     if missing:
         raise ValueError(f"strategy {strategy} needs the evidence {' and '.join(missing)}, which the round has not got")
-    return [value for value in fields.values() if value is not None]
+    return [evidence[name] for name in names]

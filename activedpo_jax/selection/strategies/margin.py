@@ -12,7 +12,7 @@ from activedpo_jax.selection.strategies.random import draw_where_flat
 
 def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh) -> Picks:
     """Scores are |Δ|.  Random where every Δ is 0, as in round 1; the key is used only there."""
-    (margins,) = required("margin", margins=evidence.margins)
+    (margins,) = required("margin", evidence, "margins")
     sizes = jnp.abs(margins)
     return draw_where_flat(first((sizes,), sizes, available, num_picks), sizes, available, key)
 
