@@ -21,9 +21,8 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from activedpo_jax import config as configs
 from activedpo_jax import flags, layout, specs, start, tasks
-from activedpo_jax.config import OPTIONS
+from activedpo_jax.config import OPTIONS, default
 from activedpo_jax.data.groups import Bucket, PairPool, check_tokens
 from activedpo_jax.data.preferences import Record, named_records, read_records
 from activedpo_jax.data.sources import fail, kind
@@ -91,7 +90,7 @@ def load_model(
       ValueError: an option does not exist or is out of range; the model is missing or not supported; the adapter is
         missing or has another shape.
     """
-    config = configs.default()
+    config = default()
     changes = {
         "model.path": os.fspath(path),
         "model.revision": revision,
@@ -299,7 +298,7 @@ def choose(
     if not (isinstance(count, int | np.integer) and 1 <= count <= left):
         raise ValueError(f"count: got {count!r}, expected from 1 to {left}, the pairs that are not labelled")
     query = host.Query(rule, int(count), float(lam), OPTIONS["selection.block"].default, seed)
-    return host.choose(query, {"features": matrix}, available, known, layout.make_mesh(configs.default().mesh))
+    return host.choose(query, {"features": matrix}, available, known, layout.make_mesh(default().mesh))
 
 
 def _split(matrix: np.ndarray, labelled: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -178,10 +178,10 @@ def starting_point(
         params = task.load_params()
     elif not sft.is_done(config, place):
         params = start.load_params(config, mesh, jnp.float32)
-    params, lora = sft.run(config, seed, examples, task.decoder, params, lora, mesh, place)
+    policy = sft.run(config, seed, examples, Policy(task.decoder, params, lora), mesh, place)
     if full:
         task = dataclasses.replace(task, base_model=str(sft.result_folder(config, place)))
-    return task, Policy(task.decoder, params, lora)
+    return task, policy
 
 
 def described(config: ml_collections.ConfigDict, task: tasks.Task) -> dict[str, Any]:

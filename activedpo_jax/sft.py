@@ -11,6 +11,7 @@ if __name__ == "__main__":  # first, since the imports take seconds
 
     errors.end_at_signals()
 
+import dataclasses
 import functools
 import pathlib
 import shutil
@@ -31,8 +32,7 @@ from activedpo_jax.data.groups import Bucket, assign_buckets, check_tokens
 from activedpo_jax.data.preferences import split_by_prompt
 from activedpo_jax.data.tokenize import tokenize_texts
 from activedpo_jax.huggingface import adapters, loading, merged
-from activedpo_jax.models.decoder import Decoder, Params
-from activedpo_jax.models.lora import Lora
+from activedpo_jax.models.policy import Policy
 from activedpo_jax.record import checkpoints, folders, inputs, metrics
 from activedpo_jax.selection.strategies import STRATEGIES
 from activedpo_jax.training import finetune, optimiser
@@ -89,29 +89,22 @@ def recipe(config: ml_collections.ConfigDict, mesh: Mesh) -> Recipe:
 
 
 def run(
-    config: ml_collections.ConfigDict,
-    seed: int,
-    examples: Examples,
-    decoder: Decoder,
-    params: Params,
-    lora: Lora,
-    mesh: Mesh,
-    folder: pathlib.Path,
-) -> tuple[Params, Lora]:
+    config: ml_collections.ConfigDict, seed: int, examples: Examples, policy: Policy, mesh: Mesh, folder: pathlib.Path
+) -> Policy:
     """The whole stage, from the last checkpoint: trains, writes the result into `folder`, and says how it went.
 
     Args:
-      params: base weights on the mesh.  With `config.sft.weights='full'` training starts from them as float32, best
-        loaded so, and they are used up: use those returned.
-      lora: the adapter on the mesh, which `lora` trains a copy of, and `full` does not look at.
+      policy: base weights and adapter on the mesh.  With `config.sft.weights='full'` training starts from the base
+        weights as float32, best loaded so, and they are used up: use those returned.  Else a copy of the adapter is
+        trained.
 
     Returns:
-      base weights (in the decoder's dtype if they were trained) and adapter that come of it.
+      the policy that comes of it; base weights that were trained are in the decoder's dtype.
 
     Raises:
       FloatingPointError: the training has diverged.
     """
-    full = config.sft.weights == "full"
+    full, decoder = config.sft.weights == "full", policy.decoder
     result = result_folder(config, folder)
     base_model, revision = config.model.path, config.model.revision
     shardings = functools.partial(layout.weight_shardings, mesh)
@@ -121,21 +114,25 @@ def run(
     if is_done(config, folder):
         if full:
             params = loading.load_model(str(result), "", decoder.dtype, shardings)[1]
+            policy = dataclasses.replace(policy, params=params)
         else:
             lora = adapters.load_adapter(str(result), "", decoder.config, decoder.lora, shardings)
+            policy = dataclasses.replace(policy, reference=lora)
     elif full:
-        weights = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+        weights = jax.tree.map(lambda x: x.astype(jnp.float32), policy.params)
         weights = fit(recipe(config, mesh), Trainee(decoder, None, weights), examples, mesh, seed, folder)
         params = jax.tree.map(lambda x: x.astype(decoder.dtype), weights)
         merged.save_merged(params, None, decoder.lora, base_model, revision, result, decoder.dtype)
+        policy = dataclasses.replace(policy, params=params)
     else:
-        trainee = Trainee(decoder, params, jax.tree.map(jnp.copy, lora))
+        trainee = Trainee(decoder, policy.params, jax.tree.map(jnp.copy, policy.reference))
         lora = fit(recipe(config, mesh), trainee, examples, mesh, seed, folder)
         adapters.save_adapter(lora, decoder.lora, base_model, result, revision)
+        policy = dataclasses.replace(policy, reference=lora)
     # The result is whole; what it took to get there is several times as large.
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     print(f"SFT, seed {seed}: {_in_words(metrics.read_metrics(folder / 'metrics.jsonl'))}")
-    return params, lora
+    return policy
 
 
 def fit(recipe: Recipe, trainee: Trainee, examples: Examples, mesh: Mesh, seed: int, folder: pathlib.Path) -> Any:
@@ -229,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 stored = jnp.float32 if config.sft.weights == "full" else decoder.dtype
                 params = start.load_params(config, mesh, stored)
                 lora = start.initial_lora(config, decoder, mesh, seed)
-                run(config, seed, examples[seed], decoder, params, lora, mesh, place)
+                run(config, seed, examples[seed], Policy(decoder, params, lora), mesh, place)
             print(f"{result}: start from it with --config.{_OPTION[config.sft.weights]}={result}")
 
 

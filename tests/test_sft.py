@@ -26,6 +26,7 @@ from safetensors.numpy import load_file
 from activedpo_jax import layout, sft
 from activedpo_jax.config import default
 from activedpo_jax.data.groups import Bucket, Texts
+from activedpo_jax.models.policy import Policy
 from activedpo_jax.record.metrics import read_metrics
 from activedpo_jax.start import initial_lora, load_decoder, load_params
 from activedpo_jax.training import finetune, optimiser
@@ -71,7 +72,8 @@ def stage(config: ml_collections.ConfigDict, folder: pathlib.Path) -> tuple[Any,
     mesh = layout.make_mesh(config.mesh, jax.devices()[:1])
     decoder = load_decoder(config, mesh)
     params, lora = load_params(config, mesh, jnp.float32), initial_lora(config, decoder, mesh, 0)
-    return sft.run(config, 0, sft.load(config, 0), decoder, params, lora, mesh, folder)
+    policy = sft.run(config, 0, sft.load(config, 0), Policy(decoder, params, lora), mesh, folder)
+    return policy.params, policy.reference
 
 
 def learnt(records: list[dict[str, Any]]) -> list[float]:

@@ -48,10 +48,7 @@ def pick(
     def put(x: Any, rows: bool) -> jax.Array:
         return jax.device_put(np.asarray(x), by_rows if rows and count % math.prod(shape) == 0 else whole)
 
-    fields = {
-        field: None if x is None else put(x, field not in ("posterior", "lam"))
-        for field, x in evidence.items()
-    }
+    fields = {field: None if x is None else put(x, field not in ("posterior", "lam")) for field, x in evidence.items()}
     picks = program(name, shape, num_picks)(seen(**fields), put(available, True), jax.random.key(key))
     return jax.tree.map(np.asarray, picks)
 

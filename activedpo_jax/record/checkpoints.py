@@ -1,9 +1,11 @@
 """State on disk, through Orbax: what a run needs to resume."""
 
 import contextlib
+import functools
 import logging
 import pathlib
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,18 +81,12 @@ def restore_tree(path: pathlib.Path, like: Any) -> Any:
 
 @contextlib.contextmanager
 def each_error_once() -> Iterator[None]:
-    """Keeps the errors that are raised out of the log and off stderr, where they would stand once for each thread.
+    """Keeps errors that are raised out of Orbax's log, which has them with a traceback for each thread.
 
-    Orbax logs them with their tracebacks; what it logs while nothing is raised appears in the log, if only at the end.
-    TensorStore has the tracebacks of writes printed that are on their way when another one fails, and end, maybe after
-    this, without the event loop that waited for them.
+    Errors that Orbax logs while nothing is raised appear in the log, if only at the end.
     """
+    _drop_late_echoes()
     held: list[logging.LogRecord] = []
-    hook = sys.unraisablehook
-
-    def print_unless_without_loop(raised: "sys.UnraisableHookArgs") -> None:
-        if not (isinstance(raised.exc_value, RuntimeError) and str(raised.exc_value) == "Event loop is closed"):
-            hook(raised)
 
     def has_no_traceback(record: logging.LogRecord) -> bool:
         if record.exc_info:
@@ -99,14 +95,36 @@ def each_error_once() -> Iterator[None]:
 
     logger = absl_logging.get_absl_logger()
     logger.addFilter(has_no_traceback)
-    sys.unraisablehook = print_unless_without_loop
     try:
         yield
     finally:
         logger.removeFilter(has_no_traceback)
-    sys.unraisablehook = hook
     for record in held:
         logger.handle(record)
+
+
+@functools.cache
+def _drop_late_echoes() -> None:
+    """Keeps off stderr the writes that were under way when another write failed, whose error is the one raised.
+
+    They end at any time, up to the end of the process: TensorStore reports that the event loop which waited for them
+    is closed, and asyncio that nobody asked for their errors.
+    """
+    hook = sys.unraisablehook
+
+    def report_others(raised: "sys.UnraisableHookArgs") -> None:
+        if not (isinstance(raised.exc_value, RuntimeError) and str(raised.exc_value) == "Event loop is closed"):
+            hook(raised)
+
+    def is_not_from_orbax(record: logging.LogRecord) -> bool:
+        frames = traceback.extract_tb(record.exc_info[2]) if record.exc_info else []
+        return not any(frame.filename.startswith(_ORBAX) for frame in frames)
+
+    sys.unraisablehook = report_others
+    logging.getLogger("asyncio").addFilter(is_not_from_orbax)
+
+
+_ORBAX = str(pathlib.Path(ocp.__file__).parent)
 
 
 def _abstract(tree: Any) -> Any:
