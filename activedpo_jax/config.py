@@ -2,6 +2,7 @@
 and is a run's record."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,6 +55,15 @@ class Option:
     comment: str
     own_rule: Rule | None = None
     choices: tuple[str, ...] = ()
+    registry: str = ""  # `module:NAME` of a dict whose keys are the choices
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The choices; empty: there is no list of them.  A registry is imported only now: this file is below it."""
+        if not self.registry:
+            return self.choices
+        module, _, name = self.registry.partition(":")
+        return tuple(getattr(importlib.import_module(module), name))
 
     @property
     def rule(self) -> Rule:
@@ -197,7 +207,7 @@ OPTIONS: dict[str, Option] = {
     "oracle.kind": Option(
         "dataset",
         "the data's labels; a Python function of texts; a JAX function of tokens; people, through files",
-        choices=("dataset", "function", "reward", "people"),
+        registry="activedpo_jax.verbs:ORACLES",
     ),
     "oracle.function": Option(
         "", "module:function, for `function` and `reward`; empty: the synthetic task's own reward"
@@ -207,7 +217,9 @@ OPTIONS: dict[str, Option] = {
     "oracle.flip_probability": Option(0.0, "of a label, with `flip`", SHARE),
     "oracle.temperature": Option(1.0, "of the rewards, with `bradley_terry`"),
     # Training on the labels
-    "dpo.loss": Option("sigmoid", "DPO's own, or SLiC's on the same rewards", choices=("sigmoid", "hinge")),
+    "dpo.loss": Option(
+        "sigmoid", "DPO's own, or SLiC's on the same rewards", registry="activedpo_jax.training.losses:LOSSES"
+    ),
     "dpo.beta": Option(0.1, "β"),
     "dpo.label_smoothing": Option(
         0.0,

@@ -68,6 +68,8 @@ def clean_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         fail(_INTERRUPTED, code=_RESUMABLE)
     except Exception as error:
+        if disk := _disk_error(error):
+            _fail_on_the_spot(f"{disk}; once the disk has space and can be written, the same command resumes")
         found = _in_one_line(error)
         if found is None:
             raise
@@ -78,8 +80,6 @@ def _in_one_line(error: Exception) -> tuple[str, int] | None:
     """What to print of an error, and the exit code; None: it is a defect of the program, which needs the traceback."""
     import jax  # not at the top, see there
 
-    if disk := _disk_error(error):
-        return f"{disk}; once the disk has space and can be written, the same command resumes", 1
     if isinstance(error, MemoryError) or (
         isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     ):
@@ -121,6 +121,22 @@ def flush() -> None:
 
 def fail(error: object, code: int = 2) -> NoReturn:
     """Prints the error without a traceback, and exits; code 2 is that of every mistake in usage."""
+    _print(error)
+    sys.exit(code)
+
+
+def _fail_on_the_spot(error: object) -> NoReturn:
+    """As `fail`, with code 1; a process that is the command's own ends without what runs at the end of a process.
+
+    On a full disk the libraries' threads and exit handlers fail, too, and print tracebacks.
+    """
+    _print(error)
+    if signal.getsignal(signal.SIGTERM) is _end:
+        flush()
+        os._exit(1)
+    sys.exit(1)
+
+
+def _print(error: object) -> None:
     with contextlib.suppress(BrokenPipeError):
         sys.stderr.write(f"error: {' '.join(str(error).splitlines())}\n")
-    sys.exit(code)

@@ -122,7 +122,7 @@ def help_text(command: str) -> str:
     rows = [("OPTION", "TYPE", "DEFAULT", "VALUES", "MEANING")]
     for name, option in OPTIONS.items():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in COMMANDS[command].options):
-            values = ", ".join(option.choices) or option.rule.words
+            values = ", ".join(option.names) or option.rule.words
             rows.append((name, _type_in_a_word(option.default), _as_typed(option.default), values, option.comment))
     for row in rows:
         *cells, comment = (cell.ljust(width) for cell, width in zip(row, (29, 14, 10, 28, 0), strict=True))
@@ -212,8 +212,8 @@ def validate(config: ml_collections.ConfigDict, strategies: Collection[str], com
         value = values[name]
         if not _has_type_of(option.default, value):
             raise wrong(name, value, _type_in_words(option.default))
-        if option.choices and value not in option.choices:
-            raise wrong(name, value, _one_of(value, option.choices))
+        if option.names and value not in option.names:
+            raise wrong(name, value, _one_of(value, option.names))
         if not option.rule.holds(value):
             raise wrong(name, value, option.rule.words)
         _check_width(name, option.default, value)

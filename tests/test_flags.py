@@ -426,7 +426,7 @@ def test_help_is_a_table_of_the_options_of_the_command(command: str, capsys: pyt
     for name, line in rows.items():
         option = OPTIONS[name]
         assert option.comment and line.endswith(option.comment)
-        assert all(choice in line for choice in option.choices) and option.rule.words in line
+        assert all(choice in line for choice in option.names) and option.rule.words in line
     assert rows["seeds"].split()[1:4] == ["whole", "numbers", "0"]
     assert rows["data.buckets"].split()[1:3] == ["pairs", "(128,128),(256,512)"]
     assert rows["lora.path"].split()[1:3] == ["text", "''"] and rows["lora.rslora"].split()[4] == "false"
