@@ -202,7 +202,7 @@ def test_platforms_that_are_not_there_get_one_line(tmp_path: pathlib.Path) -> No
     assert not (tmp_path / "run").exists()
 
 
-# Signals
+# Ends on the spot
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -234,6 +234,20 @@ def test_a_signal_that_meets_the_garbage_collector() -> None:
     )
     done = run_script(script)
     assert (done.returncode, done.stderr, done.stdout) == (75, INTERRUPTED, "before\n")
+
+
+def test_a_full_disk_ends_a_command_before_its_exit_handlers_meet_it() -> None:
+    script = (
+        "import atexit, errno\n"
+        "from activedpo_jax import errors\n"
+        "errors.end_at_signals()\n"
+        "atexit.register(lambda: 1 / 0)\n"
+        "print('before')\n"
+        "with errors.clean_errors(): raise OSError(errno.ENOSPC, 'full', 'x')\n"
+    )
+    done = run_script(script)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "before\n", 1)
+    assert done.stderr.startswith("error: x: No space left on device; ")
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

@@ -44,10 +44,10 @@ def learning_curves(summaries: Sequence[RunSummary]) -> dict[str, Curves]:
     """
     runs: dict[str, dict[int, RunSummary]] = {}
     for summary in summaries:
-        of_strategy = runs.setdefault(summary["strategy"], {})
-        if summary["seed"] in of_strategy:
+        runs_of_strategy = runs.setdefault(summary["strategy"], {})
+        if summary["seed"] in runs_of_strategy:
             raise ValueError(f"compare: two runs of {summary['strategy']}, seed {summary['seed']}; expected one")
-        of_strategy[summary["seed"]] = summary
+        runs_of_strategy[summary["seed"]] = summary
     grid = [record["labels"] for record in summaries[0]["rounds"]] if summaries else []
     for summary in summaries:
         labels = [record["labels"] for record in summary["rounds"]]
@@ -59,11 +59,13 @@ def learning_curves(summaries: Sequence[RunSummary]) -> dict[str, Curves]:
             )
     return {
         strategy: Curves(
-            seeds=tuple(sorted(of_seed)),
+            seeds=tuple(sorted(summary_of_seed)),
             labels=np.array(grid, float),
-            accuracy=np.array([[r["accuracy"] for r in of_seed[s]["rounds"]] for s in sorted(of_seed)], float),
+            accuracy=np.array(
+                [[r["accuracy"] for r in summary_of_seed[s]["rounds"]] for s in sorted(summary_of_seed)], float
+            ),
         )
-        for strategy, of_seed in runs.items()
+        for strategy, summary_of_seed in runs.items()
     }
 
 
@@ -132,12 +134,12 @@ def compare(summaries: Sequence[RunSummary], baseline: str = "random") -> dict[s
         "baseline": baseline if baseline in curves else None,
         "strategies": {
             strategy: {
-                "seeds": list(of.seeds),
-                "labels": of.labels.tolist(),
-                "accuracy": mean_interval(of.accuracy)._asdict(),
-                "area": mean_interval(area(of.labels, of.accuracy))._asdict(),
+                "seeds": list(curve.seeds),
+                "labels": curve.labels.tolist(),
+                "accuracy": mean_interval(curve.accuracy)._asdict(),
+                "area": mean_interval(area(curve.labels, curve.accuracy))._asdict(),
             }
-            for strategy, of in curves.items()
+            for strategy, curve in curves.items()
         },
         "differences": {},
         "labels_needed": {},
@@ -145,15 +147,15 @@ def compare(summaries: Sequence[RunSummary], baseline: str = "random") -> dict[s
     if baseline not in curves:
         return dict(plain(result))
     base = curves[baseline]
-    for strategy, of in curves.items():
+    for strategy, curve in curves.items():
         if strategy == baseline:
             continue
-        shared = sorted(set(of.seeds) & set(base.seeds))
-        ours = of.accuracy[[of.seeds.index(seed) for seed in shared]]
+        shared = sorted(set(curve.seeds) & set(base.seeds))
+        ours = curve.accuracy[[curve.seeds.index(seed) for seed in shared]]
         theirs = base.accuracy[[base.seeds.index(seed) for seed in shared]]
         if not shared:
             continue  # other seeds, other pools: nothing to compare
-        differences = area(of.labels, ours) - area(of.labels, theirs)
+        differences = area(curve.labels, ours) - area(curve.labels, theirs)
         interval = mean_interval(differences)
         result["differences"][strategy] = {
             "seeds": shared,
@@ -163,8 +165,8 @@ def compare(summaries: Sequence[RunSummary], baseline: str = "random") -> dict[s
             "verdict": _verdict(strategy, baseline, interval, len(shared)),
         }
         result["labels_needed"][strategy] = {
-            **_needed(of.labels, ours.mean(0), theirs.mean(0)),
-            "per_seed": {str(seed): _needed(of.labels, ours[i], theirs[i]) for i, seed in enumerate(shared)},
+            **_needed(curve.labels, ours.mean(0), theirs.mean(0)),
+            "per_seed": {str(seed): _needed(curve.labels, ours[i], theirs[i]) for i, seed in enumerate(shared)},
         }
     return dict(plain(result))
 
@@ -200,7 +202,7 @@ def _needed(labels: FloatArray, ours: FloatArray, theirs: FloatArray) -> dict[st
 def table(comparison: Mapping[str, Any]) -> str:
     """What `compare` found, for people: accuracies, areas, differences in words, labels needed."""
     strategies = comparison["strategies"]
-    counts = sorted({len(of["seeds"]) for of in strategies.values()})
+    counts = sorted({len(figures["seeds"]) for figures in strategies.values()})
     seeds = "one seed" if counts == [1] else f"mean of {' or '.join(map(str, counts))} seeds"
     spread = "" if counts == [1] else f" ± {comparison['confidence']:.0%} confidence"
     width = max(17, *(len(name) + 2 for name in strategies))
@@ -210,9 +212,11 @@ def table(comparison: Mapping[str, Any]) -> str:
         f"{'labels':>8}" + "".join(f"{name:>{width}}" for name in strategies),
     ]
     for i, labels in enumerate(next(iter(strategies.values()))["labels"]):
-        cells = [Interval(*(of["accuracy"][part][i] for part in Interval._fields)) for of in strategies.values()]
+        cells = [
+            Interval(*(figures["accuracy"][part][i] for part in Interval._fields)) for figures in strategies.values()
+        ]
         lines.append(f"{labels:>8.0f}" + "".join(f"{_plus_minus(cell):>{width}}" for cell in cells))
-    areas = [Interval(**of["area"]) for of in strategies.values()]
+    areas = [Interval(**figures["area"]) for figures in strategies.values()]
     lines.append(f"{'area':>8}" + "".join(f"{_plus_minus(cell):>{width}}" for cell in areas))
     baseline = comparison["baseline"]
     for strategy, found in comparison["differences"].items():
@@ -251,6 +255,8 @@ def _needed_in_words(strategy: str, baseline: str, budget: float, needed: Mappin
         text = f"{strategy}: reaches {target} with {needed['labels']:.0f} labels, {needed['share']:.0%} of them"
     per_seed = needed["per_seed"].values()
     if len(per_seed) > 1:
-        shares = [f"{of['share']:.0%}" if of["share"] is not None else of["status"] for of in per_seed]
+        shares = [
+            f"{figures['share']:.0%}" if figures["share"] is not None else figures["status"] for figures in per_seed
+        ]
         text += f"; seed by seed: {', '.join(shares)}"
     return text + "."

@@ -55,11 +55,11 @@ class RoundRecord:
         if not rows:
             raise ValueError(f"{self._asked}: is empty; restore the file, or remove it to pick anew")
         head, questions = rows[0][1], []
-        for where, row in rows[1:]:
+        for location, row in rows[1:]:
             try:
                 questions.append(Question(**row))
             except TypeError as error:
-                raise ValueError(f"{where}: not a question ({error}); restore the file") from error
+                raise ValueError(f"{location}: not a question ({error}); restore the file") from error
         try:
             return Picked(questions, head["scores"], head["lam"], head["fallback"])
         except KeyError as error:
@@ -90,13 +90,13 @@ class RoundRecord:
           ValueError: another line is not what `add` writes; names file and line.
         """
         labels = []
-        for where, row in _records(self._labels):
+        for location, row in _records(self._labels):
             try:
                 label = Label(**row)
             except TypeError as error:
-                raise ValueError(f"{where}: not a label ({error}); restore the file") from error
+                raise ValueError(f"{location}: not a label ({error}); restore the file") from error
             if label.preference not in PREFERENCES:
-                raise ValueError(f"{where}: got {label.preference!r}, expected one of {', '.join(PREFERENCES)}")
+                raise ValueError(f"{location}: got {label.preference!r}, expected one of {', '.join(PREFERENCES)}")
             labels.append(label)
         return labels
 
@@ -109,9 +109,9 @@ class RoundRecord:
         """
         recorded, lines, overruled = _latest(self.answers()), [], 0
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        for who, label in _latest(labels).items():
-            said = {(x.preference, x.weight) for x in labels if (x.pair_id, x.annotator) == who}
-            before = recorded.get(who)
+        for answer_key, label in _latest(labels).items():
+            said = {(x.preference, x.weight) for x in labels if (x.pair_id, x.annotator) == answer_key}
+            before = recorded.get(answer_key)
             if before is not None:
                 if (before.preference, before.weight) == (label.preference, label.weight):
                     continue
@@ -200,11 +200,11 @@ def _line(row: Mapping[str, Any]) -> str:
 def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a file of lines, each with where it stands."""
     for number, line in enumerate(read_lines(path), start=1):
-        where = f"{path}:{number}"
+        location = f"{path}:{number}"
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg}); restore the file") from error
+            raise ValueError(f"{location}: not JSON ({error.msg}); restore the file") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: got a {type(row).__name__}, expected an object; restore the file")
-        yield where, row
+            raise ValueError(f"{location}: got a {type(row).__name__}, expected an object; restore the file")
+        yield location, row

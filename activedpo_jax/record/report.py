@@ -168,12 +168,12 @@ def curves_figure(summaries: Sequence[RunSummary], title: str) -> Figure:
     FigureCanvasAgg(figure)  # draws without a display, and without pyplot, whose state everyone shares
     axes = figure.add_subplot()
     colours = _colours(list(curves))
-    last_label = max(float(of.labels[-1]) for of in curves.values())
-    for strategy, of in curves.items():
+    last_label = max(float(curve.labels[-1]) for curve in curves.values())
+    for strategy, curve in curves.items():
         colour, style = colours[strategy]
-        mean = mean_interval(of.accuracy)
-        axes.fill_between(of.labels, mean.low, mean.high, color=colour, alpha=0.16, linewidth=0)
-        axes.plot(of.labels, mean.mean, style, color=colour, lw=2.2, marker="o", markersize=3.5, clip_on=False)
+        mean = mean_interval(curve.accuracy)
+        axes.fill_between(curve.labels, mean.low, mean.high, color=colour, alpha=0.16, linewidth=0)
+        axes.plot(curve.labels, mean.mean, style, color=colour, lw=2.2, marker="o", markersize=3.5, clip_on=False)
 
     low, high = axes.get_ylim()
     if low - 0.25 * (high - low) <= 0.5 <= high:
@@ -181,7 +181,7 @@ def curves_figure(summaries: Sequence[RunSummary], title: str) -> Figure:
         axes.text(last_label, 0.5, "chance", ha="right", va="bottom", color="#303030", fontsize=9.5)
         low = min(low, 0.5 - 0.04 * (high - low))
     axes.set_ylim(low, high)
-    ends = {strategy: float(of.accuracy.mean(0)[-1]) for strategy, of in curves.items()}
+    ends = {strategy: float(curve.accuracy.mean(0)[-1]) for strategy, curve in curves.items()}
     for strategy, height in _spread(ends, 0.055 * (high - low)).items():
         colour, style = colours[strategy]
         axes.annotate(
@@ -238,7 +238,7 @@ def _spread(heights: dict[str, float], gap: float) -> dict[str, float]:
 
 
 def _subtitle(curves: Sequence[Curves]) -> str:
-    counts = sorted({len(of.seeds) for of in curves})
+    counts = sorted({len(curve.seeds) for curve in curves})
     if counts == [1]:
         return "one seed"
     return f"mean and {CONFIDENCE:.0%} confidence band over {' or '.join(map(str, counts))} seeds"
