@@ -152,7 +152,7 @@ def test_options_agree_between_fused_and_staged(strategy: str, tmp_path: pathlib
     assert_same(execute(tmp_path / "staged", {**changes, "round.mode": "staged"}), fused)
 
 
-@pytest.mark.parametrize("strategy", ["activedpo_norm", "activedpo_topk", "aplp", "apo", "margin"])
+@pytest.mark.parametrize("strategy", ["activedpo_topk", "aplp", "apo"])
 def test_every_strategy_agrees_between_fused_and_staged(strategy: str, tmp_path: pathlib.Path) -> None:
     changes = {
         "strategies": (strategy,),
@@ -164,7 +164,7 @@ def test_every_strategy_agrees_between_fused_and_staged(strategy: str, tmp_path:
     staged = execute(tmp_path / "staged", changes | {"round.mode": "staged", "features.groups_per_chunk": 7})
     assert staged[0] == fused[0] and len(set(fused[0])) == 12
     rounds = fused[2]["rounds"]
-    by_margin = strategy in ("aplp", "margin")
+    by_margin = strategy == "aplp"
     assert ("fallback" in rounds[1]) == by_margin and "fallback" not in rounds[2]
     record = tmp_path / "fused" / "rounds" / "001" / "selected.jsonl"
     first = [json.loads(line) for line in record.read_text().splitlines()]
