@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
 
 from activedpo_jax.files import plain
 
 _RESERVED = ("round", "step", "time")
-_SECONDS_TO_TENSORBOARD = 10  # until events are on disk; if some are lost, the file still has them
 
 
 class MetricsWriter:
@@ -43,11 +44,14 @@ class MetricsWriter:
             self._file.truncate(size)
             os.fsync(self._file.fileno())
         events = folder / "tensorboard"
+        events.mkdir(exist_ok=True)
         for old in events.glob("events.out.tfevents.*"):
             old.unlink()
-        self._events = tensorboardX.SummaryWriter(str(events), flush_secs=_SECONDS_TO_TENSORBOARD)
+        # tensorboardX's `SummaryWriter` writes in a thread, which a full disk ends with a traceback of its own.
+        self._events = EventsWriter(str(events / "events"))
         for record in kept:
             self._show(record)
+        self._events.flush()
 
     def write(self, round_number: int, step: int, values: Mapping[str, Any]) -> None:
         """Appends one record, and returns once it is on disk.
@@ -68,6 +72,7 @@ class MetricsWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._show(record)
+        self._events.flush()
 
     def close(self) -> None:
         self._file.close()
@@ -84,7 +89,9 @@ class MetricsWriter:
     def _show(self, record: Mapping[str, Any]) -> None:
         for name, value in record.items():
             if name not in _RESERVED and value is not None:
-                self._events.add_scalar(name, value, record["step"], walltime=record["time"])
+                self._events.write_event(
+                    Event(wall_time=record["time"], step=record["step"], summary=scalar(name, value))
+                )
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
