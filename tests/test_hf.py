@@ -412,7 +412,10 @@ def test_of_the_hub_only_what_is_needed_is_downloaded(
     jax.tree.map(np.testing.assert_array_equal, params, loading.load_model(str(tmp_path / "hub"))[1])
 
 
-def test_a_bar_counts_the_tensors(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_counts_the_tensors(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     model = tiny_llama(tmp_path, tie_word_embeddings=False)
     loading.load_model(str(tmp_path))
     count = len(model.state_dict())
