@@ -152,25 +152,6 @@ def test_options_agree_between_fused_and_staged(strategy: str, tmp_path: pathlib
     assert_same(execute(tmp_path / "staged", {**changes, "round.mode": "staged"}), fused)
 
 
-@pytest.mark.parametrize("strategy", ["activedpo_topk", "aplp", "apo"])
-def test_every_strategy_agrees_between_fused_and_staged(strategy: str, tmp_path: pathlib.Path) -> None:
-    changes = {
-        "strategies": (strategy,),
-        "generation.max_new_tokens": 5,
-        "selection.entropy_samples": 2,
-        "dpo.learning_rate": 1e-2,  # margins that differ by more than their rounding
-    }
-    fused = execute(tmp_path / "fused", changes | {"round.mode": "fused"})
-    staged = execute(tmp_path / "staged", changes | {"round.mode": "staged", "features.groups_per_chunk": 7})
-    assert staged[0] == fused[0] and len(set(fused[0])) == 12
-    rounds = fused[2]["rounds"]
-    by_margin = strategy == "aplp"
-    assert ("fallback" in rounds[1]) == by_margin and "fallback" not in rounds[2]
-    record = tmp_path / "fused" / "rounds" / "001" / "selected.jsonl"
-    first = [json.loads(line) for line in record.read_text().splitlines()]
-    assert all((row["score"] is None) == by_margin for row in first)
-
-
 def test_an_adapter_that_is_trained_already_is_the_reference(tmp_path: pathlib.Path) -> None:
     """π_ref is the adapter that the run starts from: before any training no pair has a margin, and the loss is ln 2."""
 

@@ -270,7 +270,7 @@ def test_nearly_equal_rows_are_tied_and_others_are_not(name: str) -> None:
     row = np.random.default_rng(1).normal(size=64)
     features = np.zeros((40, 64), np.float32)
     features[9], features[30] = row, row * (1 + 2e-7)  # the same text elsewhere in a batch: the lower row
-    evidence = lambda features: seen(features=features, posterior=nothing_known(64))  # noqa: E731
+    evidence = lambda features: seen(features=features, posterior=nothing_known(64), lam=1.0)  # noqa: E731
     assert pick(name, evidence(features), np.ones(40, bool), num_picks=2).rows.tolist() == [9, 30]
     features[30] = row * (1 + 2e-6)  # another text: the better row
     assert pick(name, evidence(features), np.ones(40, bool), num_picks=2).rows.tolist() == [30, 9]
