@@ -7,8 +7,8 @@ The paper's own setting in small: in each of two rounds the current policy respo
 `activedpo_jax/oracles/sentiment.py`; DPO learns from all judgements so far.  The model is `models/smollm2-135m`, a
 Hugging Face directory, else the Hub's HuggingFaceTB/SmolLM2-135M-Instruct.
 
-About ten minutes on two CPU cores.  `python -m benchmarks.sentiment` runs it, and rewards fresh responses to held-out
-prompts before and after.
+`python -m benchmarks.sentiment` runs it on two CPU cores, and rewards fresh responses to held-out prompts before and
+after; `benchmarks/README.md` has the result.
 """
 
 import pathlib
