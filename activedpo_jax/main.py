@@ -126,6 +126,9 @@ def run(setting: Setting, strategy: str, folder: pathlib.Path) -> folders.RunSum
             save(state, report.round_zero(setting.judge.untrained()))
         else:
             state = restored
+        for number in range(1, int(state.round) + 1):
+            if late := RoundRecord(folder, number).late_answers(oracle):
+                print(f"{strategy}, seed {setting.seed}: {late} answers came after round {number} was learnt: not used")
         for number in range(int(state.round) + 1, config.rounds + 1):
             record = RoundRecord(folder, number)
             picked = record.picked()

@@ -37,9 +37,9 @@ from activedpo_jax.data.preferences import Record, limit, read_records, shown_pa
 from activedpo_jax.data.sources import fail
 from activedpo_jax.huggingface import loading
 from activedpo_jax.oracles import formats
-from activedpo_jax.oracles.labels import Label, Question
+from activedpo_jax.oracles.labels import Question
 from activedpo_jax.record import folders, inputs
-from activedpo_jax.record.labels import verdict
+from activedpo_jax.record.labels import verdicts
 from activedpo_jax.selection import host
 from activedpo_jax.selection.strategies import STRATEGIES
 
@@ -210,13 +210,8 @@ def read_labelled(config: ml_collections.ConfigDict, pool: Candidates) -> dict[s
                 problem = f"there is no pair {line!r} in the pool"
                 fail(f"{path}:{number}", problem, expected, "correct or delete the line")
         return {line: True for line in lines if line}
-    by_pair = dict[str, list[Label]]()
-    latest = {(label.pair_id, label.annotator): label for label in formats.read(path)}
-    for label in latest.values():
-        if label.pair_id not in known:
-            fail(str(path), f"there is no pair {label.pair_id!r} in the pool", expected, "correct or delete its record")
-        by_pair.setdefault(label.pair_id, []).append(label)
-    return {name: verdict(labels).label.preference in ("first", "second", "tie") for name, labels in by_pair.items()}
+    found = verdicts(formats.read(path, known))
+    return {name: verdict.label.preference in ("first", "second", "tie") for name, verdict in found.items()}
 
 
 def check_budget(config: ml_collections.ConfigDict, pool: Candidates, labelled: Mapping[str, bool]) -> None:

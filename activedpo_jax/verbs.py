@@ -38,37 +38,40 @@ def make(config: ml_collections.ConfigDict, spec: RoundSpec, task: Task, policy:
         if task.prompts is None:
             assert task.pool is not None
             return task.pool
-        drawn = task.prompts.draw(config.candidates.prompts_per_round, seed, int(state.round) + 1)
         widths = [bucket.prompt for bucket in task.buckets]
+        drawn = _drawn(config, task, seed, int(state.round) + 1)
         found = fresh.fresh_candidates(spec, policy, state, drawn, widths)
         return found if task.pool is None else fresh.merged(task.pool, found)
 
     return staged.StagedRound(spec, policy, candidates, task.buckets)
 
 
+def _drawn(config: ml_collections.ConfigDict, task: Task, seed: int, number: int) -> fresh.PromptSet:
+    """The prompts that the policy responds to in round `number`."""
+    assert task.prompts is not None
+    return task.prompts.draw(config.candidates.prompts_per_round, seed, number)
+
+
 def _fused(
     config: ml_collections.ConfigDict, spec: RoundSpec, task: Task, policy: Policy, seed: int
 ) -> fused.FusedRound:
-    prompts, pool, bucket = task.prompts, task.pool, spec.bucket
+    pool, bucket = task.pool, spec.bucket
     placed = None if pool is None else fused.place(spec, pool, bucket)
 
-    def draw(number: int) -> fresh.PromptSet:
-        assert prompts is not None
-        return prompts.draw(config.candidates.prompts_per_round, seed, number)
-
     def source(number: int) -> fused.Source:
-        if prompts is None:
+        if task.prompts is None:
             assert placed is not None
             return jax.tree_util.Partial(fused.given, placed)
+        drawn = _drawn(config, task, seed, number)
         if placed is None:
-            return fresh.fresh_source(spec, draw(number), bucket)
-        return fresh.mixed_source(spec, placed, draw(number), bucket)
+            return fresh.fresh_source(spec, drawn, bucket)
+        return fresh.mixed_source(spec, placed, drawn, bucket)
 
     def candidates(state: RunState, made: DeviceCandidates | None) -> Candidates:
         if made is None:
             assert pool is not None
             return pool
-        found = fresh.on_host(spec, state, draw(int(state.round) + 1), made)
+        found = fresh.on_host(spec, state, _drawn(config, task, seed, int(state.round) + 1), made)
         return found if pool is None else fresh.merged(pool, found)
 
     if config.oracle.kind == "reward":

@@ -1,5 +1,6 @@
 """On-policy rounds: the policy's own responses as candidates, alone and beside a pool."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -93,13 +94,39 @@ def test_equal_and_empty_responses_make_no_pair() -> None:
     assert found.valid is not None and 0 < found.valid.sum() < found.num_pairs
     stop = task.stop[0]
     for (group, i, j), valid in zip(found.pairs, found.valid, strict=True):
-        responses = [tuple(r.tolist()) for r in found.response_tokens[group]]
-        first = [responses.index(r) == k and r != (stop,) for k, r in enumerate(responses)]
+        responses = [tuple(t for t in r.tolist() if t != stop) for r in found.response_tokens[group]]
+        first = [responses.index(r) == k and r != () for k, r in enumerate(responses)]
         assert valid == (first[i] and first[j])
     with pytest.raises(ValueError, match=r"round 1: \d+ pairs can be asked about, and the round is to label"):
         config.labels_per_round = int(found.valid.sum()) + 1
         wide = specs.round_spec(config, "activedpo", task, spec.mesh)
         verbs.make(config, wide, task, policy, 0).choose(initial_state(wide, policy.reference, 0))
+
+
+def test_responses_that_read_the_same_make_no_pair() -> None:
+    _, task, policy, spec, state = setting({"round.mode": "staged"})
+    told = {2: " so it is", 3: "so it is ", 4: " "}  # by length: others are told apart
+    same = dataclasses.replace(task.prompts, text_of=lambda tokens: told.get(len(tokens), str(tokens)))
+    plain = fresh.fresh_candidates(spec, policy, state, task.prompts, [4])
+    found = fresh.fresh_candidates(spec, policy, state, same, [4])
+    assert plain.valid is not None and found.valid is not None and found.valid.sum() < plain.valid.sum()
+    for (group, i, j), valid, before in zip(found.pairs, found.valid, plain.valid, strict=True):
+        texts = [text.strip() for text in found.response_texts[group]]
+        first = [texts.index(text) == k and bool(text) for k, text in enumerate(texts)]
+        assert valid == (before and first[i] and first[j])
+
+
+def test_a_reward_that_is_not_finite_ends_a_fused_round_before_anything_is_recorded(tmp_path: pathlib.Path) -> None:
+    changes = ON_POLICY | {
+        "rounds": 1,
+        "round.mode": "fused",
+        "oracle.function": "tests.test_oracles:unfinished_reward",
+    }
+    with pytest.raises(
+        ValueError, match=r"unfinished_reward: its reward of a response of pair '.*' is not finite \(6 "
+    ):
+        execute(tmp_path, changes)
+    assert not (tmp_path / "rounds").exists()
 
 
 def test_a_pair_is_known_again_whatever_its_padding() -> None:

@@ -600,9 +600,45 @@ def test_rows_that_lack_a_field_and_files_that_are_not_there(tmp_path: pathlib.P
     assert formats.read(file(tmp_path, "c.json", [])) == []
 
 
-def test_an_answer_to_a_pair_that_was_not_asked_about() -> None:
-    formats.check_known(labels("a.csv"), IDS)
-    with pytest.raises(
-        ValueError, match=r"a.csv: no pair '123' was asked about; .*: copy the id .* a number or a date"
-    ):
-        formats.check_known([*labels("a.csv"), Label("123", "tie", "a.csv")], IDS)
+@pytest.mark.parametrize(
+    ("name", "content", "location"),
+    [
+        ("a.csv", "pair_id,preference\n'00123,first\n123,tie\n", "a.csv:3"),
+        (
+            "a.jsonl",
+            [{"pair_id": "00123", "preference": "first"}, {"pair_id": "123", "preference": "tie"}],
+            "a.jsonl:2",
+        ),
+        (
+            "studio.json",
+            [
+                {
+                    "data": {"pair_id": name},
+                    "annotations": [{"result": [{"type": "pairwise", "value": {"selected": "left"}}]}],
+                }
+                for name in ("00123", "123")
+            ],
+            "studio.json: record 2",
+        ),
+        (
+            "argilla.json",
+            [
+                {"id": name, "fields": {}, "responses": {"preference": [{"value": "first", "user_id": "u"}]}}
+                for name in ("00123", "123")
+            ],
+            "argilla.json: record 2",
+        ),
+    ],
+)
+def test_an_answer_to_a_pair_that_was_not_asked_about(
+    tmp_path: pathlib.Path, name: str, content: Any, location: str
+) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in content) if name.endswith(".jsonl") else content
+    path = file(tmp_path, name, text)
+    assert len(formats.read(path)) == 2 == len(formats.read(path, ["00123", "123"]))
+    with pytest.raises(ValueError, match=rf"{location}: there is no pair '123'; .*: copy the id .* a number or a date"):
+        formats.read(path, IDS)
+
+
+def test_what_is_not_answered_may_be_about_anything(tmp_path: pathlib.Path) -> None:
+    assert formats.read(file(tmp_path, "a.csv", "pair_id,preference\n123,\n"), IDS) == []

@@ -63,12 +63,16 @@ def length_reward(groups: Groups) -> Any:
     return jnp.asarray(groups.response_len).astype(jnp.float32)
 
 
+def unfinished_reward(groups: Groups) -> Any:
+    return length_reward(groups) * jnp.nan
+
+
 def test_a_reward_of_tokens() -> None:
     oracle = RewardOracle(length_reward, "length", Bucket(4, 6))
     labels = oracle.ask([question("a", "xx", "x"), question("b", "x", "xxx"), question("c", "xx", "yy")])
     assert [label.preference for label in labels] == ["first", "second", "tie"]
     with pytest.raises(ValueError, match="broken: returned rewards of shape .* 2 of them not finite"):
-        RewardOracle(lambda g: length_reward(g) * jnp.nan, "broken", Bucket(4, 6)).ask([question("a", "xx", "x")])
+        RewardOracle(unfinished_reward, "broken", Bucket(4, 6)).ask([question("a", "xx", "x")])
 
 
 @pytest.mark.parametrize("kind", ["function", "reward"])

@@ -113,6 +113,20 @@ def test_of_two_files_that_disagree_the_newer_counts(
     assert [x.preference for x in record.answers()] == ["second"]
 
 
+def test_second_thoughts_count_until_the_round_is_learnt(tmp_path: pathlib.Path, picked: Picked) -> None:
+    record, oracle = RoundRecord(tmp_path, 1), PeopleOracle(tmp_path, 1)
+    record.ask(picked)
+    record.collect(oracle, picked)
+    answer(tmp_path, "one.jsonl", row("a", "first"), row("b/1", "tie"), row("c", "first"))
+    assert complete(record.collect(oracle, picked))["a"] == "first"
+    answer(tmp_path, "one.jsonl", row("a", "second"), row("b/1", "tie"), row("c", "first"))
+    assert complete(record.collect(oracle, picked))["a"] == "second"
+    assert record.late_answers(oracle) == 0
+    answer(tmp_path, "one.jsonl", row("a", "skip"), row("b/1", "tie"), row("c", "first"), row("c", "tie", "bob"))
+    assert record.late_answers(oracle) == 2
+    assert [x.preference for x in record.answers() if x.pair_id == "a"] == ["first", "second"]  # nothing was added
+
+
 def test_several_annotators(tmp_path: pathlib.Path, picked: Picked) -> None:
     record, oracle = RoundRecord(tmp_path, 1), PeopleOracle(tmp_path, 2)
     record.collect(oracle, picked)
@@ -157,7 +171,7 @@ def test_answers_on_unknown_pairs_are_refused(tmp_path: pathlib.Path, picked: Pi
     record, oracle = RoundRecord(tmp_path, 1), PeopleOracle(tmp_path, 1)
     record.collect(oracle, picked)
     answer(tmp_path, "one.jsonl", row("a", "first"), row("d", "first"))
-    with pytest.raises(ValueError, match=r"one\.jsonl.*'d'"):
+    with pytest.raises(ValueError, match=r"one\.jsonl:2: there is no pair 'd'"):
         record.collect(oracle, picked)
     assert record.answers() == []  # all of a file or nothing
 

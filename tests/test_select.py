@@ -285,7 +285,7 @@ def test_features_that_are_wrong(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("l.jsonl", label_rows(["r02", "r99"], ["first", "tie"]), "l.jsonl: there is no pair 'r99' in the pool"),
+        ("l.jsonl", label_rows(["r02", "r99"], ["first", "tie"]), "l.jsonl:2: there is no pair 'r99'"),
         ("l.txt", "r02\n r02\n", "l.txt:2: there is no pair ' r02' in the pool"),
         ("l.txt", "r02\n\xe9".encode("latin-1"), "l.txt: this is not UTF-8"),
         ("l.csv", "pair_id,preference\nr02,better\n", "l.csv:2: preference is 'better'"),

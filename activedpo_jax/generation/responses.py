@@ -35,6 +35,12 @@ class GenerationSpec:
             )
 
 
+def flawed(texts: Sequence[str]) -> list[int]:
+    """The responses that are empty, or equal to an earlier one up to surrounding space."""
+    texts = [text.strip() for text in texts]
+    return [j for j, text in enumerate(texts) if not text or text in texts[:j]]
+
+
 @dataclasses.dataclass
 class Generated:
     """The m responses to one prompt."""
@@ -47,8 +53,7 @@ class Generated:
     @property
     def flawed(self) -> list[int]:
         """The responses that are empty, or equal to an earlier one up to surrounding space."""
-        texts = [text.strip() for text in self.texts]
-        return [j for j, text in enumerate(texts) if not text or text in texts[:j]]
+        return flawed(self.texts)
 
     def replace(self, j: int, source: "Generated", i: int) -> None:
         for name in ("tokens", "logps", "ended", "texts"):
@@ -134,10 +139,10 @@ def respond_to(
 
     results = sample(0, range(len(prompts)))
     for attempt in range(1, spec.resamples + 1):
-        flawed = [g for g, result in results.items() if result.flawed]
-        if not flawed or spec.decoding.sampling.temperature == 0:
+        poor = [g for g, result in results.items() if result.flawed]
+        if not poor or spec.decoding.sampling.temperature == 0:
             break
-        for g, fresh in sample(attempt, flawed).items():
+        for g, fresh in sample(attempt, poor).items():
             for i in range(m):
                 bad = results[g].flawed
                 taken = {text.strip() for text in results[g].texts} | {""}

@@ -7,7 +7,7 @@ over.
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from activedpo_jax.files import write_atomic
 from activedpo_jax.oracles import formats
@@ -58,8 +58,7 @@ class PeopleOracle:
             # Nobody has been told of this folder yet, so that nobody has filled in anything.
             formats.write(folder, questions)
             write_atomic(folder / _DONE, _EXPLANATION)
-        labels = read_answers(folder)
-        formats.check_known(labels, {question.pair_id for question in questions})
+        labels = read_answers(folder, {question.pair_id for question in questions})
         return Pending(
             f"fill in `preference` in {folder / 'pairs.csv'}, or lay an export of a labelling tool beside it, and give "
             "the same command again",
@@ -67,14 +66,14 @@ class PeopleOracle:
         )
 
 
-def read_answers(folder: pathlib.Path) -> list[Label]:
+def read_answers(folder: pathlib.Path, asked: Collection[str]) -> list[Label]:
     """The answers in a round's folder, the oldest file first, so that of two by one annotator the newer counts.
 
     Raises:
-      ValueError: an answer cannot be read; names file and line.
+      ValueError: an answer cannot be read, or is on a pair that is not among those asked; names file and line.
     """
     files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith((".", "~"))]
     files = [path for path in files if path.name not in formats.TASKS and not path.name.endswith(".partial")]
     files = [path for path in files if path.name != _DONE]
     files.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
-    return [label for path in files for label in formats.read(path)]
+    return [label for path in files for label in formats.read(path, asked)]

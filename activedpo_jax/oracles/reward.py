@@ -17,9 +17,13 @@ Reward = Callable[[Groups], jax.Array]
 
 
 def preferences(reward: Reward, groups: Groups) -> jax.Array:
-    """Of pairs (groups with m = 2): 0 the first has the larger reward, 1 the second, ½ they are equal; [G] float32."""
+    """Of pairs (groups with m = 2): 0 the first has the larger reward, 1 the second, ½ they are equal; [G] float32.
+
+    NaN where a reward is not finite: nothing is known of that pair.
+    """
     first, second = reward(groups).T
-    return jnp.where(first == second, 0.5, second > first).astype(jnp.float32)
+    known = jnp.isfinite(first) & jnp.isfinite(second)
+    return jnp.where(known, jnp.where(first == second, 0.5, second > first), jnp.nan).astype(jnp.float32)
 
 
 class RewardOracle:

@@ -25,11 +25,6 @@ class Checkpoints:
         self._folder = folder.absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    @property
-    def latest(self) -> int | None:
-        """The last round that was saved, or None."""
-        return self._manager.latest_step()
-
     def save(self, round_number: int, state: Any) -> None:
         with each_error_once():
             self._manager.save(round_number, args=ocp.args.StandardSave(state))

@@ -122,21 +122,16 @@ class RoundRecord:
             append_lines(self._labels, lines)
         return overruled
 
-    def verdicts(self) -> dict[str, Verdict]:
-        """What the answers so far come to, by pair."""
-        by_pair: dict[str, list[Label]] = {}
-        for label in _latest(self.answers()).values():
-            by_pair.setdefault(label.pair_id, []).append(label)
-        return {pair: verdict(labels) for pair, labels in by_pair.items()}
-
     def collect(self, oracle: Oracle, picked: Picked) -> dict[str, Verdict] | Pending:
         """Asks for what is not on record yet, and puts what comes on record.
+
+        An oracle that is asked about whole rounds is always asked: people may have changed their minds.
 
         Returns:
           a verdict on every question; or that some of them are still open.
 
         Raises:
-          ValueError: as of the oracle, or it answers what was not asked.
+          ValueError: see `Oracle.ask`; or it answers what was not asked.
         """
         wanted = oracle.answers_per_pair
         known = {q.pair_id for q in picked.questions}
@@ -145,7 +140,8 @@ class RoundRecord:
             counts = Counter(pair for pair, _ in _latest(self.answers()))
             return [q for q in picked.questions if counts[q.pair_id] < wanted]
 
-        if unanswered := open_questions():
+        unanswered = open_questions()
+        if unanswered or oracle.asks_whole_rounds:
             reply = oracle.ask(picked.questions if oracle.asks_whole_rounds else unanswered)
             labels = reply.labels if isinstance(reply, Pending) else reply
             if strange := [label.pair_id for label in labels if label.pair_id not in known]:
@@ -156,7 +152,28 @@ class RoundRecord:
                 message = reply.message if isinstance(reply, Pending) else "the oracle has not answered them"
                 done = len(picked.questions) - len(unanswered)
                 return Pending(f"round {self.number}: {done} of {len(picked.questions)} pairs are labelled; {message}")
-        return self.verdicts()
+        return verdicts(self.answers())
+
+    def late_answers(self, oracle: Oracle) -> int:
+        """How many answers were given or changed after the round was learnt, which nothing comes of any more."""
+        picked = self.picked() if oracle.asks_whole_rounds else None
+        if picked is None:
+            return 0
+        reply, recorded = oracle.ask(picked.questions), _latest(self.answers())
+        labels = _latest(reply.labels if isinstance(reply, Pending) else reply)
+        same = [
+            key in recorded and (recorded[key].preference, recorded[key].weight) == (label.preference, label.weight)
+            for key, label in labels.items()
+        ]
+        return same.count(False)
+
+
+def verdicts(labels: Sequence[Label]) -> dict[str, Verdict]:
+    """What the answers come to, by pair; of several by one annotator on one pair the last counts."""
+    by_pair: dict[str, list[Label]] = {}
+    for label in _latest(labels).values():
+        by_pair.setdefault(label.pair_id, []).append(label)
+    return {pair: verdict(votes) for pair, votes in by_pair.items()}
 
 
 def verdict(labels: Sequence[Label]) -> Verdict:

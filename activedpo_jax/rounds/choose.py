@@ -13,8 +13,7 @@ from activedpo_jax.models.policy import Policy
 from activedpo_jax.rounds.spec import RoundSpec
 from activedpo_jax.rounds.state import Chosen, RunState, round_key
 from activedpo_jax.selection.greedy import Picks
-from activedpo_jax.selection.posterior import condition, resolved_lam
-from activedpo_jax.selection.strategies import Evidence
+from activedpo_jax.selection.strategies import Evidence, conditioned
 
 EvidenceRows = dict[str, jax.Array]  # by name, [N, ...]: a row for each pair
 
@@ -78,19 +77,14 @@ def select(
     filled = jnp.arange(spec.capacity) < labelled.size
     same = jnp.all(rows.digests[None] == labelled.digests[:, None], axis=-1) & filled[:, None]  # [C, N]
     available = rows.valid & ~jnp.any(same, axis=0)
-    posterior, lam = None, jnp.float32(spec.selection.lam)
-    if rule.design is not None:
-        vectors = evidence[rule.design]
-        if labelled.vectors is not None:
-            known = labelled.vectors
-        elif known is None:
-            known = vectors[jnp.argmax(same, axis=1)]
-        lam = resolved_lam(vectors, available, lam)
-        posterior = condition(known, filled & (labelled.weights > 0), lam)
-    seen = Evidence(posterior=posterior, lam=lam, groups=rows.pairs[:, 0], **evidence)
-    selection = spec.selection
-    picks = rule.select(seen, available, round_key(state), selection.labels_per_round, selection.block, spec.mesh)
-    return picks, lam
+    if labelled.vectors is not None:
+        known = labelled.vectors
+    elif known is None and rule.design is not None:
+        known = evidence[rule.design][jnp.argmax(same, axis=1)]
+    seen = Evidence(groups=rows.pairs[:, 0], **evidence)
+    seen = conditioned(rule, seen, available, spec.selection.lam, known, filled & (labelled.weights > 0))
+    count, block = spec.selection.labels_per_round, spec.selection.block
+    return rule.select(seen, available, round_key(state), count, block, spec.mesh), seen["lam"]
 
 
 def needs_known(spec: RoundSpec) -> bool:

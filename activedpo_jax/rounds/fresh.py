@@ -24,6 +24,7 @@ from activedpo_jax.data.groups import (
     pad_groups,
 )
 from activedpo_jax.generation.decoding import Requests, Responses, respond
+from activedpo_jax.generation.responses import flawed
 from activedpo_jax.models.decoder import unstack
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.models.token_hash import pair_digests, prompt_hash
@@ -108,9 +109,11 @@ def respond_to_chunk(
 
     first, second = group_pairs(m).T
     ids, length = responses.tokens, responses.length
-    same = jnp.all(ids[:, first] == ids[:, second], axis=-1) & (length[:, first] == length[:, second])  # [G, pairs]
+    words = length - responses.ended  # without the token that ends a response, which nobody reads
+    content = jnp.where(jnp.arange(ids.shape[-1]) < words[..., None], ids, -1)
+    same = jnp.all(content[:, first] == content[:, second], axis=-1)  # [G, pairs]
     repeats = jnp.stack([jnp.any(same[:, second == j], axis=1) for j in range(m)], axis=1)
-    usable = ~repeats & (length - responses.ended > 0)
+    usable = ~repeats & (words > 0)
     groups = Groups(prompts.ids, prompts.length, ids, length)
     return FreshChunk(responses, usable[:, first] & usable[:, second], pair_digests(groups))
 
@@ -228,6 +231,10 @@ def fresh_candidates(
                 tokens[row] = [found.responses.tokens[place, j, : lengths[j]] for j in range(m)]
             valid[part], digests[part] = found.valid[: len(part)], found.digests[: len(part)]
             bar.update(len(part))
+    # Different tokens may read the same, which a program cannot see: people would be shown one text twice.
+    for row, responses in enumerate(tokens):
+        useless = flawed([prompts.text_of(response) for response in responses])
+        valid[row] &= ~np.isin(pairs, useless).any(axis=1)
     return _candidates(spec, state, prompts, tokens, valid.reshape(-1), digests.reshape(-1, 4))
 
 

@@ -136,7 +136,7 @@ class FusedRound:
         """Runs the round, and returns its picks.
 
         Raises:
-          FloatingPointError, ValueError: as of `checks.check_picks`.
+          FloatingPointError, ValueError: see `checks.check_picks`; or the oracle has no finite answer for a pick.
         """
         clock = time.perf_counter()
         number, size = int(state.round) + 1, int(state.labelled.size)
@@ -148,6 +148,13 @@ class FusedRound:
         picks = result.chosen.picks
         check_picks(picks, candidates, np.asarray(state.labelled.digests)[:size], number)
         found = picked(self._spec, candidates, picks, result.chosen.lam, number)
+        unknown = np.flatnonzero(~np.isfinite(np.asarray(result.answers.preferences)))
+        if len(unknown):
+            raise ValueError(
+                f"{self._name}: its reward of a response of pair {found.questions[unknown[0]].pair_id!r} is not finite "
+                f"({len(unknown)} such of {len(found.questions)} pairs of round {number}); expected finite rewards: "
+                "correct the function.  Nothing of this round was recorded"
+            )
         self._after = (after, result, list(found.questions))
         return found
 

@@ -206,7 +206,7 @@ class StagedRound:
         """The picks of the round.
 
         Raises:
-          FloatingPointError, ValueError: as of `checks.check_picks`.
+          FloatingPointError, ValueError: see `checks.check_picks`.
         """
         clock, number = time.perf_counter(), int(state.round) + 1
         candidates = self._source(state)

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from activedpo_jax import layout
 from activedpo_jax.selection.greedy import Picks
-from activedpo_jax.selection.posterior import condition, information_gain, resolved_lam
-from activedpo_jax.selection.strategies import Evidence, Strategy
+from activedpo_jax.selection.posterior import information_gain
+from activedpo_jax.selection.strategies import Evidence, Strategy, conditioned
 
 
 class Choice(NamedTuple):
@@ -77,14 +77,11 @@ def choose(
 def _program(
     query: Query, mesh: Mesh, seen: Evidence, available: jax.Array, known: jax.Array | None
 ) -> tuple[Picks, jax.Array]:
-    strategy, lam = query.strategy, jnp.float32(query.lam)
-    if strategy.design is not None:
-        assert known is not None
-        lam = resolved_lam(seen[strategy.design], available, lam)
-        seen = {**seen, "posterior": condition(known, jnp.ones(known.shape[0], bool), lam)}
+    counts = None if known is None else jnp.ones(known.shape[0], bool)
+    seen = conditioned(query.strategy, seen, available, query.lam, known, counts)
     key = jax.random.fold_in(jax.random.key(jnp.uint32(query.seed)), 1)  # as in the first round of a run
-    picks = strategy.select({**seen, "lam": lam}, available, key, query.count, query.block, mesh)
-    return picks._replace(fallback=jnp.asarray(picks.fallback)), lam
+    picks = query.strategy.select(seen, available, key, query.count, query.block, mesh)
+    return picks._replace(fallback=jnp.asarray(picks.fallback)), seen["lam"]
 
 
 def as_features(value: Any, source: str) -> np.ndarray:

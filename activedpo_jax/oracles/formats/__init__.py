@@ -6,7 +6,7 @@ fields of `pairs.jsonl`.
 """
 
 import pathlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from activedpo_jax.data.sources import fail
 from activedpo_jax.oracles.formats import argilla, flat, json_list, jsonl, label_studio, spreadsheet
@@ -39,15 +39,18 @@ def write(folder: pathlib.Path, questions: Sequence[Question]) -> None:
         write_format(folder, questions)
 
 
-def read(path: pathlib.Path) -> list[Label]:
+def read(path: pathlib.Path, asked: Collection[str] | None = None) -> list[Label]:
     """The answers in one file, in its order; `source` is the file's name.
 
     A record whose preference is empty or null has no answer yet and gives no label.  Several annotators may answer
     the same pair: each gives a label.
 
+    Args:
+      asked: the ids of the pairs that the answers may be about; None: of any.
+
     Raises:
       ValueError: the file is not there, is empty, cut short, not UTF-8 or of an unknown format, or a record is
-        wrong; names the file with the line or the record's number from 1, and what to change.
+        wrong or about another pair; names the file with the line or the record's number from 1, and what to change.
     """
     if path.suffix not in _CONTAINERS:
         fail(
@@ -62,20 +65,14 @@ def read(path: pathlib.Path) -> list[Label]:
         return []
     _, first = records[0]
     kind = next((tool for tool in (label_studio, argilla) if tool.recognises(first)), flat)
-    return kind.labels(records, path.name)
-
-
-def check_known(labels: Iterable[Label], pair_ids: Collection[str]) -> None:
-    """Checks that every label is about one of `pair_ids`.
-
-    Raises:
-      ValueError: one is not; names its file.
-    """
-    for label in labels:
-        if label.pair_id not in pair_ids:
+    labels = kind.labels(records, path.name)
+    unknown = set() if asked is None else {label.pair_id for label in labels}.difference(asked)
+    for location, record in records:
+        if (name := kind.pair_id(record)) in unknown:
             fail(
-                label.source,
-                f"no pair {label.pair_id!r} was asked about",
+                location,
+                f"there is no pair {name!r}",
                 "a pair_id as in pairs.jsonl, to the character",
                 "copy the id from there; a spreadsheet program may have made a number or a date of it",
             )
+    return labels

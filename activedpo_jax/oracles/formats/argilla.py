@@ -84,6 +84,11 @@ def recognises(record: dict[str, Any]) -> bool:
     return "_server_id" in record or ("fields" in record and "responses" in record)
 
 
+def pair_id(record: dict[str, Any]) -> Any:
+    """What stands where a record has the id of its pair."""
+    return record.get("id")
+
+
 def labels(records: Sequence[Record], source: str) -> list[Label]:
     """The answers in an export: every response to the question `preference`, by its `user_id`.
 
@@ -97,7 +102,7 @@ def labels(records: Sequence[Record], source: str) -> list[Label]:
     found: list[Label] = []
     names: set[str] = set()
     for where, record in records:
-        pair_id = read_pair_id(where, record, "id")
+        name = read_pair_id(where, record, "id")
         responses = _responses(where, record)
         names |= responses.keys()
         for number, response in enumerate(responses.get("preference", []), start=1):
@@ -109,7 +114,7 @@ def labels(records: Sequence[Record], source: str) -> list[Label]:
                 continue
             preference = "skip" if status == "discarded" else read_preference(place, response.get("value"))
             if preference is not None:
-                found.append(Label(pair_id, preference, source, read_annotator(place, response.get("user_id"))))
+                found.append(Label(name, preference, source, read_annotator(place, response.get("user_id"))))
     if names and "preference" not in names:
         change = "use argilla_settings.json, or rename the question in the export"
         fail(records[0][0], f"the questions are {', '.join(sorted(names))}", "one named preference", change)

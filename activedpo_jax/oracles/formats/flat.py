@@ -1,6 +1,7 @@
 """Flat rows with the fields of `pairs.jsonl`, filled in."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from activedpo_jax.data.sources import fail
 from activedpo_jax.oracles.formats.fields import (
@@ -14,6 +15,11 @@ from activedpo_jax.oracles.formats.fields import (
 from activedpo_jax.oracles.labels import Label
 
 
+def pair_id(row: Mapping[str, Any]) -> Any:
+    """What stands where a row has the id of its pair."""
+    return row.get("pair_id")
+
+
 def labels(records: Sequence[Record], source: str) -> list[Label]:
     """The answers of rows `{"pair_id", "preference", "annotator"?, "weight"? or "confidence"?, "time"?, ...}`.
 
@@ -22,12 +28,12 @@ def labels(records: Sequence[Record], source: str) -> list[Label]:
     """
     found = []
     for where, row in records:
-        pair_id = read_pair_id(where, row)
+        name = read_pair_id(where, row)
         if "preference" not in row:
             fail(where, "there is no preference", "it, empty where there is no answer", "add it, or correct its name")
         preference = read_preference(where, row["preference"])
         if preference is not None:
             annotator = read_annotator(where, row.get("annotator"))
             weight, time = read_weight(where, row), read_time(where, row.get("time"))
-            found.append(Label(pair_id, preference, source, annotator, weight, time))
+            found.append(Label(name, preference, source, annotator, weight, time))
     return found

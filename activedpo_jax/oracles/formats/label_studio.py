@@ -68,6 +68,11 @@ def recognises(record: dict[str, Any]) -> bool:
     return isinstance(record.get("data"), dict) or "annotation_id" in record
 
 
+def pair_id(record: dict[str, Any]) -> Any:
+    """What stands where a task, or a flat row, has the id of its pair."""
+    return flat.pair_id(record["data"] if isinstance(record.get("data"), dict) else record)
+
+
 def labels(records: Sequence[Record], source: str) -> list[Label]:
     """The answers in an export.
 
@@ -89,7 +94,7 @@ def labels(records: Sequence[Record], source: str) -> list[Label]:
 
 
 def _task_labels(where: str, task: dict[str, Any], source: str) -> list[Label]:
-    pair_id = read_pair_id(where, task["data"])
+    name = read_pair_id(where, task["data"])
     found = []
     for number, annotation in enumerate(read_objects(where, "annotations", task.get("annotations")), start=1):
         place = f"{where}, annotation {number}"
@@ -99,7 +104,7 @@ def _task_labels(where: str, task: dict[str, Any], source: str) -> list[Label]:
             if isinstance(author, dict):
                 author = author.get("email") or author.get("id")
             time = read_time(place, annotation.get("updated_at") or annotation.get("created_at"))
-            found.append(Label(pair_id, preference, source, read_annotator(place, author), time=time))
+            found.append(Label(name, preference, source, read_annotator(place, author), time=time))
     return found
 
 

@@ -16,9 +16,9 @@ from activedpo_jax.selection.strategies import (
     margin,
     random,
 )
-from activedpo_jax.selection.strategies.base import Evidence, Select, Strategy
+from activedpo_jax.selection.strategies.base import Evidence, Select, Strategy, conditioned
 
-__all__ = ["STRATEGIES", "Evidence", "Select", "Strategy", "get"]
+__all__ = ["STRATEGIES", "Evidence", "Select", "Strategy", "conditioned", "get"]
 
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy

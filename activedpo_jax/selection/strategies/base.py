@@ -4,9 +4,11 @@ import dataclasses
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from activedpo_jax.selection.greedy import Picks
+from activedpo_jax.selection.posterior import condition, resolved_lam
 
 # What strategies may look at, about each of N pairs; a pytree.  By name:
 #   each kind of evidence that the strategy needs: [N, ...] float32, as `evidence.registry` computes it; the rows of
@@ -51,6 +53,29 @@ class Strategy:
     design: str | None = None  # which of these `evidence.posterior` must be made of; None: it is not used
     ranks: bool = True  # scores mean something
     gains: bool = False  # Σ log(1 + score) is the information gain; see `posterior.information_gain`
+
+
+def conditioned(
+    strategy: Strategy,
+    evidence: Evidence,
+    available: jax.Array,
+    lam: jax.Array | float,
+    known: jax.Array | None,
+    counts: jax.Array | None,
+) -> Evidence:
+    """The evidence with λ as used, and with the posterior that the strategy's design asks for.
+
+    Args:
+      available: [N] bool, rows that may be picked.
+      lam: λ as set; see `posterior.resolved_lam`.
+      known: [n, D] float32, the vectors of labelled pairs; None where the strategy has no design.
+      counts: [n] bool, which of these are there and count in V.
+    """
+    if strategy.design is None:
+        return {**evidence, "lam": jnp.float32(lam)}
+    assert known is not None and counts is not None
+    lam = resolved_lam(evidence[strategy.design], available, lam)
+    return {**evidence, "lam": lam, "posterior": condition(known, counts, lam)}
 
 
 def required(strategy: str, evidence: Evidence, *names: str) -> list[jax.Array]:
