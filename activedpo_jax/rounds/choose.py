@@ -75,16 +75,34 @@ def select(
     """
     labelled, rule = state.labelled, spec.selection.rule
     filled = jnp.arange(spec.capacity) < labelled.size
-    same = jnp.all(rows.digests[None] == labelled.digests[:, None], axis=-1) & filled[:, None]  # [C, N]
-    available = rows.valid & ~jnp.any(same, axis=0)
+    taken, places = _labelled_rows(rows.digests, labelled.digests, filled)
+    available = rows.valid & ~taken
     if labelled.vectors is not None:
         known = labelled.vectors
     elif known is None and rule.design is not None:
-        known = evidence[rule.design][jnp.argmax(same, axis=1)]
+        known = evidence[rule.design][places]
     seen = Evidence(groups=rows.pairs[:, 0], **evidence)
     seen = conditioned(rule, seen, available, spec.selection.lam, known, filled & (labelled.weights > 0))
     count, block = spec.selection.labels_per_round, spec.selection.block
     return rule.select(seen, available, round_key(state), count, block, spec.mesh), seen["lam"]
+
+
+def _labelled_rows(digests: jax.Array, labelled: jax.Array, filled: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which of N rows are labelled, [N] bool, and where each of C labelled pairs is among them, [C] int32.
+
+    One labelled pair after the other, since a table of [C, N] would outgrow the features of a large pool.
+
+    Args:
+      digests: [N, 4] uint32; labelled: [C, 4] uint32; filled: [C] bool, which of these are there.
+    """
+    words = digests.T
+
+    def one(taken: jax.Array, slot: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        digest, there = slot
+        same = there & jnp.all(words == digest[:, None], axis=0)
+        return taken | same, jnp.argmax(same).astype(jnp.int32)
+
+    return jax.lax.scan(one, jnp.zeros(digests.shape[0], bool), (labelled, filled))
 
 
 def needs_known(spec: RoundSpec) -> bool:
