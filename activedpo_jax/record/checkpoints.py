@@ -5,6 +5,7 @@ import functools
 import logging
 import pathlib
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
+
+from activedpo_jax import errors, hosts
 
 
 class Checkpoints:
@@ -21,19 +24,25 @@ class Checkpoints:
     """
 
     def __init__(self, folder: pathlib.Path):
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
         self._folder = folder.absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, round_number: int, state: Any) -> None:
+        """Begins to save, in the background; `wait` for the end before anything is recorded that builds on it."""
         with each_error_once():
+            self._manager.wait_until_finished()
             self._manager.save(round_number, args=ocp.args.StandardSave(state))
+
+    def wait(self) -> None:
+        """Returns once everything is on disk."""
+        with each_error_once():
             self._manager.wait_until_finished()
 
     def restore(self, round_number: int, like: Any) -> Any:
         """The state of that round, with the shapes, dtypes and shardings of `like`."""
         with each_error_once():
-            return self._manager.restore(round_number, args=ocp.args.StandardRestore(_abstract(like)))
+            return self._manager.restore(round_number, args=ocp.args.StandardRestore(abstract(like)))
 
     def restore_latest(self, like: Any) -> tuple[int | None, Any]:
         """The newest state that can be read, and its round; (None, None) if none was saved.
@@ -59,7 +68,27 @@ class Checkpoints:
         return None, None
 
     def close(self) -> None:
+        self.wait()
         self._manager.close()
+
+
+class Clock:
+    """Says when what has been done since the last time should be saved.
+
+    Args:
+      minutes: of work that a kill may cost; 0: it is always time.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self._seconds = 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self._last = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether the time is over, or a signal waits, on any process; all of them have to ask."""
+        return hosts.any_of(time.monotonic() - self._last >= self._seconds or errors.signalled())
 
 
 def save_tree(path: pathlib.Path, tree: Any) -> None:
@@ -71,7 +100,7 @@ def save_tree(path: pathlib.Path, tree: Any) -> None:
 def restore_tree(path: pathlib.Path, like: Any) -> Any:
     """Reads what `save_tree` wrote, with the shapes, dtypes and shardings of `like`."""
     with each_error_once(), ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path.absolute(), _abstract(like))
+        return checkpointer.restore(path.absolute(), abstract(like))
 
 
 @contextlib.contextmanager
@@ -122,5 +151,6 @@ def _drop_late_echoes() -> None:
 _ORBAX = str(pathlib.Path(ocp.__file__).parent)
 
 
-def _abstract(tree: Any) -> Any:
+def abstract(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree of arrays, or of their like."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

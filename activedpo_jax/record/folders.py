@@ -20,6 +20,7 @@ from typing import Any, NotRequired, TypedDict
 import ml_collections
 
 from activedpo_jax.files import flatten, plain, read_json, write_atomic, write_json
+from activedpo_jax.hosts import on_first
 from activedpo_jax.oracles.labels import PREFERENCES, Preference
 from activedpo_jax.record.labels import Verdict
 from activedpo_jax.rounds.picked import Picked
@@ -68,6 +69,7 @@ class Selected:
     round: int
 
 
+@on_first
 def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: str) -> None:
     """Makes the work directory of a new command, or checks that an old one belongs to the same command and options.
 
@@ -88,6 +90,7 @@ def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, comma
         write_json(workdir / "config.json", _record(config, command))
 
 
+@on_first
 def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: str) -> None:
     """Compares the options with those of an existing work directory; writes nothing.
 
@@ -160,10 +163,17 @@ def selected_path(folder: pathlib.Path, round_number: int) -> pathlib.Path:
     return folder / "rounds" / f"{round_number:03d}" / "selected.jsonl"
 
 
+@on_first
 def write_selected(folder: pathlib.Path, round_number: int, rows: Sequence[Selected]) -> None:
     """Writes a round's picks, in pick order, all or nothing."""
     lines = [json.dumps(plain(dataclasses.asdict(row)), ensure_ascii=False, allow_nan=False) for row in rows]
     write_atomic(selected_path(folder, round_number), "".join(line + "\n" for line in lines))
+
+
+@on_first
+def write_summary(folder: pathlib.Path, summary: Mapping[str, Any]) -> None:
+    """Writes `summary.json`, all or nothing."""
+    write_json(folder / "summary.json", summary)
 
 
 def joined(picked: Picked, verdicts: Mapping[str, Verdict]) -> list[Selected]:
@@ -187,6 +197,7 @@ def joined(picked: Picked, verdicts: Mapping[str, Verdict]) -> list[Selected]:
     return rows
 
 
+@on_first
 def resumed_summary(folder: pathlib.Path, strategy: str, seed: int, done: int | None) -> RunSummary:
     """The summary up to the last round that was saved.
 

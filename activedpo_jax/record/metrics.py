@@ -18,6 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 
 from activedpo_jax.files import plain
+from activedpo_jax.hosts import on_first
 
 _RESERVED = ("round", "step", "time")
 
@@ -35,6 +36,7 @@ class MetricsWriter:
       ValueError: if a line to be kept is not a record; names file and line.
     """
 
+    @on_first
     def __init__(self, folder: pathlib.Path, from_round: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
@@ -53,6 +55,7 @@ class MetricsWriter:
             self._show(record)
         self._events.flush()
 
+    @on_first
     def write(self, round_number: int, step: int, values: Mapping[str, Any]) -> None:
         """Appends one record, and returns once it is on disk.
 
@@ -74,6 +77,7 @@ class MetricsWriter:
         self._show(record)
         self._events.flush()
 
+    @on_first
     def close(self) -> None:
         self._file.close()
         self._events.close()
@@ -94,6 +98,7 @@ class MetricsWriter:
                 )
 
 
+@on_first
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, in order; a last line that a crash cut short is left out.
 
