@@ -1,4 +1,4 @@
-"""Work under way that is kept on disk: what a kill costs, and that what is resumed equals what was never interrupted."""
+"""Work kept on disk while it is under way: what a kill costs, and that a resumed run equals an undisturbed one."""
 
 import pathlib
 from collections.abc import Callable, Iterator, Sequence

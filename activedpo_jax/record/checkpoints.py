@@ -26,7 +26,8 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path):
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
         self._folder = folder.absolute() / "checkpoints"
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        handler = ocp.StandardCheckpointHandler()
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handler)
 
     def save(self, round_number: int, state: Any) -> None:
         """Begins to save, in the background; `wait` for the end before anything is recorded that builds on it."""
@@ -40,9 +41,16 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore(self, round_number: int, like: Any) -> Any:
-        """The state of that round, with the shapes, dtypes and shardings of `like`."""
+        """The state of that round, with the shapes, dtypes and shardings of `like`.
+
+        Where an array of `like` has more rows, as in a run that is to have more rounds, what was saved comes first and
+        the rest is that of `like`.
+        """
         with each_error_once():
-            return self._manager.restore(round_number, args=ocp.args.StandardRestore(abstract(like)))
+            saved = _shapes(self._manager.item_metadata(round_number).tree)
+            shapes = jax.tree.map_with_path(lambda path, x: _less_rows(x, saved.get(_name(path))), abstract(like))
+            state = self._manager.restore(round_number, args=ocp.args.StandardRestore(shapes))
+        return jax.tree.map(lambda x, whole: x if x.shape == whole.shape else _put_first(x, whole), state, like)
 
     def restore_latest(self, like: Any) -> tuple[int | None, Any]:
         """The newest state that can be read, and its round; (None, None) if none was saved.
@@ -70,6 +78,26 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _shapes(metadata: Any) -> dict[str, tuple[int, ...]]:
+    return {_name(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(metadata)}
+
+
+def _less_rows(like: jax.ShapeDtypeStruct, saved: tuple[int, ...] | None) -> jax.ShapeDtypeStruct:
+    """With the number of rows that were saved, if these are fewer and nothing else differs."""
+    if not saved or saved == like.shape or saved[1:] != like.shape[1:] or saved[0] > like.shape[0]:
+        return like
+    return jax.ShapeDtypeStruct(saved, like.dtype, sharding=like.sharding)
+
+
+def _put_first(rows: jax.Array, whole: jax.Array) -> jax.Array:
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=0, axis=0)
+    return jax.jit(write, out_shardings=whole.sharding)(whole, rows)
 
 
 class Clock:
