@@ -39,8 +39,8 @@ usage() {
 
 # Reads --name=value and --name up to the first word that is no option.
 # `options` are names with a value, `lists` those that may be repeated (an array each), `switches` those without a value
-# (yes or no).  Sets a variable for each, and `rest` to the words that follow.  An option may have any name that does not
-# begin with an underscore.
+# (yes or no).  Sets a variable for each, and `rest` to the words that follow.  No option begins with an
+# underscore: such names are local here.
 parse() {
     local _option
     while [ $# -gt 0 ]; do
@@ -117,6 +117,15 @@ need_bucket() {
         gs://?* | s3://?*) ;;
         *) fail "WORKDIR is $1: expected gs://BUCKET/PATH or s3://BUCKET/PATH, since $2" ;;
     esac
+}
+
+# A file of variables for the program; what it holds is not shown.
+check_env_file() {
+    local line right
+    if [ ! -f "$1" ]; then fail "--env_file=$1: no such file"; fi
+    right='^(#.*|[A-Za-z_][A-Za-z0-9_]*=.*)?$'
+    line=$(grep -nvE "$right" "$1" | cut -d: -f1 | head -n 1) || :
+    if [ -n "$line" ]; then fail "--env_file=$1, line $line: expected NAME=VALUE, or # and a comment"; fi
 }
 
 # .venv with the package and an extra (tpu, gpu or none), unless it is there.

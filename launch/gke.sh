@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # A workload on a GKE cluster, through XPK (https://github.com/AI-Hypercomputer/xpk), which made the cluster.
 #
-#     launch/gke.sh --project=my-project --zone=us-west4-a --cluster=my-cluster --workload=my-run --tpu_type=v5litepod-16 \
-#         --image=us-docker.pkg.dev/my-project/my-repository/activedpo_jax --build \
-#         configs/alpaca_eval_smollm2.py:tpu gs://my-bucket/my-run [--config.OPTION=VALUE ...]
+#     launch/gke.sh --project=my-project --zone=us-west4-a --cluster=my-cluster --workload=my-run \
+#         --tpu_type=v5litepod-16 --image=us-docker.pkg.dev/my-project/my-repository/activedpo_jax --build \
+#         configs/quickstart.py gs://my-bucket/my-run [--config.OPTION=VALUE ...]
 #
 # Options; the first six may come from the environment ($PROJECT, $ZONE, ...):
 #   --project --zone --cluster --workload --tpu_type --image
@@ -18,9 +18,10 @@ set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-options="project zone cluster workload tpu_type image num_slices env_file max_restarts grace_seconds" \
-    lists="xpk_flag" switches="build dry_run"
-project="" zone="" cluster="" workload="" tpu_type="" image="" num_slices=1 env_file="" max_restarts=100 grace_seconds=120 xpk_flag=() build=no
+options="project zone cluster workload tpu_type image num_slices env_file max_restarts grace_seconds"
+lists="xpk_flag" switches="build dry_run"
+project="" zone="" cluster="" workload="" tpu_type="" image=""
+num_slices=1 env_file="" max_restarts=100 grace_seconds=120 xpk_flag=() build=no
 parse "$@"
 need project zone cluster workload tpu_type image
 cloud_name cluster workload
@@ -28,11 +29,12 @@ whole_number num_slices max_restarts grace_seconds
 program_from ${rest[@]+"${rest[@]}"}
 need_bucket "${rest[1]}" "the disk of a pod goes with it, and each pod has its own"
 
-# XPK writes the command into a script, within ( ... ) &, and sends SIGTERM to that subshell: with `exec` it is the program.
+# XPK puts the command into ( ... ) & in a script, and sends SIGTERM to that subshell: with `exec` it is the program,
+# whatever the shell would make of a lone command there.
 # Kubernetes reads $(NAME) and $$ in it before the shell does, so each $ is doubled.
 words=$(quote python "${program[@]}")
 case $words in
-    *$'\n'*) fail "an argument has a line break, which XPK's manifest cannot carry" ;;
+    *[[:cntrl:]]*) fail "an argument has a line break or another control character, which a manifest cannot carry" ;;
 esac
 two_dollars='$$'
 command="exec ${words//\$/$two_dollars}"
@@ -42,7 +44,7 @@ create=(xpk workload create "--project=$project" "--zone=$zone" "--cluster=$clus
     "--tpu-type=$tpu_type" "--num-slices=$num_slices" "--docker-image=$image"
     "--max-restarts=$max_restarts" --restart-on-exit-codes=75 "--termination-grace-period-seconds=$grace_seconds")
 if [ -n "$env_file" ]; then
-    if [ ! -f "$env_file" ]; then fail "--env_file=$env_file: no such file"; fi
+    check_env_file "$env_file"
     create+=("--env-file=$env_file")
 fi
 
@@ -51,7 +53,8 @@ if [ "$build" = yes ]; then
     run docker push "$image"
 fi
 run "${create[@]}" ${xpk_flag[@]+"${xpk_flag[@]}"} "--command=$command"
+there=("--project=$project" "--zone=$zone" "--cluster=$cluster")
 say "to wait for its end:"
-say "    $(quote xpk workload list "--project=$project" "--zone=$zone" "--cluster=$cluster" "--wait-for-job-completion=$workload")"
+say "    $(quote xpk workload list "${there[@]}" "--wait-for-job-completion=$workload")"
 say "to end it, or before the same name is used again to go on:"
-say "    $(quote xpk workload delete "--project=$project" "--zone=$zone" "--cluster=$cluster" "--workload=$workload")"
+say "    $(quote xpk workload delete "${there[@]}" "--workload=$workload")"

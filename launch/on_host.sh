@@ -29,7 +29,7 @@ set_up() {
 
 attach() {
     local code=75 # without an exit code on record something killed all of it
-    tail -n "$1" -f --pid="$(cat "$state/pid")" "$state/log"
+    tail -n "$1" -f -s 0.2 --pid="$(cat "$state/pid")" "$state/log"
     flock "$state/lock" true # its end is on record when the lock is free
     if [ -f "$state/exit" ]; then code=$(cat "$state/exit"); fi
     echo "activedpo_jax launch $attempt: $(hostname) ended with exit code $code"

@@ -56,16 +56,16 @@ fi
 run cd "$root"
 if [ "$dry_run" = yes ]; then
     quote "${command[@]}"
-    if [ "$max_restarts" -gt 0 ]; then say "again after exit code 75, at most $max_restarts times; never after 1 or 2"; fi
+    if [ "$max_restarts" -gt 0 ]; then say "After exit code 75 again, at most $max_restarts times; never after 1 or 2."; fi
     exit 0
 fi
 if [ "$max_restarts" = 0 ]; then exec "${command[@]}"; fi
 
 # A command in the background never sees Ctrl-C, so both signals are handed on as SIGTERM, and once.
 stopped=no child=""
-trap 'if [ "$stopped" = no ]; then stopped=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || :; fi' INT TERM
+trap 'if [ "$stopped" = no ]; then stopped=yes && kill -TERM "$child" 2>/dev/null || :; fi' INT TERM
 restarts=0
-while :; do
+while [ "$stopped" = no ]; do
     "${command[@]}" &
     child=$!
     code=0
@@ -84,3 +84,4 @@ while :; do
     restarts=$((restarts + 1))
     say "exit code 75: restart $restarts of at most $max_restarts"
 done
+exit 75

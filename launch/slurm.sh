@@ -2,7 +2,7 @@
 # GPUs of a Slurm cluster: submits launch/slurm_job.sh, which runs one process a GPU, from a folder that all nodes see.
 #
 #     launch/slurm.sh --nodes=2 --gpus_per_node=8 --sbatch_flag=--time=24:00:00 \
-#         configs/alpaca_eval_smollm2.py:gpu runs/my-run [--config.OPTION=VALUE ...]
+#         configs/quickstart.py runs/my-run [--config.OPTION=VALUE ...]
 #
 # Options; the first two may come from the environment ($NODES, $GPUS_PER_NODE):
 #   --nodes --gpus_per_node
@@ -30,7 +30,8 @@ fi
 job=("$root/launch/slurm_job.sh" "--python=$python" "--max_restarts=$max_restarts" "${rest[@]}")
 run mkdir -p "$root/runs"
 run sbatch --requeue --signal=TERM@120 --open-mode=append --job-name=activedpo_jax "--chdir=$root" \
-    "--output=$root/runs/slurm-%j.out" "--nodes=$nodes" "--ntasks-per-node=$gpus_per_node" "--gpus-per-node=$gpus_per_node" \
+    "--output=$root/runs/slurm-%j.out" "--nodes=$nodes" \
+    "--ntasks-per-node=$gpus_per_node" "--gpus-per-node=$gpus_per_node" \
     ${sbatch_flag[@]+"${sbatch_flag[@]}"} "${job[@]}"
 if [ "$dry_run" = yes ]; then
     say "The job, on its first node:"

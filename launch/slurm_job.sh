@@ -27,7 +27,8 @@ fi
 # srun does not take this over from sbatch by itself.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
-# Slurm signals this script, too, where the job is to end: at scancel, and at a pre-emption, after which it requeues by itself.
+# Slurm signals this script, too, where the job is to end: at scancel, and at a pre-emption, after which it requeues the
+# job by itself.
 ended=no
 trap 'ended=yes' TERM
 said=$(mktemp)

@@ -3,8 +3,8 @@
 # all of that again.  Keep it running in tmux, say.  If it ends the run does not: the same command attaches to it.
 #
 #     launch/tpu_pod.sh --project=my-project --zone=us-west4-a --name=my-run --accelerator_type=v5litepod-16 \
-#         --runtime_version=v2-alpha-tpuv5-lite --spot configs/alpaca_eval_smollm2.py:tpu gs://my-bucket/my-run \
-#         [--config.OPTION=VALUE ...]
+#         --runtime_version=v2-alpha-tpuv5-lite --spot \
+#         configs/quickstart.py gs://my-bucket/my-run [--config.OPTION=VALUE ...]
 #
 # Options; the first five may come from the environment ($PROJECT, $ZONE, ...):
 #   --project --zone --name --accelerator_type --runtime_version
@@ -21,16 +21,17 @@ set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-options="project zone name accelerator_type runtime_version env_file max_restarts poll_seconds" \
-    lists="upload create_flag ssh_flag" switches="spot keep dry_run"
-project="" zone="" name="" accelerator_type="" runtime_version="" env_file="" max_restarts=100 poll_seconds=30 upload=() create_flag=() ssh_flag=() spot=no keep=no
+options="project zone name accelerator_type runtime_version env_file max_restarts poll_seconds"
+lists="upload create_flag ssh_flag" switches="spot keep dry_run"
+project="" zone="" name="" accelerator_type="" runtime_version="" env_file=""
+max_restarts=100 poll_seconds=30 upload=() create_flag=() ssh_flag=() spot=no keep=no
 parse "$@"
 need project zone name accelerator_type runtime_version
 cloud_name name
 whole_number max_restarts poll_seconds
 program_from ${rest[@]+"${rest[@]}"}
 need_bucket "${rest[1]}" "the disks of a TPU VM go with it, and each of its hosts has its own"
-if [ -n "$env_file" ] && [ ! -f "$env_file" ]; then fail "--env_file=$env_file: no such file"; fi
+if [ -n "$env_file" ]; then check_env_file "$env_file"; fi
 upload=(${upload[@]+"${upload[@]#./}"})
 for path in ${upload[@]+"${upload[@]}"}; do
     if [ ! -e "$root/$path" ]; then fail "--upload=$path: not in $root"; fi
@@ -115,7 +116,7 @@ obtain() {
                 ;;
             FAILED)
                 "${tpus[@]}" queued-resources describe "$name" "${where[@]}" >&2 || :
-                say "the request for the TPU failed, as said above; delete it before another try: $(quote "${delete[@]}")"
+                say "the request for the TPU failed, as said above; before another try: $(quote "${delete[@]}")"
                 exit 1
                 ;;
             UNKNOWN)
@@ -131,8 +132,11 @@ obtain() {
     done
 }
 
+# A host that was taken away answers nothing: without these flags ssh would wait for it for hours.
+alive=("--ssh-flag=-o ServerAliveInterval=30" "--ssh-flag=-o ServerAliveCountMax=4" "--ssh-flag=-o ConnectTimeout=20")
 on_workers() {
-    run "${tpus[@]}" tpu-vm ssh "$name" "${where[@]}" --worker=all ${ssh_flag[@]+"${ssh_flag[@]}"} "--command=$1"
+    run "${tpus[@]}" tpu-vm ssh "$name" "${where[@]}" --worker=all "${alive[@]}" ${ssh_flag[@]+"${ssh_flag[@]}"} \
+        "--command=$1"
 }
 
 to_workers() {
@@ -155,7 +159,8 @@ set_up() {
     if [ -n "$env_file" ]; then installed="chmod 600 activedpo_jax.env && $installed"; fi
     archive && to_workers "$local_folder/activedpo_jax.tgz" activedpo_jax.tgz || return
     if [ -n "$env_file" ]; then to_workers "$env_file" activedpo_jax.env || return; fi
-    on_workers "mkdir -p activedpo_jax.launch && if flock -n activedpo_jax.launch/lock true; then $installed; else echo a run is going on; fi"
+    local unless_running="if flock -n activedpo_jax.launch/lock true; then $installed; else echo a run is going on; fi"
+    on_workers "mkdir -p activedpo_jax.launch && $unless_running"
 }
 
 attempt=$(date +%Y%m%d-%H%M%S)-$$.1
@@ -164,7 +169,8 @@ program_on_workers() {
     on_workers "$(quote bash activedpo_jax/launch/on_host.sh run "$attempt" .venv/bin/python "${program[@]}")"
 }
 
-# Each host says how it ended.  gcloud hands on the exit code of one of them, and has the same codes for its own troubles.
+# Each host says how it ended.  gcloud hands on the exit code of one of them, and has the same codes for its own
+# troubles.
 host_codes() {
     sed -n "s/^activedpo_jax launch $attempt: .* ended with exit code \([0-9]*\)\$/\1/p" "$local_folder/output.log"
 }
