@@ -121,14 +121,26 @@ def test_signals_end_in_one_line_and_the_same_command_goes_on(whole: Whole, tmp_
         (signal.SIGTERM, lambda pid: catches(signal.SIGTERM, pid)),  # the imports begin
         (signal.SIGINT, lambda pid: "jaxlib" in pathlib.Path(f"/proc/{pid}/maps").read_text()),
         (signal.SIGTERM, lambda pid: (folder / "inputs" / "seed0.json").exists()),  # the base model is trained
-        (signal.SIGINT, lambda pid: (folder / "checkpoints" / "0").exists()),  # the first round
     ]
     for number, ready in moments:
         process = start(folder, whole.cache)
         wait_for(process, functools.partial(ready, process.pid))
         process.send_signal(number)
         assert end(process, code=75) == INTERRUPTED
-    assert not (folder / "checkpoints" / "1").exists()
+    # The first round, one program, is waited for and saved; a second signal is not kept waiting.
+    for count in (1, 2):
+        process = start(folder, whole.cache)
+        wait_for(process, (folder / "checkpoints" / str(count - 1)).exists)
+        if count == 2:
+            wait_for(process, functools.partial(catches, signal.SIGTERM, process.pid))
+            time.sleep(1)
+        for _ in range(count):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        written = end(process, code=75)
+        assert written.startswith("interrupted: the work under way is saved") or count == 2
+        assert written.splitlines()[-1] + "\n" == INTERRUPTED
+    assert (folder / "checkpoints" / "1").exists() and not (folder / "checkpoints" / "2").exists()
     end(start(folder, whole.cache), code=0)
     assert record(folder) == record(whole.folder)
 
