@@ -19,13 +19,28 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from activedpo_jax.selection.posterior import TIE, downdate, explained, prior_variances, variances
+from activedpo_jax.selection.held import (
+    Bar,
+    Progress,
+    Rows,
+    append,
+    begin,
+    best_of,
+    lowest_tied,
+    pick_among,
+    up_to_date,
+)
+from activedpo_jax.selection.posterior import TIE, prior_variances, variances
 
-# Rows of W per matrix product in a refresh.  A refresh is memory-bound up to about this number.  Where one is due
-# after every pick, as in a pool of ties only, this keeps its cost close to the naive loop's.
-_REFRESH_TILE = 16
+# Rows that are held are copied to float32: no more than this share of the features' bytes, but a few at least.
+_HELD, _FEW = 1 / 32, 16
 
-_NO_ROW = jnp.iinfo(jnp.int32).max
+# A pass over the pool is cheaper than bringing this share of it up to date in blocks.
+_DEAR = 8
+
+# Passes, a pick each as in the naive loop, once holding rows has not paid.  Doubled each time in a row that it does not,
+# so that pools where every pick changes every score cost no more than the naive loop.
+_PATIENCE = 4
 
 
 class Picks(NamedTuple):
@@ -36,11 +51,13 @@ class Picks(NamedTuple):
     fallback: jax.Array | bool = False  # scalar bool: there was nothing to rank by, and they are random
 
 
-class _State(NamedTuple):
-    made: jax.Array  # number of picks so far
-    rows: jax.Array  # [K] int32
-    scores: jax.Array  # [K] float32
-    new: jax.Array  # [K rounded up, D]: the rows that the picks append to W; zero for those still to come
+class _Pool(NamedTuple):
+    """What a round leaves to the next."""
+
+    rows: Rows  # of this device's part of the pool
+    futile: jax.Array  # rounds of holding since the last pick
+    passes: jax.Array  # passes over the pool, a pick each, before rows are held again
+    patience: jax.Array  # how many passes there will be the next time that holding does not pay
 
 
 @functools.partial(jax.jit, static_argnames=("num_picks", "block", "mesh"))
@@ -79,7 +96,8 @@ def greedy(
     if padding:
         features = jnp.pad(features, ((0, padding), (0, 0)))
         available = jnp.pad(available, (0, padding))
-    block = min(block, features.shape[0] // mesh.size)
+    few = int(_HELD * features.shape[0] // mesh.size * features.dtype.itemsize / 4)
+    block = min(block, max(few, _FEW), features.shape[0] // mesh.size)
     local = functools.partial(_greedy, num_picks=num_picks, block=block, axes=axes)
     rows, scores = jax.shard_map(local, mesh=mesh, in_specs=(P(axes), P(axes), P(), P()), out_specs=P())(
         features, available, posterior, jnp.asarray(lam, jnp.float32)
@@ -88,8 +106,10 @@ def greedy(
 
 
 def _check(features: Any, available: Any, posterior: Any, num_picks: int, block: int) -> None:
-    if features.ndim != 2 or features.shape[0] < 1 or features.dtype != jnp.float32:
-        raise ValueError(f"greedy: features must be [N, D] float32, N ≥ 1; got {features.shape} {features.dtype}")
+    if features.ndim != 2 or features.shape[0] < 1 or features.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(
+            f"greedy: features must be [N, D] float32 or bfloat16, N ≥ 1; got {features.shape} {features.dtype}"
+        )
     if available.shape != features.shape[:1] or available.dtype != jnp.bool_:
         raise ValueError(
             f"greedy: available must be [{features.shape[0]}] bool, one per row of features; "
@@ -118,7 +138,7 @@ def _greedy(
     picks, [K] each."""
     num_local = features.shape[0]
     first_row = jax.lax.axis_index(axes) * num_local
-    rows = first_row + jnp.arange(num_local, dtype=jnp.int32)  # pool rows of the local ones
+    numbers = first_row + jnp.arange(num_local, dtype=jnp.int32)  # pool rows of the local ones
     scores = variances(features, posterior, lam)
     tolerance = jnp.where(available, TIE * prior_variances(features, lam), 0.0)
 
@@ -126,75 +146,51 @@ def _greedy(
     broken = jax.lax.psum(jnp.sum(available & ~jnp.isfinite(scores)), axes) > 0
     limit = jnp.minimum(jax.lax.psum(jnp.sum(available), axes), num_picks)
     limit = jnp.where(broken, 0, limit)
-    scores = jnp.where(available, scores, -jnp.inf)
+    devices = jax.lax.axis_size(axes)
 
-    def best_of(scores: jax.Array) -> jax.Array:
-        return jax.lax.pmax(jnp.max(scores), axes)
+    def hold(progress: Progress, pool: _Pool) -> tuple[Progress, _Pool]:
+        """Picks among the best rows, none or more."""
+        rows = pool.rows
+        _, held = jax.lax.top_k(rows.scores, block)
+        outside = best_of((rows.scores + rows.tolerance).at[held].set(-jnp.inf), axes)
+        made = progress.made
+        progress, some = pick_among(
+            features[held].astype(jnp.float32),
+            jax.tree.map(lambda x: x[held], rows),
+            numbers[held],
+            progress,
+            Bar(outside, limit, lam),
+            axes,
+        )
+        rows = jax.tree.map(lambda x, new: x.at[held].set(new), rows, some)
+        # Without a pick, every stale row within reach of the best one has to be brought up to date first, in more
+        # rounds like this or in a pass.  If there is none such, ties are wider than the block.
+        stale = rows.ages < progress.made
+        best = best_of(jnp.where(stale, -jnp.inf, rows.scores), axes)
+        due = jax.lax.psum(jnp.sum(stale & (rows.scores + rows.tolerance >= best)), axes)
+        futile = jnp.where(progress.made > made, 0, pool.futile + 1)
+        dear = (due == 0) | (due + futile * block * devices > num_local * devices // _DEAR)
+        passes = jnp.where((futile > 0) & dear, pool.patience, 0)
+        patience = jnp.where(passes > 0, 2 * pool.patience, jnp.where(futile > 0, pool.patience, _PATIENCE))
+        return progress, _Pool(rows, futile, passes, patience)
 
-    def lowest_tied(best: jax.Array, scores: jax.Array, tolerance: jax.Array, rows: jax.Array) -> jax.Array:
-        tied = scores + tolerance >= best
-        return jax.lax.pmin(jnp.min(jnp.where(tied, rows, _NO_ROW)), axes)
-
-    def append(state: _State, row: jax.Array) -> tuple[_State, jax.Array]:
-        """Records a pick; returns its row of W."""
+    def one_pass(progress: Progress, pool: _Pool) -> tuple[Progress, _Pool]:
+        """The naive loop's step: all scores exactly, and one pick."""
+        rows = up_to_date(features, pool.rows, progress)
+        row = lowest_tied(rows, numbers, best_of(rows.scores, axes), axes)
         index = row - first_row
         mine = (index >= 0) & (index < num_local)
-        phi = jax.lax.psum(jnp.where(mine, features[jnp.clip(index, 0, num_local - 1)], 0.0), axes)
-        # From φ and W, which are the same numbers on every device and every mesh.
-        w, score = downdate(phi, (posterior, state.new), lam)
-        k = state.made
-        return _State(k + 1, state.rows.at[k].set(row), state.scores.at[k].set(score), state.new.at[k].set(w)), w
+        phi = features[jnp.clip(index, 0, num_local - 1)].astype(jnp.float32)
+        progress, _ = append(progress, row, jax.lax.psum(jnp.where(mine, phi, 0.0), axes), lam)
+        rows = rows._replace(scores=jnp.where(numbers == row, -jnp.inf, rows.scores))
+        return progress, _Pool(rows, jnp.int32(0), pool.passes - 1, pool.patience)
 
-    def lowered(scores: jax.Array, reduction: jax.Array) -> jax.Array:
-        return jnp.where(scores < 0, -jnp.inf, jnp.maximum(scores - reduction, 0.0))  # −∞: not available, and stays so
+    def one_round(carry: tuple[Progress, _Pool]) -> tuple[Progress, _Pool]:
+        return jax.lax.cond(carry[1].passes > 0, one_pass, hold, *carry)
 
-    def one_block(carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
-        state, scores = carry
-        start = state.made
-        # The first pick is made among all rows, whose scores are exact now: there is always progress, and ties that
-        # spread beyond the blocks are seen.
-        row = lowest_tied(best_of(scores), scores, tolerance, rows)
-        state, w = append(state, row)
-
-        _, held = jax.lax.top_k(scores, block)
-        held_features, held_rows, held_tolerance = features[held], rows[held], tolerance[held]
-        outside = best_of((scores + tolerance).at[held].set(-jnp.inf))
-
-        def after(held_scores: jax.Array, row: jax.Array, w: jax.Array) -> jax.Array:
-            return jnp.where(held_rows == row, -jnp.inf, lowered(held_scores, explained(held_features, w[None])))
-
-        def unfinished(carry: tuple[_State, jax.Array, jax.Array]) -> jax.Array:
-            state, _, best = carry
-            return (state.made < limit) & (best > outside)
-
-        def one_pick(carry: tuple[_State, jax.Array, jax.Array]) -> tuple[_State, jax.Array, jax.Array]:
-            state, held_scores, best = carry
-            row = lowest_tied(best, held_scores, held_tolerance, held_rows)
-            state, w = append(state, row)
-            held_scores = after(held_scores, row, w)
-            return state, held_scores, best_of(held_scores)
-
-        held_scores = after(scores[held], row, w)
-        state, _, _ = jax.lax.while_loop(unfinished, one_pick, (state, held_scores, best_of(held_scores)))
-
-        def refresh() -> jax.Array:
-            fresh = jnp.where((jnp.arange(capacity) >= start)[:, None], state.new, 0.0)
-
-            def tile(k: jax.Array, reduction: jax.Array) -> jax.Array:
-                part = jax.lax.dynamic_slice_in_dim(fresh, k * _REFRESH_TILE, _REFRESH_TILE)
-                return reduction + explained(features, part)
-
-            first, end = start // _REFRESH_TILE, -(-state.made // _REFRESH_TILE)
-            reduction = jax.lax.fori_loop(first, end, tile, jnp.zeros_like(scores))
-            picked = state.rows - first_row
-            picked = jnp.where((picked >= 0) & (picked < num_local), picked, num_local)
-            return lowered(scores, reduction).at[picked].set(-jnp.inf, mode="drop")
-
-        return state, jax.lax.cond(state.made < limit, refresh, lambda: scores)
-
-    no_scores = jnp.where(broken, jnp.nan, jnp.zeros(num_picks, jnp.float32))
-    capacity = -(-num_picks // _REFRESH_TILE) * _REFRESH_TILE
-    no_new = jnp.zeros((capacity, features.shape[1]), jnp.float32)
-    state = _State(jnp.int32(0), jnp.full(num_picks, -1, jnp.int32), no_scores, no_new)
-    state, _ = jax.lax.while_loop(lambda carry: carry[0].made < limit, one_block, (state, scores))
-    return state.rows, state.scores
+    rows = Rows(jnp.where(available, scores, -jnp.inf), tolerance, jnp.zeros_like(numbers))
+    pool = _Pool(rows, jnp.int32(0), jnp.int32(0), jnp.int32(_PATIENCE))
+    progress, _ = jax.lax.while_loop(
+        lambda carry: carry[0].made < limit, one_round, (begin(posterior, num_picks), pool)
+    )
+    return progress.rows, jnp.where(broken, jnp.nan, progress.scores)
