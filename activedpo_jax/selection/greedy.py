@@ -2,10 +2,11 @@
 
 That is greedy maximisation of log det V, which is pivoted Cholesky and the greedy MAP of a determinantal point process
 (Chen, Zhang & Zhou 2018, arXiv 1709.05135).  The naive loop updates all N scores after every pick: K passes over the
-pool.  But scores only fall, so stale ones are upper bounds (Minoux 1978), and the loop can be run in blocks.  One
-refresh of all scores gives each device its `block` best rows; the loop continues among these alone, with exact scores,
-as long as their best beats every stale score outside; then one matrix product brings all scores up to date.  The
-picks are those of the naive loop.
+pool.  But scores only fall, so stale ones are upper bounds (Minoux 1978).  Each device holds its `block` best rows by
+what is known, brings them up to date, and the loop goes on among these alone, as long as their best beats every bound
+outside; then the best rows by what is known now are held.  A row is looked at again only when its bound comes into
+reach, and takes all the picks since the last time in one matrix product.  Where too many come into reach at once, all
+are brought up to date in one pass, as in the naive loop.  The picks are those of the naive loop.
 
 The rows of the pool are cut over all devices.  Each keeps its own block, W is replicated, and a pick exchanges two
 numbers and the picked row.
@@ -21,26 +22,22 @@ from jax.sharding import PartitionSpec as P
 
 from activedpo_jax.selection.held import (
     Bar,
+    Pace,
     Progress,
     Rows,
     append,
     begin,
     best_of,
+    in_reach,
     lowest_tied,
+    paced,
     pick_among,
     up_to_date,
 )
-from activedpo_jax.selection.posterior import TIE, prior_variances, variances
+from activedpo_jax.selection.posterior import TIE, prior_variances, rows_of, variances
 
 # Rows that are held are copied to float32: no more than this share of the features' bytes, but a few at least.
 _HELD, _FEW = 1 / 32, 16
-
-# A pass over the pool is cheaper than bringing this share of it up to date in blocks.
-_DEAR = 8
-
-# Passes, a pick each as in the naive loop, once holding rows has not paid.  Doubled each time in a row that it does not,
-# so that pools where every pick changes every score cost no more than the naive loop.
-_PATIENCE = 4
 
 
 class Picks(NamedTuple):
@@ -49,15 +46,6 @@ class Picks(NamedTuple):
     rows: jax.Array  # [K] int32; −1 where no row was left
     scores: jax.Array  # [K] float32, what the strategy ranked them by; 0 where no row was left
     fallback: jax.Array | bool = False  # scalar bool: there was nothing to rank by, and they are random
-
-
-class _Pool(NamedTuple):
-    """What a round leaves to the next."""
-
-    rows: Rows  # of this device's part of the pool
-    futile: jax.Array  # rounds of holding since the last pick
-    passes: jax.Array  # passes over the pool, a pick each, before rows are held again
-    patience: jax.Array  # how many passes there will be the next time that holding does not pay
 
 
 @functools.partial(jax.jit, static_argnames=("num_picks", "block", "mesh"))
@@ -74,12 +62,13 @@ def greedy(
     """Picks `num_picks` rows; ties go to the lowest row.  The same on any mesh.
 
     Args:
-      features: [N, D] float32, φ of the pool's pairs.  If the devices do not divide N, a padded copy is made.
+      features: [N, D] float32 or bfloat16, φ of the pool's pairs.  The arithmetic is float32.  If the devices do not
+        divide N, a padded copy is made.
       available: [N] bool, rows that may be picked; the others may hold anything.
       posterior: W [n, D] float32 of the pairs labelled so far, from `posterior.condition`; n may be 0.
       lam: λ > 0, may be traced.
       num_picks: K.
-      block: candidate rows that each device holds; changes the time taken, never the picks.
+      block: candidate rows that each device holds at most; changes the time taken, never the picks.
       mesh: the rows are cut over all of its axes.
 
     Returns:
@@ -90,12 +79,9 @@ def greedy(
     Raises:
       ValueError: shapes or dtypes do not fit, or K or the block is less than 1.
     """
-    _check(features, available, posterior, num_picks, block)
+    check(features, available, posterior, num_picks, block)
     axes = mesh.axis_names
-    padding = -features.shape[0] % mesh.size
-    if padding:
-        features = jnp.pad(features, ((0, padding), (0, 0)))
-        available = jnp.pad(available, (0, padding))
+    features, available = divisible(mesh, features, available)
     few = int(_HELD * features.shape[0] // mesh.size * features.dtype.itemsize / 4)
     block = min(block, max(few, _FEW), features.shape[0] // mesh.size)
     local = functools.partial(_greedy, num_picks=num_picks, block=block, axes=axes)
@@ -105,7 +91,13 @@ def greedy(
     return Picks(rows, scores)
 
 
-def _check(features: Any, available: Any, posterior: Any, num_picks: int, block: int) -> None:
+def divisible(mesh: Mesh, *arrays: jax.Array) -> list[jax.Array]:
+    """The arrays, with rows of zeros at the end if the devices do not divide their rows: a copy then."""
+    padding = -arrays[0].shape[0] % mesh.size
+    return [jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) if padding else x for x in arrays]
+
+
+def check(features: Any, available: Any, posterior: Any, num_picks: int, block: int) -> None:
     if features.ndim != 2 or features.shape[0] < 1 or features.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(
             f"greedy: features must be [N, D] float32 or bfloat16, N ≥ 1; got {features.shape} {features.dtype}"
@@ -148,49 +140,32 @@ def _greedy(
     limit = jnp.where(broken, 0, limit)
     devices = jax.lax.axis_size(axes)
 
-    def hold(progress: Progress, pool: _Pool) -> tuple[Progress, _Pool]:
+    def hold(progress: Progress, rows: Rows, pace: Pace) -> tuple[Progress, Rows, Pace]:
         """Picks among the best rows, none or more."""
-        rows = pool.rows
         _, held = jax.lax.top_k(rows.scores, block)
         outside = best_of((rows.scores + rows.tolerance).at[held].set(-jnp.inf), axes)
-        made = progress.made
-        progress, some = pick_among(
-            features[held].astype(jnp.float32),
-            jax.tree.map(lambda x: x[held], rows),
-            numbers[held],
-            progress,
-            Bar(outside, limit, lam),
-            axes,
-        )
+        some = jax.tree.map(lambda x: x[held], rows)
+        made, bar = progress.made, Bar(outside, limit, lam)
+        progress, some = pick_among(rows_of(features, held), some, numbers[held], progress, bar, axes)
         rows = jax.tree.map(lambda x, new: x.at[held].set(new), rows, some)
-        # Without a pick, every stale row within reach of the best one has to be brought up to date first, in more
-        # rounds like this or in a pass.  If there is none such, ties are wider than the block.
-        stale = rows.ages < progress.made
-        best = best_of(jnp.where(stale, -jnp.inf, rows.scores), axes)
-        due = jax.lax.psum(jnp.sum(stale & (rows.scores + rows.tolerance >= best)), axes)
-        futile = jnp.where(progress.made > made, 0, pool.futile + 1)
-        dear = (due == 0) | (due + futile * block * devices > num_local * devices // _DEAR)
-        passes = jnp.where((futile > 0) & dear, pool.patience, 0)
-        patience = jnp.where(passes > 0, 2 * pool.patience, jnp.where(futile > 0, pool.patience, _PATIENCE))
-        return progress, _Pool(rows, futile, passes, patience)
+        due = jax.lax.psum(jnp.sum(in_reach(rows, progress.made, axes)), axes)
+        return progress, rows, paced(pace, progress.made > made, due, block * devices, num_local * devices)
 
-    def one_pass(progress: Progress, pool: _Pool) -> tuple[Progress, _Pool]:
+    def one_pass(progress: Progress, rows: Rows, pace: Pace) -> tuple[Progress, Rows, Pace]:
         """The naive loop's step: all scores exactly, and one pick."""
-        rows = up_to_date(features, pool.rows, progress)
+        rows = up_to_date(features, rows, progress)
         row = lowest_tied(rows, numbers, best_of(rows.scores, axes), axes)
         index = row - first_row
         mine = (index >= 0) & (index < num_local)
-        phi = features[jnp.clip(index, 0, num_local - 1)].astype(jnp.float32)
-        progress, _ = append(progress, row, jax.lax.psum(jnp.where(mine, phi, 0.0), axes), lam)
+        phi = jnp.where(mine, rows_of(features, jnp.clip(index, 0, num_local - 1)), 0.0)
+        progress, _ = append(progress, row, jax.lax.psum(phi, axes), lam)
         rows = rows._replace(scores=jnp.where(numbers == row, -jnp.inf, rows.scores))
-        return progress, _Pool(rows, jnp.int32(0), pool.passes - 1, pool.patience)
+        return progress, rows, pace._replace(futile=jnp.int32(0), passes=pace.passes - 1)
 
-    def one_round(carry: tuple[Progress, _Pool]) -> tuple[Progress, _Pool]:
-        return jax.lax.cond(carry[1].passes > 0, one_pass, hold, *carry)
+    def one_round(carry: tuple[Progress, Rows, Pace]) -> tuple[Progress, Rows, Pace]:
+        return jax.lax.cond(carry[2].passes > 0, one_pass, hold, *carry)
 
     rows = Rows(jnp.where(available, scores, -jnp.inf), tolerance, jnp.zeros_like(numbers))
-    pool = _Pool(rows, jnp.int32(0), jnp.int32(0), jnp.int32(_PATIENCE))
-    progress, _ = jax.lax.while_loop(
-        lambda carry: carry[0].made < limit, one_round, (begin(posterior, num_picks), pool)
-    )
+    start = (begin(posterior, num_picks), rows, jax.tree.map(jnp.int32, Pace()))
+    progress, *_ = jax.lax.while_loop(lambda carry: carry[0].made < limit, one_round, start)
     return progress.rows, jnp.where(broken, jnp.nan, progress.scores)

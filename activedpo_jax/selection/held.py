@@ -4,7 +4,7 @@ Both hold the rows that are best by what is known of the pool, bring them up to 
 their best beats everything else.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,13 @@ import jax.numpy as jnp
 from activedpo_jax.selection.posterior import downdate, explained, explained_since, with_room
 
 NO_ROW = jnp.iinfo(jnp.int32).max
+
+# A pass over the pool is cheaper than bringing this share of it up to date a block at a time.
+_DEAR = 1 / 8
+
+# Passes, with a pick each as in the naive loop, once holding rows has not paid; twice as many each further time.  So a
+# pool where every pick changes every score costs no more than the naive loop.
+_PATIENCE = 4
 
 
 class Progress(NamedTuple):
@@ -25,11 +32,27 @@ class Progress(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What is known of a device's rows of the pool, or of some of them; [n] each."""
+    """What is known of rows of the pool, [n] each: `jax.Array`, or `np.ndarray` where `streamed` keeps them."""
 
-    scores: jax.Array  # float32, variances after `ages` picks, so upper bounds now; −∞: not to be picked
-    tolerance: jax.Array  # float32, how well the scores are known
-    ages: jax.Array  # int32
+    scores: Any  # float32, variances after `ages` picks, so upper bounds now; −∞: not to be picked
+    tolerance: Any  # float32, how well the scores are known
+    ages: Any  # int32
+
+
+class Bar(NamedTuple):
+    """What a pick among held rows has to pass."""
+
+    outside: jax.Array  # float32, the most that a row which is not held can have
+    limit: jax.Array  # int32, picks to be made in all
+    lam: jax.Array  # λ
+
+
+class Pace(NamedTuple):
+    """Whether rows are held, or the next pick is made after a pass over the pool."""
+
+    futile: jax.Array | int = 0  # times that rows were held since the last pick
+    passes: jax.Array | int = 0  # picks to be made with a pass each, before rows are held again
+    patience: jax.Array | int = _PATIENCE  # how many there will be the next time that holding does not pay
 
 
 def begin(posterior: jax.Array, num_picks: int) -> Progress:
@@ -69,7 +92,7 @@ def lowest_tied(rows: Rows, numbers: jax.Array, best: jax.Array, axes: tuple[str
 
 
 def pick_among(
-    features: jax.Array, rows: Rows, numbers: jax.Array, progress: Progress, bar: "Bar", axes: tuple[str, ...]
+    features: jax.Array, rows: Rows, numbers: jax.Array, progress: Progress, bar: Bar, axes: tuple[str, ...]
 ) -> tuple[Progress, Rows]:
     """Picks among the rows of all devices for as long as their best is above the bar.
 
@@ -99,9 +122,23 @@ def pick_among(
     return progress, Rows(scores, rows.tolerance, jnp.full_like(rows.ages, progress.made))
 
 
-class Bar(NamedTuple):
-    """What a pick among held rows has to pass."""
+def in_reach(rows: Rows, made: jax.Array | int, axes: tuple[str, ...] = ()) -> jax.Array:
+    """The stale rows [n] that may be as good as the best of those up to date, so that no pick is sure before."""
+    stale = rows.ages < made
+    best = jnp.max(jnp.where(stale, -jnp.inf, rows.scores))
+    return stale & (rows.scores + rows.tolerance >= (jax.lax.pmax(best, axes) if axes else best))
 
-    outside: jax.Array  # float32, the most that a row which is not held can have
-    limit: jax.Array  # int32, picks to be made in all
-    lam: jax.Array  # λ
+
+def paced(pace: Pace, picked: jax.Array | bool, due: jax.Array | int, held: int, count: int) -> Pace:
+    """What to do after rows were held.
+
+    Args:
+      picked: a pick was made.
+      due: how many rows are `in_reach`.  Without a pick these come next, and if there is none, ties are wider than
+        the block.
+      held: the number of rows held, of `count` in the pool, on all devices.
+    """
+    futile = jnp.where(picked, 0, pace.futile + 1)
+    dear = (futile > 0) & ((due == 0) | (due + futile * held > _DEAR * count))
+    passes = jnp.where(dear, pace.patience, 0)
+    return Pace(futile, passes, jnp.where(dear, 2 * pace.patience, jnp.where(picked, _PATIENCE, pace.patience)))

@@ -122,6 +122,21 @@ def prior_variances(features: jax.Array, lam: jax.Array | float) -> jax.Array:
     return jnp.sum(jnp.square(features.astype(jnp.float32)), axis=-1) / lam
 
 
+def rows_of(features: jax.Array, rows: jax.Array) -> jax.Array:
+    """Some rows of features [N, D] float32 or bfloat16, in float32."""
+    return features[rows] if features.dtype == jnp.float32 else _from_bits(_bits(features)[rows])
+
+
+def _bits(features: jax.Array) -> jax.Array:
+    """bfloat16 as uint16.  Where XLA has no slice of bfloat16, as on CPUs, it widens all rows to cut out a few."""
+    return jax.lax.bitcast_convert_type(features, jnp.uint16)
+
+
+def _from_bits(bits: jax.Array) -> jax.Array:
+    """The float32 numbers of bfloat16 bits, which are their upper halves."""
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+
+
 def widened(function: Callable[..., jax.Array], features: jax.Array, *of_rows: jax.Array) -> jax.Array:
     """`function` of features in float32 and of what belongs to their rows, [N] each; bfloat16 is widened in tiles.
 
@@ -136,8 +151,10 @@ def widened(function: Callable[..., jax.Array], features: jax.Array, *of_rows: j
 
     def tile(k: jax.Array, found: jax.Array) -> jax.Array:
         start = jnp.minimum(k * size, count - size)  # the last one overlaps
-        part, *others = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (features, *of_rows))
-        return jax.lax.dynamic_update_slice_in_dim(found, function(part.astype(jnp.float32), *others), start, 0)
+        rows, start = jax.lax.optimization_barrier((features, start))  # else XLA copies all rows before the loop
+        part = _from_bits(jax.lax.dynamic_slice_in_dim(_bits(rows), start, size))
+        others = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in of_rows)
+        return jax.lax.dynamic_update_slice_in_dim(found, function(part, *others), start, 0)
 
     none = jnp.zeros_like(features[:, 0], jnp.float32)
     return jax.lax.fori_loop(0, -(-count // size), tile, none)
