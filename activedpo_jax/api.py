@@ -24,7 +24,8 @@ from jax.sharding import Mesh
 from activedpo_jax import flags, layout, specs, start, tasks
 from activedpo_jax.config import OPTIONS, default
 from activedpo_jax.data.groups import Bucket, PairPool, check_tokens
-from activedpo_jax.data.preferences import Record, named_records, read_records
+from activedpo_jax.data.preferences import Record
+from activedpo_jax.data.records import named_records, read_records
 from activedpo_jax.data.sources import fail, kind
 from activedpo_jax.data.tokenize import tokenize
 from activedpo_jax.huggingface import loading

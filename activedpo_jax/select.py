@@ -33,7 +33,8 @@ from safetensors import SafetensorError, safe_open
 
 from activedpo_jax import api, errors, files, flags, layout, start
 from activedpo_jax.data.groups import Candidates, PairPool, check_tokens
-from activedpo_jax.data.preferences import Record, limit, read_records, shown_pairs
+from activedpo_jax.data.preferences import Record
+from activedpo_jax.data.records import limit, read_records, shown_pairs
 from activedpo_jax.data.sources import fail
 from activedpo_jax.huggingface import loading
 from activedpo_jax.oracles import formats
@@ -229,16 +230,14 @@ def described(config: ml_collections.ConfigDict, pool: Candidates) -> dict[str, 
     if isinstance(pool, PairPool):
         found = {"pool": inputs.describe_pool(pool, config.data.train), **start.fingerprints(config)}
     else:
-        digests = [_digest(json.dumps(files.plain(shown(pool, row))).encode()) for row in range(pool.num_pairs)]
-        found["pool"] = {"source": config.data.train, "ids": list(pool.pair_ids), "digests": digests}
+        texts = (json.dumps(files.plain(shown(pool, row))).encode() for row in range(pool.num_pairs))
+        contents = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts)
+        found["pool"] = inputs.describe_records(pool.pair_ids, contents, config.data.train)
     for name in ("features", "labelled"):
         if config.select[name]:
-            found[name] = _digest(pathlib.Path(config.select[name]).read_bytes())
+            content = pathlib.Path(config.select[name]).read_bytes()
+            found[name] = hashlib.blake2b(content, digest_size=8).hexdigest()
     return found
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def shown(pool: Candidates, row: int) -> dict[str, Any]:

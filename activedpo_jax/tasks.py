@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +14,12 @@ from jax.sharding import Mesh
 
 from activedpo_jax import layout, start
 from activedpo_jax.data.groups import Bucket, Groups, PairPool, Texts, check_tokens, pad_groups, shared_prompts
-from activedpo_jax.data.preferences import limit, read_records, split_by_prompt
-from activedpo_jax.data.prompts import prompts_of, read_prompts
+from activedpo_jax.data.preferences import Record
+from activedpo_jax.data.prompts import PromptRecord, prompts_of, read_prompts
+from activedpo_jax.data.records import limit, read_records, split_by_prompt
+from activedpo_jax.data.store import ALONE, Hosts
 from activedpo_jax.data.synthetic import STOP, SyntheticReward, SyntheticTask
-from activedpo_jax.data.tokenize import tokenize, tokenize_texts
+from activedpo_jax.data.tokenize import encoded_pool, encoded_texts, make_encoding
 from activedpo_jax.huggingface import loading
 from activedpo_jax.models.config import ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
@@ -81,7 +83,7 @@ def params_shape(decoder: Decoder, mesh: Mesh, dtype: Any, quantisation: str) ->
     )
 
 
-def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> Task:
+def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, hosts: Hosts = ALONE) -> Task:
     data, path, revision = config.data, config.model.path, config.model.revision
     buckets = tuple(sorted(Bucket(*b) for b in data.buckets))
     source = config.candidates.source
@@ -90,13 +92,14 @@ def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> Tas
             f"config.data.train_limit={data.train_limit} counts pairs, of which there are none with "
             "config.candidates.source='policy'; expected 0: set config.candidates.prompts_per_round instead"
         )
-    records, prompt_records = [], []
+    records: Sequence[Record] = []
+    prompt_records: Sequence[PromptRecord] = []
     if source == "policy" and data.heldout:
         prompt_records = read_prompts(data.train, data.train_split)
     else:
-        records = read_records(data.train, data.train_split)
+        records = read_records(data.train, data.train_split, hosts)
     if data.heldout:
-        heldout_records = read_records(data.heldout, data.heldout_split)
+        heldout_records: Sequence[Record] = read_records(data.heldout, data.heldout_split, hosts)
     else:
         records, heldout_records = split_by_prompt(records, data.heldout_fraction, seed)
     if data.train_limit:
@@ -107,20 +110,20 @@ def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> Tas
 
     tokenizer = loading.load_tokenizer(path, revision)
     longest = max(b.prompt for b in buckets), max(b.response for b in buckets)
-    kwargs = start.template_kwargs(config)
+    encoding = make_encoding(tokenizer, data.template, *longest, start.template_kwargs(config))
     decoder = start.load_decoder(config, mesh)
     stop = start.stop_tokens(path, revision, tokenizer, data.template)
     pool = prompts = None
     if source != "policy":
-        pool = tokenize(records, tokenizer, data.template, *longest, seed, kwargs)
+        pool = encoded_pool(records, encoding, seed, hosts)
     if source != "pool":
         prompt_records = prompt_records or prompts_of(records)
-        texts = tokenize_texts(prompt_records, tokenizer, data.template, *longest, kwargs)
+        texts = encoded_texts(prompt_records, encoding, hosts)
         texts = dataclasses.replace(texts, response_tokens=[[np.zeros(0, np.int32)]] * len(prompt_records))
         shown = [record.prompt for record in prompt_records]
         names = [record.id for record in prompt_records]
         prompts = PromptSet(names, texts, shown, start.text_of(tokenizer, stop)).distinct()
-    heldout = tokenize(heldout_records, tokenizer, data.template, *longest, seed, kwargs)
+    heldout = encoded_pool(heldout_records, encoding, seed, hosts)
     load_params = functools.partial(start.load_params, config, mesh, decoder.dtype)
     shape = params_shape(decoder, mesh, decoder.dtype, config.model.quantisation)
     task = Task(decoder, path, shape, load_params, pool, heldout, buckets, stop, prompts)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from activedpo_jax.data.preferences import Record, limit, read_records, split_by_prompt, uniform
+from activedpo_jax.data.preferences import Record, uniform
+from activedpo_jax.data.records import limit, read_records, split_by_prompt
 
 USER = {"role": "user", "content": "What colour is the sky?"}
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -1,12 +1,14 @@
 """Prompts to respond to: the different prompts of any data set that a run can read."""
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from activedpo_jax.data.fields import Extras, Prompt, check_prompt, read_extras, refuse_unread
-from activedpo_jax.data.preferences import Record, parse_record, prompt_key
+from activedpo_jax.data.preferences import Record, parse_record, prompt_hash, prompt_key
+from activedpo_jax.data.records import prompt_hashes_of, taken
 from activedpo_jax.data.sources import fail, kind, read_rows
 
 
@@ -56,7 +58,7 @@ def read_prompts(source: str, split: str = "train") -> list[PromptRecord]:
         key = prompt_key(prompt)
         if key in found:
             continue
-        name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest() if id_ is None else str(id_)
+        name = f"{prompt_hash(prompt):016x}" if id_ is None else str(id_)
         if name in ids:
             fail(location, f"id {name!r} was given to {ids[name]} already", "every id once")
         ids[name] = location
@@ -69,10 +71,10 @@ def read_prompts(source: str, split: str = "train") -> list[PromptRecord]:
 
 def prompts_of(records: Sequence[Record]) -> list[PromptRecord]:
     """The different prompts of preference records, in their order; each has a hash of its content as its id."""
-    found: dict[str, PromptRecord] = {}
-    for record in records:
-        key = prompt_key(record.prompt)
+    hashes, first = np.unique(prompt_hashes_of(records), return_index=True)
+    order = np.argsort(first)
+    found = []
+    for hash_, record in zip(hashes[order].tolist(), taken(records, first[order]), strict=True):
         extras = Extras(tools=record.extras.tools, template_kwargs=record.extras.template_kwargs)
-        name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-        found.setdefault(key, PromptRecord(name, record.prompt, record.location, extras, record.implicit))
-    return list(found.values())
+        found.append(PromptRecord(f"{hash_:016x}", record.prompt, record.location, extras, record.implicit))
+    return found
