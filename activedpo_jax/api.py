@@ -159,7 +159,7 @@ def read_pool(
     """
     if isinstance(source, str | os.PathLike):
         name = os.fspath(source)
-        records = read_records(name, split)
+        records: Sequence[Record] = read_records(name, split)
     else:
         name, records = "the pool", _records(source)
     pool = tokenized(records, model.config, model.tokenizer)

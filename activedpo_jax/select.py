@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_options(config)
         folders.check_workdir(folder, config, "select")
         check_free(folder)
-        records = read_records(config.data.train, config.data.train_split)
+        records: Sequence[Record] = read_records(config.data.train, config.data.train_split)
         if config.data.train_limit:
             records = limit(records, config.data.train_limit, config.seeds[0])
         tokenizer, given = None, None

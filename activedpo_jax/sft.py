@@ -47,10 +47,10 @@ def load(config: ml_collections.ConfigDict, seed: int) -> Examples:
       ValueError: a record, the template or the buckets are not in order; says where, and what to change.
     """
     sft, data = config.sft, config.data
-    completions = read_completions(sft.data, sft.split)
+    completions: Sequence[Completion] = read_completions(sft.data, sft.split)
     if sft.limit:
         completions = limit(completions, sft.limit, seed)
-    held_out: list[Completion] = []
+    held_out: Sequence[Completion] = []
     if sft.heldout_fraction:
         completions, held_out = split_by_prompt(completions, sft.heldout_fraction, seed)
     buckets = tuple(sorted(Bucket(*b) for b in data.buckets))

@@ -13,13 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from activedpo_jax import layout, start
+from activedpo_jax.data.encoding import make_encoding
 from activedpo_jax.data.groups import Bucket, Groups, PairPool, Texts, check_tokens, pad_groups, shared_prompts
 from activedpo_jax.data.preferences import Record
 from activedpo_jax.data.prompts import PromptRecord, prompts_of, read_prompts
 from activedpo_jax.data.records import limit, read_records, split_by_prompt
 from activedpo_jax.data.store import ALONE, Hosts
 from activedpo_jax.data.synthetic import STOP, SyntheticReward, SyntheticTask
-from activedpo_jax.data.tokenize import encoded_pool, encoded_texts, make_encoding
+from activedpo_jax.data.tokenize import encoded_pool, encoded_texts
 from activedpo_jax.huggingface import loading
 from activedpo_jax.models.config import ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params

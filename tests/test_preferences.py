@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -194,7 +195,7 @@ def test_all_sources_give_the_same_records(tmp_path: pathlib.Path, monkeypatch: 
     data.save_to_disk(str(tmp_path / "saved"))
     datasets.DatasetDict({"train": data, "other": data.select([1])}).save_to_disk(str(tmp_path / "splits"))
 
-    def content(records: list[Record]) -> list[Any]:
+    def content(records: Sequence[Record]) -> list[Any]:
         return [(r.id, r.prompt, r.responses, r.preferred, r.rewards) for r in records]
 
     for name in ("data.parquet", "saved", "splits", "folder"):

@@ -97,6 +97,20 @@ class Nested(Lazy[list[np.ndarray]]):
         self.arrays, self.starts = arrays, starts
 
 
+class Chained(Lazy[_Item]):
+    """The items of several sequences, one after the other."""
+
+    def __init__(self, *parts: Sequence[_Item]) -> None:
+        starts = np.cumsum([0, *map(len, parts)])
+
+        def item(row: int) -> _Item:
+            part = int(np.searchsorted(starts, row, side="right")) - 1
+            return parts[part][row - int(starts[part])]
+
+        super().__init__(int(starts[-1]), item)
+        self.parts = parts
+
+
 def starts_of(lengths: np.ndarray) -> np.ndarray:
     """Where arrays of these lengths [n] begin when they lie end to end, and where the last ends: [n + 1] int64."""
     starts, total = Column(np.int64), 0
@@ -113,19 +127,10 @@ def strings(utf8: Ragged) -> Lazy[str]:
     return Lazy(len(utf8), lambda row: str(utf8[row].tobytes(), "utf-8"))
 
 
-def chained(*parts: Sequence[_Item]) -> Lazy[_Item]:
-    """The items of several sequences, one after the other."""
-    starts = np.cumsum([0, *map(len, parts)])
-
-    def item(row: int) -> _Item:
-        part = int(np.searchsorted(starts, row, side="right")) - 1
-        return parts[part][row - int(starts[part])]
-
-    return Lazy(int(starts[-1]), item)
-
-
 def lengths_of(arrays: Sequence[Any]) -> np.ndarray:
     """The length of each array, [n] int64."""
+    if isinstance(arrays, Chained):
+        return np.concatenate([lengths_of(part) for part in arrays.parts])
     if isinstance(arrays, Ragged):
         return arrays.lengths
     return np.fromiter(map(len, arrays), np.int64, len(arrays))
@@ -133,6 +138,8 @@ def lengths_of(arrays: Sequence[Any]) -> np.ndarray:
 
 def sizes_of(groups: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     """The number of arrays in each group, [n] int64."""
+    if isinstance(groups, Chained):
+        return np.concatenate([sizes_of(part) for part in groups.parts])
     if isinstance(groups, Nested):
         return np.diff(groups.starts)
     return lengths_of(groups)
@@ -140,6 +147,8 @@ def sizes_of(groups: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
 
 def longest_of(groups: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     """The length of the longest array of each group, [n] int64."""
+    if isinstance(groups, Chained):
+        return np.concatenate([longest_of(part) for part in groups.parts])
     if isinstance(groups, Nested):
         return np.maximum.reduceat(groups.arrays.lengths, groups.starts[:-1])
     return np.fromiter((max(map(len, several)) for several in groups), np.int64, len(groups))

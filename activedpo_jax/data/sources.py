@@ -23,7 +23,7 @@ class Rows(Protocol):
         """Where a row is, for error messages: `file:line` from 1, or a row number from 0."""
         ...
 
-    def read(self, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def read(self, rows: Sequence[int] | np.ndarray) -> Iterator[dict[str, Any]]:
         """The fields of these rows, which ascend.
 
         Raises:
@@ -98,7 +98,7 @@ class _JsonlRows:
     def location(self, row: int) -> str:
         return f"{self._path}:{self._lines[row] + 1}"
 
-    def read(self, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def read(self, rows: Sequence[int] | np.ndarray) -> Iterator[dict[str, Any]]:
         if _version(self._path) != self._version:
             raise ValueError(f"{self._path}: has changed while it was read; expected it to stay as it is: start again")
         with open(self._path, "rb") as file:
@@ -168,7 +168,7 @@ class _ParquetRows:
     def location(self, row: int) -> str:
         return f"{self._name} row {row}"
 
-    def read(self, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def read(self, rows: Sequence[int] | np.ndarray) -> Iterator[dict[str, Any]]:
         wanted = np.asarray(rows, np.int64)
         with self._complaint():
             file, end = self._open(), 0
@@ -189,7 +189,7 @@ class _ParquetRows:
 
     @contextlib.contextmanager
     def _complaint(self) -> Iterator[None]:
-        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow
 
         try:
             yield
@@ -207,7 +207,7 @@ class _DatasetRows:
     def location(self, row: int) -> str:
         return f"{self._name} row {row}"
 
-    def read(self, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def read(self, rows: Sequence[int] | np.ndarray) -> Iterator[dict[str, Any]]:
         for first in range(0, len(rows), _DATASET_ROWS):
             yield from self._data.select([int(row) for row in rows[first : first + _DATASET_ROWS]])
 

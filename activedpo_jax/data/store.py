@@ -49,7 +49,7 @@ class Column(Generic[_Scalar]):
             self._file.seek(0)
             return np.frombuffer(self._file.read(), self._dtype)
         self._file.flush()
-        return np.asarray(np.memmap(self._file, self._dtype, "r"))  # type: ignore[call-overload]
+        return np.asarray(np.memmap(self._file, self._dtype, "r"))
 
 
 @dataclasses.dataclass(frozen=True)

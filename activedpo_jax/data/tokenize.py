@@ -4,65 +4,26 @@ Records are read, templated and tokenised in batches of bounded size, and only t
 Several hosts take a share of the records each and exchange the results, so that each has the whole.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from activedpo_jax.data.encoding import Encoding, encode, make_encoding
 from activedpo_jax.data.groups import PairPool, Texts
+from activedpo_jax.data.notes import copies_note, notes
 from activedpo_jax.data.preferences import Record, copy_hash
 from activedpo_jax.data.ragged import Lazy, Nested, Ragged, starts_of
 from activedpo_jax.data.records import batches, shown_pairs
 from activedpo_jax.data.store import ALONE, Column, Hosts
-from activedpo_jax.data.tally import Tally, copies_note
-from activedpo_jax.data.templates import Exchange, Template, make_template
+from activedpo_jax.data.tally import Tally
+from activedpo_jax.data.templates import Exchange
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH, _OVERHEAD = 1_000_000, 1000  # characters in a batch; what a record counts beside its own
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoding:
-    """How texts become tokens.
-
-    A prompt of more than `max_prompt` tokens loses its beginning, except for BOS, on which models depend; it
-    keeps its end, including the header of the assistant's turn.  A response of more than `max_response`
-    tokens loses its end, including EOS.  Both are counted in the `notes`.
-    """
-
-    template: Template
-    max_prompt: int
-    max_response: int
-
-
-def make_encoding(
-    tokenizer: "PreTrainedTokenizerBase",
-    template: str,
-    max_prompt: int,
-    max_response: int,
-    template_kwargs: Mapping[str, Any] | None = None,
-) -> Encoding:
-    """The encoding of a tokenizer.
-
-    Args:
-      template: `auto`, `chat` or `plain`; see `templates`.
-      template_kwargs: options for the chat template.
-
-    Raises:
-      ValueError: the template does not suit the tokenizer; `max_prompt` cannot hold the assistant's header.
-    """
-    writer = make_template(template, tokenizer, template_kwargs)
-    header = len(_ids(writer, [writer.header])[0])
-    if max_prompt <= header + 1:
-        raise ValueError(
-            f"the longest prompt in config.data.buckets is {max_prompt} tokens; expected more than "
-            f"{header + 1}, which BOS and the header of the assistant's turn take: give a larger one"
-        )
-    return Encoding(writer, max_prompt, max_response)
 
 
 def tokenize_texts(
@@ -99,7 +60,7 @@ def encoded_texts(records: Sequence[Exchange], encoding: Encoding, hosts: Hosts 
     share = hosts.share(len(records))
     tokens = hosts.together(lambda: _Tokens(encoding, records[share.start : share.stop]))
     prompts, responses = tokens.joined(hosts)
-    return Texts(prompt_tokens=prompts, response_tokens=responses, notes=Tally.joined(tokens.tally, hosts).notes())
+    return Texts(prompt_tokens=prompts, response_tokens=responses, notes=notes(tokens.tally.joined(hosts), encoding))
 
 
 def encoded_pool(records: Sequence[Record], encoding: Encoding, seed: int, hosts: Hosts = ALONE) -> PairPool:
@@ -126,41 +87,32 @@ def encoded_pool(records: Sequence[Record], encoding: Encoding, seed: int, hosts
         rewards=None if np.all(np.isnan(rewards)) else rewards,
         prompt_texts=Lazy(len(blob), lambda group: json.loads(blob[group].tobytes())[0]),
         response_texts=Lazy(len(blob), lambda group: tuple(json.loads(blob[group].tobytes())[1:])),
-        notes=Tally.joined(part.tokens.tally, hosts).notes(len(pairs), copies),
+        notes=notes(part.tokens.tally.joined(hosts), encoding, len(pairs), copies),
     )
 
 
 class _Tokens:
-    """The tokens of some records, and the counts for the notes."""
+    """The tokens of some records, and what happened to them."""
 
     def __init__(self, encoding: Encoding, records: Iterable[Exchange] = ()) -> None:
         self._encoding = encoding
         self._prompts, self._responses = Column(np.int32), Column(np.int32)
         self._prompt_lengths, self._response_lengths, self._sizes = (Column(np.int32) for _ in range(3))
-        self.tally = Tally(encoding.max_prompt, encoding.max_response)
+        self.tally = Tally()
         for batch in batches(records, _BATCH, characters):
             self.add(batch)
 
     def add(self, records: Sequence[Exchange]) -> list[list[np.ndarray]]:
         """Adds a batch; returns the tokens of its responses."""
-        longest = self._encoding.max_response
-        prompts, responses = _encode(records, self._encoding.template, self.tally)
-        self.tally.lengths([len(p) for p in prompts], [len(r) for several in responses for r in several])
-        bos = self._encoding.template.tokenizer.bos_token_id
-        prompts = [_last(p, self._encoding.max_prompt, bos) for p in prompts]
-        for prompt, record in zip(prompts, records, strict=True):
-            if not len(prompt):
-                raise ValueError(
-                    f"{record.location}: the tokenizer makes no token of the prompt; expected some: change it"
-                )
-        cut = [[r[:longest] for r in several] for several in responses]
-        flat = [r for several in cut for r in several]
+        prompts, responses, tally = encode(records, self._encoding)
+        self.tally.add(tally)
+        flat = [r for several in responses for r in several]
         self._prompts.append(np.concatenate(prompts))
         self._prompt_lengths.append([len(p) for p in prompts])
         self._responses.append(np.concatenate([np.zeros(0, np.int32), *flat]))
         self._response_lengths.append([len(r) for r in flat])
-        self._sizes.append([len(several) for several in cut])
-        return cut
+        self._sizes.append([len(several) for several in responses])
+        return responses
 
     def joined(self, hosts: Hosts) -> tuple[Ragged, Nested]:
         """The prompts and the responses of all hosts."""
@@ -205,61 +157,3 @@ class _PoolPart:
 def characters(record: Exchange) -> int:
     prompt = record.prompt if isinstance(record.prompt, str) else "".join(m["content"] for m in record.prompt)
     return _OVERHEAD + len(prompt) + sum(map(len, record.responses))
-
-
-def _encode(
-    records: Sequence[Exchange], template: Template, tally: Tally
-) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-    """Token ids of every prompt and every response.
-
-    The ids of a response are those that follow the prompt's in the whole text.  Where a token of the whole
-    text spans the border, the response is tokenised on its own, as a model that continues from the
-    prompt's tokens would have to write it.
-    """
-    texts = [template.prompt(r) for r in records]
-    for record, text in zip(records, texts, strict=True):
-        tally.record(record, template.unwritten(record, text), template)
-    answers = [
-        [template.response(r, t, j) for j in range(len(r.responses))] for r, t in zip(records, texts, strict=True)
-    ]
-    flat = [(t, a) for t, several in zip(texts, answers, strict=True) for a in several]
-    prompts = _ids(template, texts, [r.location for r in records])
-    whole = iter(_ids(template, [t + a for t, a in flat], [r.location for r in records for _ in r.responses]))
-    leading, trailing = list(template.leading), list(template.trailing)
-    responses = []
-    for record, prompt, several in zip(records, prompts, answers, strict=True):
-        group = []
-        for j, answer in enumerate(several):
-            text_ids = next(whole)
-            joined = text_ids[: len(prompt)] == prompt
-            tally.across += not joined
-            ids = text_ids[len(prompt) :] if joined else _ids(template, [answer])[0]
-            ends = record.extras.is_cut(j) or (trailing and ids[-len(trailing) :] == trailing)
-            group.append(np.array(ids if ends else ids + trailing, np.int32))
-        responses.append(group)
-    begun = [bool(leading) and p[: len(leading)] == leading for p in prompts]
-    return [np.array(p if b else leading + p, np.int32) for p, b in zip(prompts, begun, strict=True)], responses
-
-
-def _ids(template: Template, texts: list[str], locations: Sequence[str] = ("",)) -> list[list[int]]:
-    """Token ids of texts; `locations` are for errors that the tokenizer raises."""
-    if not texts:
-        return []
-    try:
-        return template.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    except Exception as error:  # tokenizers raise errors of any type
-        for text, location in zip(texts, locations, strict=False):
-            try:
-                template.tokenizer([text], add_special_tokens=False, verbose=False)
-            except Exception as cause:
-                raise ValueError(
-                    f"{location}: the tokenizer does not take this text ({type(cause).__name__}: {cause}); change it"
-                ) from error
-        raise
-
-
-def _last(prompt: np.ndarray, size: int, bos: int | None) -> np.ndarray:
-    if len(prompt) <= size:
-        return prompt
-    keep_bos = int(bos is not None and prompt[0] == bos)
-    return np.concatenate([prompt[:keep_bos], prompt[len(prompt) - size + keep_bos :]])

@@ -62,7 +62,7 @@ def _digest(arrays: Sequence[np.ndarray], label: bytes) -> bytes:
     state = hashlib.blake2b(label, digest_size=8)
     for array in arrays:
         state.update(len(array).to_bytes(4, "little"))
-        state.update(np.ascontiguousarray(array, np.int32))
+        state.update(np.ascontiguousarray(array, np.int32).data)
     return state.digest()
 
 

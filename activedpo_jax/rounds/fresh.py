@@ -23,7 +23,7 @@ from activedpo_jax.data.groups import (
     microbatches,
     pad_groups,
 )
-from activedpo_jax.data.ragged import chained
+from activedpo_jax.data.ragged import Chained
 from activedpo_jax.generation.decoding import Requests, Responses, respond
 from activedpo_jax.generation.responses import flawed
 from activedpo_jax.models.decoder import unstack
@@ -257,12 +257,12 @@ def merged(pool: Candidates, fresh: Candidates) -> Candidates:
     """The pairs of a pool, then fresh ones."""
     valid = [np.ones(c.num_pairs, bool) if c.valid is None else c.valid for c in (pool, fresh)]
     return Candidates(
-        prompt_tokens=chained(pool.prompt_tokens, fresh.prompt_tokens),
-        response_tokens=chained(pool.response_tokens, fresh.response_tokens),
+        prompt_tokens=Chained(pool.prompt_tokens, fresh.prompt_tokens),
+        response_tokens=Chained(pool.response_tokens, fresh.response_tokens),
         pairs=np.concatenate([pool.pairs, fresh.pairs + np.array([pool.num_groups, 0, 0], np.int32)]),
-        pair_ids=chained(pool.pair_ids, fresh.pair_ids),
-        prompt_texts=chained(pool.prompt_texts, fresh.prompt_texts),
-        response_texts=chained(pool.response_texts, fresh.response_texts),
+        pair_ids=Chained(pool.pair_ids, fresh.pair_ids),
+        prompt_texts=Chained(pool.prompt_texts, fresh.prompt_texts),
+        response_texts=Chained(pool.response_texts, fresh.response_texts),
         content=np.concatenate([pool.digests, fresh.digests]),
         valid=np.concatenate(valid),
         fresh=fresh.fresh,
