@@ -77,7 +77,8 @@ class Records(Sequence[Record]):
 
     @property
     def ids(self) -> Sequence[str]:
-        return Lazy(len(self), lambda row: self._names[int(self._chosen[row])])
+        names, chosen = self._names, self._chosen  # alone: the ids outlive the rest
+        return Lazy(len(chosen), lambda row: names[chosen[row]])
 
     @property
     def sizes(self) -> np.ndarray:
