@@ -36,6 +36,7 @@ from activedpo_jax.data.groups import Candidates, PairPool, check_tokens
 from activedpo_jax.data.preferences import Record
 from activedpo_jax.data.records import limit, read_records, shown_pairs
 from activedpo_jax.data.sources import fail
+from activedpo_jax.data.tokenize import shown_texts
 from activedpo_jax.huggingface import loading
 from activedpo_jax.oracles import formats
 from activedpo_jax.oracles.labels import Question
@@ -129,13 +130,14 @@ def without_tokens(records: Sequence[Record], seed: int) -> Candidates:
       ValueError: two pairs have the same id.
     """
     pairs, pair_ids = shown_pairs(records, seed)
+    prompt_texts, response_texts = shown_texts(records)
     return Candidates(
         prompt_tokens=[],
         response_tokens=[],
-        pairs=np.array(pairs, np.int32),
+        pairs=pairs,
         pair_ids=pair_ids,
-        prompt_texts=[record.prompt for record in records],
-        response_texts=[record.responses for record in records],
+        prompt_texts=prompt_texts,
+        response_texts=response_texts,
     )
 
 

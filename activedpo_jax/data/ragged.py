@@ -3,6 +3,7 @@
 What works on texts takes these as well as plain lists of arrays.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar, overload
 
@@ -81,7 +82,7 @@ class Ragged(Sequence[np.ndarray]):
     def __iter__(self) -> Iterator[np.ndarray]:
         for first in range(0, len(self), _BLOCK):
             bounds = self.starts[first : first + _BLOCK + 1].tolist()
-            for begin, end in zip(bounds, bounds[1:], strict=False):
+            for begin, end in itertools.pairwise(bounds):
                 yield self.flat[begin:end]
 
 
@@ -93,8 +94,23 @@ class Nested(Lazy[list[np.ndarray]]):
     """
 
     def __init__(self, arrays: Ragged, starts: np.ndarray) -> None:
-        super().__init__(len(starts) - 1, lambda row: [arrays[i] for i in range(starts[row], starts[row + 1])])
+        super().__init__(len(starts) - 1, self._group)
         self.arrays, self.starts = arrays, starts
+
+    def _group(self, row: int) -> list[np.ndarray]:
+        bounds = self.arrays.starts[self.starts[row] : self.starts[row + 1] + 1].tolist()
+        return [self.arrays.flat[begin:end] for begin, end in itertools.pairwise(bounds)]
+
+
+class Strings(Lazy[str]):
+    """Texts, of which `utf8` are the bytes."""
+
+    def __init__(self, utf8: Ragged) -> None:
+        super().__init__(len(utf8), lambda row: utf8[row].tobytes().decode())
+        self._utf8 = utf8
+
+    def __iter__(self) -> Iterator[str]:
+        return (text.tobytes().decode() for text in self._utf8)
 
 
 class Chained(Lazy[_Item]):
@@ -120,11 +136,6 @@ def starts_of(lengths: np.ndarray) -> np.ndarray:
         starts.append(ends)
         total = int(ends[-1])
     return starts.array()
-
-
-def strings(utf8: Ragged) -> Lazy[str]:
-    """The texts whose bytes these are."""
-    return Lazy(len(utf8), lambda row: str(utf8[row].tobytes(), "utf-8"))
 
 
 def lengths_of(arrays: Sequence[Any]) -> np.ndarray:

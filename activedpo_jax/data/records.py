@@ -15,7 +15,7 @@ from activedpo_jax.data.digests import digests_of, first_repeat, occurrence
 from activedpo_jax.data.fields import Prompt
 from activedpo_jax.data.groups import group_pairs
 from activedpo_jax.data.preferences import Record, content_hash, parse_record, prompt_hash, prompt_key, uniform
-from activedpo_jax.data.ragged import Lazy, Ragged, starts_of, strings
+from activedpo_jax.data.ragged import Lazy, Ragged, Strings, starts_of
 from activedpo_jax.data.sources import Rows, fail, open_rows
 from activedpo_jax.data.store import ALONE, Column, Hosts
 
@@ -49,7 +49,7 @@ class Records(Sequence[Record]):
 
     def __init__(self, rows: Rows, keys: Keys, chosen: np.ndarray) -> None:
         self._rows, self._keys, self._chosen = rows, keys, chosen
-        self._names = strings(keys.ids)
+        self._names = Strings(keys.ids)
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -78,6 +78,8 @@ class Records(Sequence[Record]):
     @property
     def ids(self) -> Sequence[str]:
         names, chosen = self._names, self._chosen  # alone: the ids outlive the rest
+        if len(chosen) == len(names):
+            return names
         return Lazy(len(chosen), lambda row: names[chosen[row]])
 
     @property
@@ -124,7 +126,7 @@ def named_records(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Record]
       ValueError: a record is malformed, or an id is there twice.
     """
     records = [parse_record(row, location) for location, row in rows]
-    names = strings(_Found(records).keys(ALONE, lambda row: records[row].location).ids)
+    names = Strings(_Found(records).keys(ALONE, lambda row: records[row].location).ids)
     return [r if r.id else dataclasses.replace(r, id=name) for r, name in zip(records, names, strict=True)]
 
 
@@ -153,7 +155,7 @@ class _Found:
         """
         given = Ragged(hosts.joined(self.ids), starts_of(hosts.joined(self.id_lengths)))
         ids = _named(given, hosts.joined(self.contents))
-        names = strings(ids)
+        names = Strings(ids)
         if repeat := first_repeat(digests_of(names)):
             row, earlier = repeat
             problem = f"id {names[row]!r} was given to {location(earlier)} already"
@@ -244,11 +246,10 @@ def shown_pairs(records: Sequence[Record], seed: int) -> tuple[np.ndarray, Seque
         group, *shown = pairs[row].tolist()
         return names[group] if sizes[group] == 2 else f"{names[group]}/{min(shown)}-{max(shown)}"
 
-    pair_ids = Lazy(len(pairs), name)
-    if sizes.max() > 2 and (repeat := first_repeat(digests_of(pair_ids))):  # else they are those of the records
-        row, earlier = repeat
-        place, before = (location_of(records, int(pairs[i, 0])) for i in repeat)
-        problem = f"the pair id {pair_ids[row]!r} is that of a pair of {before} already"
+    pair_ids = Lazy(len(pairs), name) if sizes.max() > 2 else names
+    if repeat := first_repeat(digests_of(pair_ids)):
+        place, before = (location_of(records, int(pairs[row, 0])) for row in repeat)
+        problem = f"the pair id {pair_ids[repeat[0]]!r} is that of a pair of {before} already"
         fail(place, problem, "every pair id once", "change the `id` of one of the records")
     swapped = np.fromiter((uniform(seed, "side", pair) >= 0.5 for pair in pair_ids), bool, len(pairs))
     pairs[swapped, 1:] = pairs[swapped, :0:-1]

@@ -174,13 +174,13 @@ class _ParquetRows:
             file, end = self._open(), 0
             for group in range(file.num_row_groups):
                 start, end = end, end + file.metadata.row_group(group).num_rows
-                if not np.any((wanted >= start) & (wanted < end)):
+                if np.searchsorted(wanted, start) == np.searchsorted(wanted, end):
                     continue
                 for batch in file.iter_batches(_PARQUET_ROWS, row_groups=[group]):
-                    here = wanted[(wanted >= start) & (wanted < start + len(batch))] - start
+                    first, last = np.searchsorted(wanted, [start, start + len(batch)])
+                    if first < last:
+                        yield from batch.take(wanted[first:last] - start).to_pylist()
                     start += len(batch)
-                    if len(here):
-                        yield from batch.take(here).to_pylist()
 
     def _open(self) -> Any:
         import pyarrow.parquet  # type: ignore[import-untyped]

@@ -75,7 +75,7 @@ def encoded_pool(records: Sequence[Record], encoding: Encoding, seed: int, hosts
     share = hosts.share(len(records))
     part = hosts.together(lambda: _PoolPart(encoding, records, pairs, share))
     prompts, responses = part.tokens.joined(hosts)
-    blob = Ragged(hosts.joined(part.texts), starts_of(hosts.joined(part.text_lengths)))
+    prompt_texts, response_texts = part.shown.joined(hosts)
     preferences, rewards = hosts.joined(part.preferences), hosts.joined(part.rewards).reshape(-1, 2)
     copies = copies_note(hosts.joined(part.copies), hosts.joined(part.sides))
     return PairPool(
@@ -85,10 +85,38 @@ def encoded_pool(records: Sequence[Record], encoding: Encoding, seed: int, hosts
         pair_ids=pair_ids,
         preferences=preferences,
         rewards=None if np.all(np.isnan(rewards)) else rewards,
-        prompt_texts=Lazy(len(blob), lambda group: json.loads(blob[group].tobytes())[0]),
-        response_texts=Lazy(len(blob), lambda group: tuple(json.loads(blob[group].tobytes())[1:])),
+        prompt_texts=prompt_texts,
+        response_texts=response_texts,
         notes=notes(part.tokens.tally.joined(hosts), encoding, len(pairs), copies),
     )
+
+
+def shown_texts(records: Sequence[Record]) -> tuple[Sequence[Any], Sequence[Sequence[str]]]:
+    """What a person reads of each record: the prompts, and the responses to each."""
+    shown = _Shown()
+    for batch in batches(records, _BATCH, characters):
+        shown.add(batch)
+    return shown.joined(ALONE)
+
+
+class _Shown:
+    """The texts of some records."""
+
+    def __init__(self) -> None:
+        self._texts, self._lengths = Column(np.uint8), Column(np.int32)
+
+    def add(self, records: Sequence[Record]) -> None:
+        texts = [json.dumps([r.prompt, *r.responses], ensure_ascii=False).encode() for r in records]
+        self._texts.append(np.frombuffer(b"".join(texts), np.uint8))
+        self._lengths.append([len(text) for text in texts])
+
+    def joined(self, hosts: Hosts) -> tuple[Sequence[Any], Sequence[Sequence[str]]]:
+        """The prompts and the responses of all hosts."""
+        texts = Ragged(hosts.joined(self._texts), starts_of(hosts.joined(self._lengths)))
+        return (
+            Lazy(len(texts), lambda group: json.loads(texts[group].tobytes())[0]),
+            Lazy(len(texts), lambda group: tuple(json.loads(texts[group].tobytes())[1:])),
+        )
 
 
 class _Tokens:
@@ -126,7 +154,7 @@ class _PoolPart:
 
     def __init__(self, encoding: Encoding, records: Sequence[Record], pairs: np.ndarray, share: range) -> None:
         self.tokens = _Tokens(encoding)
-        self.texts, self.text_lengths = Column(np.uint8), Column(np.int32)
+        self.shown = _Shown()
         self.preferences, self.rewards = Column(np.int8), Column(np.float32)
         self.copies, self.sides = Column(np.uint64), Column(np.int8)
         start = share.start
@@ -137,9 +165,7 @@ class _PoolPart:
 
     def _add(self, records: Sequence[Record], pairs: np.ndarray) -> None:
         responses, tally = self.tokens.add(records), self.tokens.tally
-        texts = [json.dumps([r.prompt, *r.responses], ensure_ascii=False).encode() for r in records]
-        self.texts.append(np.frombuffer(b"".join(texts), np.uint8))
-        self.text_lengths.append([len(text) for text in texts])
+        self.shown.add(records)
         preferences, rewards, copies = [], [], []
         for g, first, second in pairs.tolist():
             record, given = records[g], records[g].rewards
