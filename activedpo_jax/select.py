@@ -32,9 +32,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from activedpo_jax import api, errors, files, flags, layout, start
+from activedpo_jax.data.draws import limit
 from activedpo_jax.data.groups import Candidates, PairPool, check_tokens
+from activedpo_jax.data.pairs import shown_pairs
 from activedpo_jax.data.preferences import Record
-from activedpo_jax.data.records import limit, read_records, shown_pairs
+from activedpo_jax.data.records import read_records
 from activedpo_jax.data.sources import fail
 from activedpo_jax.data.tokenize import shown_texts
 from activedpo_jax.huggingface import loading
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_options(config)
         folders.check_workdir(folder, config, "select")
         check_free(folder)
-        records: Sequence[Record] = read_records(config.data.train, config.data.train_split)
+        records = read_records(config.data.train, config.data.train_split)
         if config.data.train_limit:
             records = limit(records, config.data.train_limit, config.seeds[0])
         tokenizer, given = None, None

@@ -28,8 +28,8 @@ from jax.sharding import Mesh
 
 from activedpo_jax import errors, flags, layout, start
 from activedpo_jax.data.completions import Completion, limit, read_completions
+from activedpo_jax.data.draws import split_by_prompt
 from activedpo_jax.data.groups import Bucket, assign_buckets, check_tokens
-from activedpo_jax.data.records import split_by_prompt
 from activedpo_jax.data.tokenize import tokenize_texts
 from activedpo_jax.huggingface import adapters, loading, merged
 from activedpo_jax.models.policy import Policy
@@ -47,10 +47,10 @@ def load(config: ml_collections.ConfigDict, seed: int) -> Examples:
       ValueError: a record, the template or the buckets are not in order; says where, and what to change.
     """
     sft, data = config.sft, config.data
-    completions: Sequence[Completion] = read_completions(sft.data, sft.split)
+    completions = read_completions(sft.data, sft.split)
     if sft.limit:
         completions = limit(completions, sft.limit, seed)
-    held_out: Sequence[Completion] = []
+    held_out: list[Completion] = []
     if sft.heldout_fraction:
         completions, held_out = split_by_prompt(completions, sft.heldout_fraction, seed)
     buckets = tuple(sorted(Bucket(*b) for b in data.buckets))

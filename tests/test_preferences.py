@@ -9,8 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from activedpo_jax.data.draws import limit, split_by_prompt
 from activedpo_jax.data.preferences import Record, uniform
-from activedpo_jax.data.records import limit, read_records, split_by_prompt
+from activedpo_jax.data.records import read_records
 
 USER = {"role": "user", "content": "What colour is the sky?"}
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -5,6 +5,7 @@ Each is held to what plain lists of everything would give.
 
 import dataclasses
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -23,12 +24,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from activedpo_jax.data import digests, ragged, records, sources, store, tokenize
+from activedpo_jax.data import digests, draws, ragged, records, sources, store, tokenize
 from activedpo_jax.data.encoding import make_encoding
 from activedpo_jax.data.groups import Bucket, PairPool, assign_buckets, check_tokens, pad_groups, pad_pairs
 from activedpo_jax.data.groups import shared_prompts as count_shared_prompts
 from activedpo_jax.data.preferences import Record, parse_record, prompt_key, uniform
-from activedpo_jax.data.prompts import prompts_of
+from activedpo_jax.data.prompts import prompts_of, read_prompts
 from activedpo_jax.data.store import ALONE, Column, Hosts
 from tests.tiny_tokenizer import CHATML, make_tokenizer
 
@@ -176,7 +177,9 @@ def test_arrays_end_to_end_are_those_of_plain_lists(made: Any) -> None:
         (ragged.Chained(p.prompt_tokens, p.prompt_tokens), ragged.Chained(p.response_tokens, p.response_tokens))
         for p in (plain, flat)
     ]
-    for prompts, responses in ((flat.prompt_tokens, flat.response_tokens), *twice):
+    every = np.arange(len(made))
+    taken = ragged.Taken(flat.prompt_tokens, every), ragged.Taken(plain.response_tokens, every)
+    for prompts, responses in ((flat.prompt_tokens, flat.response_tokens), taken, *twice):
         repeat = len(prompts) // len(made)
         assert ragged.lengths_of(prompts).tolist() == [len(p) for p, _ in made] * repeat
         assert ragged.sizes_of(responses).tolist() == [len(several) for _, several in made] * repeat
@@ -249,8 +252,12 @@ def test_records_are_read_when_they_are_asked_for(tmp_path: pathlib.Path) -> Non
     assert found.location(7) == expected[7].location
     with pytest.raises(IndexError):
         found[len(rows)]
-    names = [(p.id, p.prompt, p.location) for p in prompts_of(found)]
-    assert names == [(p.id, p.prompt, p.location) for p in prompts_of(expected)] and len(names) == 4
+    first = {prompt_key(r.prompt): r for r in reversed(expected)}
+    prompts = sorted(first.values(), key=expected.index)
+    names = [hashlib.blake2b(prompt_key(r.prompt).encode(), digest_size=8).hexdigest() for r in prompts]
+    for several in (prompts_of(found), read_prompts(str(tmp_path / "data.jsonl"))):
+        assert [(p.prompt, p.location, p.responses) for p in several] == [(r.prompt, r.location, ()) for r in prompts]
+        assert several.ids == [p.id for p in several] == names and len(names) == 4
     with open(tmp_path / "data.jsonl", "a") as file:
         file.write("\n")
     with pytest.raises(ValueError, match=r"data\.jsonl: has changed while it was read"):
@@ -274,12 +281,12 @@ def test_a_parquet_file_is_read_in_parts(tmp_path: pathlib.Path, monkeypatch: py
 def test_draws_from_a_file_are_those_of_the_records(tmp_path: pathlib.Path, seed: int) -> None:
     found = records.read_records(write(tmp_path / "data.jsonl", rows_of_all_kinds(60)))
     every = list(found)
-    train, heldout = records.split_by_prompt(found, 0.3, seed)
+    train, heldout = draws.split_by_prompt(found, 0.3, seed)
     keys = sorted({prompt_key(r.prompt) for r in every}, key=lambda key: uniform(seed, "split", key))
     held = set(keys[: round(0.3 * len(keys))])
     assert list(heldout) == [r for r in every if prompt_key(r.prompt) in held]
     assert list(train) == [r for r in every if prompt_key(r.prompt) not in held]
-    drawn, total, expected = records.limit(train, 20, seed), 0, set[str]()
+    drawn, total, expected = draws.limit(train, 20, seed), 0, set[str]()
     for record in sorted(train, key=lambda r: uniform(seed, "limit", r.id)):
         total += record.num_pairs
         if total > 20:
@@ -306,7 +313,7 @@ def test_few_records_are_in_memory_at_a_time(tmp_path: pathlib.Path, monkeypatch
     monkeypatch.setattr(tokenize, "_BATCH", 10 * tokenize._OVERHEAD)
     rows = [{"prompt": f"{i}", "chosen": "yes", "rejected": "no"} for i in range(300)]
     found = records.read_records(write(tmp_path / "data.jsonl", rows))
-    part, _ = records.split_by_prompt(records.limit(found, 200, 0), 0.2, 0)
+    part, _ = draws.split_by_prompt(draws.limit(found, 200, 0), 0.2, 0)
     pool = tokenize.encoded_pool(part, encoding(), 0)
     assert pool.num_pairs == 160 and most <= 22
 
@@ -346,7 +353,7 @@ def on_hosts(count: int, work: Callable[[Hosts], _Result]) -> list[_Result | Exc
 def whole_way(source: str) -> Callable[[Hosts], PairPool]:
     def work(hosts: Hosts) -> PairPool:
         found = records.read_records(source, hosts=hosts)
-        drawn = records.limit(found, 80, 1)
+        drawn = draws.limit(found, 80, 1)
         return tokenize.encoded_pool(drawn, encoding(), 3, hosts)
 
     return work
@@ -362,14 +369,10 @@ def test_hosts_have_together_what_one_has(tmp_path: pathlib.Path, monkeypatch: p
         for pool in on_hosts(count, whole_way(source)):
             assert isinstance(pool, PairPool), pool
             same_pool(pool, one)
-    several = on_hosts(2, lambda hosts: tokenize.encoded_texts(prompts_of(list(one_record(source))), encoding(), hosts))
+    several = on_hosts(2, lambda hosts: tokenize.encoded_texts(records.read_records(source)[:1], encoding(), hosts))
     for texts in several:  # more hosts than records
         assert not isinstance(texts, Exception)
         assert [p.tolist() for p in texts.prompt_tokens] == [one.prompt_tokens[0].tolist()]
-
-
-def one_record(source: str) -> Any:
-    return records.read_records(source)[:1]
 
 
 def test_batches_leave_no_trace(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

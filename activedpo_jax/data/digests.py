@@ -8,9 +8,14 @@ import numpy as np
 
 def digests_of(names: Iterable[str]) -> np.ndarray:
     """128 bits of each name: [N, 4] uint32."""
+    return digests_of_bytes(name.encode() for name in names)
+
+
+def digests_of_bytes(contents: Iterable[bytes]) -> np.ndarray:
+    """128 bits of each content: [N, 4] uint32."""
     digests = bytearray()
-    for name in names:
-        digests += hashlib.blake2b(name.encode(), digest_size=16).digest()
+    for content in contents:
+        digests += hashlib.blake2b(content, digest_size=16).digest()
     return np.frombuffer(digests, "<u4").reshape(-1, 4).astype(np.uint32)
 
 

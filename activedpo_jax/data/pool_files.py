@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from activedpo_jax.data.prompts import PromptRecord
+from activedpo_jax.data.records import ids_of
 from activedpo_jax.files import append_lines, read_lines, write_atomic
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class PoolFiles:
     def __init__(self, folder: pathlib.Path, records: Sequence[PromptRecord]) -> None:
         self.records = records
         self.paths = {True: folder / "responses.jsonl", False: folder / "too_few.jsonl"}
-        row_of = {record.id: i for i, record in enumerate(records)}
+        row_of = {name: i for i, name in enumerate(ids_of(records))}
         self.missing = set(range(len(records)))  # rows of the data that are in neither file
         for path in self.paths.values():
             for number, line in enumerate(read_lines(path), start=1):
@@ -68,7 +69,7 @@ class PoolFiles:
 
     def finish(self, responses: int, max_new_tokens: int, resamples: int) -> str:
         """Puts the lines into the order of the data; returns a report."""
-        place = {record.id: i for i, record in enumerate(self.records)}
+        place = {name: i for i, name in enumerate(ids_of(self.records))}
         rows: dict[bool, list[dict[str, Any]]] = {}
         for usable, path in self.paths.items():
             lines = sorted(read_lines(path), key=lambda line: place[json.loads(line)["id"]])

@@ -127,6 +127,14 @@ class Chained(Lazy[_Item]):
         self.parts = parts
 
 
+class Taken(Lazy[_Item]):
+    """The items of rows [n]."""
+
+    def __init__(self, items: Sequence[_Item], rows: np.ndarray) -> None:
+        super().__init__(len(rows), lambda row: items[rows[row]])
+        self.items, self.rows = items, rows
+
+
 def starts_of(lengths: np.ndarray) -> np.ndarray:
     """Where arrays of these lengths [n] begin when they lie end to end, and where the last ends: [n + 1] int64."""
     starts, total = Column(np.int64), 0
@@ -142,6 +150,8 @@ def lengths_of(arrays: Sequence[Any]) -> np.ndarray:
     """The length of each array, [n] int64."""
     if isinstance(arrays, Chained):
         return np.concatenate([lengths_of(part) for part in arrays.parts])
+    if isinstance(arrays, Taken):
+        return lengths_of(arrays.items)[arrays.rows]
     if isinstance(arrays, Ragged):
         return arrays.lengths
     return np.fromiter(map(len, arrays), np.int64, len(arrays))
@@ -151,6 +161,8 @@ def sizes_of(groups: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     """The number of arrays in each group, [n] int64."""
     if isinstance(groups, Chained):
         return np.concatenate([sizes_of(part) for part in groups.parts])
+    if isinstance(groups, Taken):
+        return sizes_of(groups.items)[groups.rows]
     if isinstance(groups, Nested):
         return np.diff(groups.starts)
     return lengths_of(groups)
@@ -160,6 +172,8 @@ def longest_of(groups: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     """The length of the longest array of each group, [n] int64."""
     if isinstance(groups, Chained):
         return np.concatenate([longest_of(part) for part in groups.parts])
+    if isinstance(groups, Taken):
+        return longest_of(groups.items)[groups.rows]
     if isinstance(groups, Nested):
         return np.maximum.reduceat(groups.arrays.lengths, groups.starts[:-1])
     return np.fromiter((max(map(len, several)) for several in groups), np.int64, len(groups))

@@ -13,9 +13,10 @@ import numpy as np
 from activedpo_jax.data.encoding import Encoding, encode, make_encoding
 from activedpo_jax.data.groups import PairPool, Texts
 from activedpo_jax.data.notes import copies_note, notes
+from activedpo_jax.data.pairs import shown_pairs
 from activedpo_jax.data.preferences import Record, copy_hash
 from activedpo_jax.data.ragged import Lazy, Nested, Ragged, starts_of
-from activedpo_jax.data.records import batches, shown_pairs
+from activedpo_jax.data.records import batches
 from activedpo_jax.data.store import ALONE, Column, Hosts
 from activedpo_jax.data.tally import Tally
 from activedpo_jax.data.templates import Exchange
@@ -91,7 +92,7 @@ def encoded_pool(records: Sequence[Record], encoding: Encoding, seed: int, hosts
     )
 
 
-def shown_texts(records: Sequence[Record]) -> tuple[Sequence[Any], Sequence[Sequence[str]]]:
+def shown_texts(records: Sequence[Exchange]) -> tuple[Sequence[Any], Sequence[Sequence[str]]]:
     """What a person reads of each record: the prompts, and the responses to each."""
     shown = _Shown()
     for batch in batches(records, _BATCH, characters):
@@ -105,7 +106,7 @@ class _Shown:
     def __init__(self) -> None:
         self._texts, self._lengths = Column(np.uint8), Column(np.int32)
 
-    def add(self, records: Sequence[Record]) -> None:
+    def add(self, records: Sequence[Exchange]) -> None:
         texts = [json.dumps([r.prompt, *r.responses], ensure_ascii=False).encode() for r in records]
         self._texts.append(np.frombuffer(b"".join(texts), np.uint8))
         self._lengths.append([len(text) for text in texts])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from activedpo_jax import layout
+from activedpo_jax.data.digests import digests_of_bytes
 from activedpo_jax.data.groups import (
     Bucket,
     Candidates,
@@ -23,7 +24,7 @@ from activedpo_jax.data.groups import (
     microbatches,
     pad_groups,
 )
-from activedpo_jax.data.ragged import Chained
+from activedpo_jax.data.ragged import Chained, Taken
 from activedpo_jax.generation.decoding import Requests, Responses, respond
 from activedpo_jax.generation.responses import flawed
 from activedpo_jax.models.decoder import unstack
@@ -53,21 +54,18 @@ class PromptSet:
 
     def distinct(self) -> "PromptSet":
         """Without the prompts whose tokens are those of one before, of which the same responses would be sampled."""
-        first: dict[bytes, int] = {}
-        for i, prompt in enumerate(self.texts.prompt_tokens):
-            first.setdefault(prompt.tobytes(), i)
-        return self.taken(np.array(list(first.values())))
+        digests = digests_of_bytes(prompt.tobytes() for prompt in self.texts.prompt_tokens)
+        return self.taken(np.sort(np.unique(digests, axis=0, return_index=True)[1]))
 
     def taken(self, rows: np.ndarray) -> "PromptSet":
         """The prompts of these rows."""
         texts = dataclasses.replace(
             self.texts,
-            prompt_tokens=[self.texts.prompt_tokens[i] for i in rows],
-            response_tokens=[self.texts.response_tokens[i] for i in rows],
+            prompt_tokens=Taken(self.texts.prompt_tokens, rows),
+            response_tokens=Taken(self.texts.response_tokens, rows),
         )
-        return dataclasses.replace(
-            self, ids=[self.ids[i] for i in rows], texts=texts, prompt_texts=[self.prompt_texts[i] for i in rows]
-        )
+        ids, prompt_texts = Taken(self.ids, rows), Taken(self.prompt_texts, rows)
+        return dataclasses.replace(self, ids=ids, texts=texts, prompt_texts=prompt_texts)
 
 
 class Prompts(NamedTuple):
