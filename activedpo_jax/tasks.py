@@ -127,8 +127,10 @@ def _sources(
     Every seed is judged by the same held-out pairs, where there is a limit on them.
     """
     data, source = config.data, config.candidates.source
+    records: Records[Record] | None = None
+    prompts: Records[PromptRecord] | None = None
     if source == "policy" and data.heldout:
-        records, prompts = None, read_prompts(data.train, data.train_split, hosts)
+        prompts = read_prompts(data.train, data.train_split, hosts)
         heldout = read_records(data.heldout, data.heldout_split, hosts)
     else:
         everything = read_records(data.train, data.train_split, hosts)
