@@ -24,7 +24,6 @@ from activedpo_jax.data.groups import Texts, check_tokens
 from activedpo_jax.data.pool_files import PoolFiles
 from activedpo_jax.data.preferences import uniform
 from activedpo_jax.data.prompts import read_prompts
-from activedpo_jax.data.records import ids_of
 from activedpo_jax.data.tokenize import tokenize_texts
 from activedpo_jax.generation.responses import GenerationSpec, generate
 from activedpo_jax.huggingface import loading
@@ -82,9 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             lora = unstack(start.initial_lora(config, decoder, mesh, config.seeds[0])) if config.lora.path else None
 
         text_of = start.text_of(tokenizer, stop)
-        seeds = np.array([uniform(config.seeds[0], "generation", name) * 2**32 for name in ids_of(records)]).astype(
-            np.uint32
-        )
+        draws = [uniform(config.seeds[0], "generation", name) for name in records.ids]
+        seeds = (np.array(draws) * 2**32).astype(np.uint32)
         for results in generate(spec, params, lora, texts.prompt_tokens, seeds, widths, text_of, files.missing):
             files.add(results)
         print(files.finish(options.responses, options.max_new_tokens, options.resamples))
