@@ -34,10 +34,10 @@ _WORDS = ["What", "colour", "is", "the", "sky", "today", "It", "blue", "and", "g
 _Result = TypeVar("_Result")
 
 
-def write_pool(path: pathlib.Path, pairs: int) -> None:
-    """JSONL of different prompts, each with two different responses."""
+def write_pool(path: pathlib.Path, pairs: int, words: int) -> None:
+    """JSONL of different prompts, each with two different responses, all of `words` words at most."""
     rng = np.random.default_rng(0)
-    sentences = [" ".join(rng.choice(_WORDS, rng.integers(8, 25))) for _ in range(4096)]
+    sentences = [" ".join(rng.choice(_WORDS, rng.integers(words // 3, words + 1))) for _ in range(4096)]
     with open(path, "w") as file:
         for i in range(pairs):
             prompt, chosen, rejected = (sentences[j] for j in rng.integers(0, len(sentences), 3))
@@ -143,6 +143,7 @@ def table(name: str, found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=20_000)
+    parser.add_argument("--words", type=int, default=24, help="the most words of a prompt or a response")
     parser.add_argument("--against", type=pathlib.Path, help="a checkout whose code is measured, too")
     parser.add_argument("--against_pairs", type=int, default=20_000, help="pairs that both are compared on")
     parser.add_argument("--out", type=pathlib.Path, help="write the figures here, as JSON")
@@ -156,12 +157,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.against:
             source = pathlib.Path(folder) / "some.jsonl"
-            write_pool(source, args.against_pairs)
+            write_pool(source, args.against_pairs, args.words)
             for name, checkout in (("the other checkout", args.against.resolve()), ("this one", here)):
                 runs[name] = in_fresh_process(source, checkout)
                 print(table(name, runs[name]), flush=True)
         source = pathlib.Path(folder) / "pool.jsonl"
-        write_pool(source, args.pairs)
+        write_pool(source, args.pairs, args.words)
         runs["all"] = in_fresh_process(source, here) | {"file_bytes": source.stat().st_size}
         print(table("all", runs["all"]))
     if args.out:
@@ -171,7 +172,11 @@ def main() -> None:
         hardware = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
         versions = {"python": platform.python_version(), "numpy": np.__version__, "jax": jax.__version__}
         versions["transformers"] = transformers.__version__
-        arguments = {"pairs": args.pairs, "against_pairs": args.against_pairs if args.against else 0}
+        arguments = {
+            "pairs": args.pairs,
+            "words": args.words,
+            "against_pairs": args.against_pairs if args.against else 0,
+        }
         record = {"hardware": hardware, "versions": versions, "arguments": arguments, "runs": runs}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n")
