@@ -59,15 +59,18 @@ class Task:
         return self.prompts.texts
 
 
-def load(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: pathlib.Path | None) -> Task:
+def load(
+    config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: pathlib.Path | None, hosts: Hosts = ALONE
+) -> Task:
     """The task of one seed.
 
     Args:
       cache: where a model trained from nothing is kept for the other runs of the seed and for going on.
+      hosts: each reads and tokenises a share of the data, and all get the whole.
     """
     if config.data.train == SYNTHETIC:
         return _synthetic(config, seed, mesh, cache)
-    return _from_files(config, seed, mesh)
+    return _from_files(config, seed, mesh, hosts)
 
 
 def params_shape(decoder: Decoder, mesh: Mesh, dtype: Any, quantisation: str) -> Params:
@@ -85,7 +88,7 @@ def params_shape(decoder: Decoder, mesh: Mesh, dtype: Any, quantisation: str) ->
     )
 
 
-def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, hosts: Hosts = ALONE) -> Task:
+def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, hosts: Hosts) -> Task:
     data, path, revision = config.data, config.model.path, config.model.revision
     buckets = tuple(sorted(Bucket(*b) for b in data.buckets))
     source = config.candidates.source

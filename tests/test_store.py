@@ -24,6 +24,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from activedpo_jax import layout, tasks
+from activedpo_jax.config import default
 from activedpo_jax.data import digests, draws, ragged, records, sources, store, tokenize
 from activedpo_jax.data.encoding import make_encoding
 from activedpo_jax.data.groups import Bucket, PairPool, assign_buckets, check_tokens, pad_groups, pad_pairs
@@ -31,6 +33,7 @@ from activedpo_jax.data.groups import shared_prompts as count_shared_prompts
 from activedpo_jax.data.preferences import Record, parse_record, prompt_key, uniform
 from activedpo_jax.data.prompts import prompts_of, read_prompts
 from activedpo_jax.data.store import ALONE, Column, Hosts
+from tests.tiny_hf import tiny_llama
 from tests.tiny_tokenizer import CHATML, make_tokenizer
 
 _Result = TypeVar("_Result")
@@ -373,6 +376,33 @@ def test_hosts_have_together_what_one_has(tmp_path: pathlib.Path, monkeypatch: p
     for texts in several:  # more hosts than records
         assert not isinstance(texts, Exception)
         assert [p.tolist() for p in texts.prompt_tokens] == [one.prompt_tokens[0].tolist()]
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_hosts_load_the_same_task(tmp_path: pathlib.Path, held_out: bool) -> None:
+    tokenizer = make_tokenizer(CHATML, eos="<|im_end|>")
+    tiny_llama(tmp_path / "base", vocab_size=len(tokenizer), tie_word_embeddings=True)
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = default()
+    config.model.path, config.model.dtype = str(tmp_path / "base"), "float32"
+    config.data.train = write(tmp_path / "pairs.jsonl", rows_of_all_kinds(60))
+    config.data.heldout = write(tmp_path / "heldout.jsonl", rows_of_all_kinds(20)) if held_out else ""
+    config.data.train_limit, config.data.heldout_limit = 30, 10
+    config.candidates.source, config.data.buckets = "mixture", ((14, 20), (40, 40))
+    mesh = layout.make_mesh(config.mesh)
+    one, *several = on_hosts(1, lambda hosts: tasks.load(config, 3, mesh, None, hosts))
+    several += on_hosts(2, lambda hosts: tasks.load(config, 3, mesh, None, hosts))
+    for task in (one, *several):
+        assert isinstance(task, tasks.Task), task
+        assert isinstance(one, tasks.Task) and one.pool is not None and task.pool is not None
+        same_pool(task.pool, one.pool)
+        same_pool(task.heldout, one.heldout)
+        assert one.prompts is not None and task.prompts is not None
+        assert task.prompts.ids == one.prompts.ids and task.prompts.prompt_texts == one.prompts.prompt_texts
+        tokens = zip(task.prompts.texts.prompt_tokens, one.prompts.texts.prompt_tokens, strict=True)
+        assert all(np.array_equal(a, b) for a, b in tokens)
+    assert isinstance(one, tasks.Task) and one.pool is not None and one.prompts is not None
+    assert 25 < one.pool.num_pairs <= 30 and 5 < one.heldout.num_pairs <= 10 and len(one.prompts.ids) > 1
 
 
 def test_batches_leave_no_trace(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
