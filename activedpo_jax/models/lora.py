@@ -76,7 +76,8 @@ def _low_rank_fwd(x, matrix):  # type: ignore[no-untyped-def]
 
 def _low_rank_bwd(residuals, d_out):  # type: ignore[no-untyped-def]
     x, matrix = residuals
-    d_matrix = jnp.einsum("...i,...o->io", x, d_out, preferred_element_type=jnp.float32).T
+    tokens = tuple(range(x.ndim - 1))
+    d_matrix = jnp.tensordot(d_out, x, (tokens, tokens), preferred_element_type=jnp.float32)
     return d_out @ matrix.astype(x.dtype), d_matrix
 
 
