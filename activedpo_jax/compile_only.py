@@ -81,10 +81,14 @@ def programs(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) ->
 
     if task.base_model == tasks.SYNTHETIC:
         scratch = tasks.scratch_optimiser(config)
-        weights = tasks.params_shape(task.decoder, mesh, jnp.float32, "none")
+        decoder = tasks.scratch_decoder(task.decoder, mesh)
+        assert decoder.mesh is not None
+        alone = functools.partial(_abstract, sharding=layout.replicated(decoder.mesh))
+        weights = tasks.params_shape(decoder, decoder.mesh, jnp.float32, "none")
         opt_state = jax.eval_shape(lambda p: optimiser.init_optimiser(scratch, p), weights)
-        batch = _groups(mesh, task.buckets[0], layout.round_up(config.scratch.batch_size, mesh), 2)
-        arguments: tuple[Any, ...] = (task.decoder, scratch, weights, replicated(opt_state), batch, lam)
+        batch = _groups(decoder.mesh, task.buckets[0], config.scratch.batch_size, 2)
+        rate = alone(jnp.float32(0))
+        arguments: tuple[Any, ...] = (decoder, scratch, weights, alone(opt_state), batch, rate)
         yield "base model step", tasks.language_model_step, arguments
 
     if config.sft.data:

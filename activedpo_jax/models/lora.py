@@ -60,13 +60,36 @@ def init_lora(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Lora:
     return {"layers": {n: matrices(n, k) for n, k in zip(names, jax.random.split(key, len(names)), strict=True)}}
 
 
+@jax.custom_vjp
+def _low_rank(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """x Mᵀ in x's dtype, for a float32 matrix M of an adapter.
+
+    The gradient of M is added up in float32.  Autodiff would round the part of each device to x's dtype before the
+    parts are added, and Adam, whose first steps only look at signs, would follow the rounding.
+    """
+    return x @ matrix.T.astype(x.dtype)
+
+
+def _low_rank_fwd(x, matrix):  # type: ignore[no-untyped-def]
+    return _low_rank(x, matrix), (x, matrix)
+
+
+def _low_rank_bwd(residuals, d_out):  # type: ignore[no-untyped-def]
+    x, matrix = residuals
+    tokens = tuple(range(x.ndim - 1))
+    d_matrix = jnp.tensordot(d_out, x, (tokens, tokens), preferred_element_type=jnp.float32)
+    return d_out @ matrix.astype(x.dtype), d_matrix
+
+
+_low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)
+
+
 def _apply_lora(
     blocks: Sequence[jax.Array], kernel: quantise.Kernel, a: jax.Array, b: jax.Array, scale: float
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Outputs x W + s (x Aᵀ) Bᵀ of every block, and the low-rank x Aᵀ."""
-    dtype = blocks[0].dtype
-    low = [x @ a.T.astype(dtype) for x in blocks]
-    out = [quantise.matmul(x, kernel) + scale * (u @ b.T.astype(dtype)) for x, u in zip(blocks, low, strict=True)]
+    low = [_low_rank(x, a) for x in blocks]
+    out = [quantise.matmul(x, kernel) + scale * _low_rank(u, b) for x, u in zip(blocks, low, strict=True)]
     return out, low
 
 
