@@ -1,18 +1,20 @@
 """The device mesh, and the one table that says how everything is laid out on it.
 
 Axes: `data` (examples), `fsdp` (examples, and weights cut along one dimension), `tensor` (weights cut along heads and
-hidden units).  Programs are plain `jax.jit`; the compiler derives every other layout from those given here.
+hidden units).  An adapter, its gradient and its moments are cut over `fsdp` and `tensor` alike.  Programs are plain
+`jax.jit`; the compiler derives every other layout from those given here.
 """
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,19 +22,25 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # Linear maps are cut as in Megatron: the first of each pair by its outputs, the second by its inputs, so that one
-# all-reduce serves both.  The leading axis is the layer.
+# all-reduce serves both.  The leading axis is the layer.  `fsdp` may cut either dimension of a matrix, since what it
+# cuts is gathered before use; so there is a second choice for a mesh with which the first would leave a device less
+# than a tile.
 _COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _ROW = ("o_proj", "down_proj")
-_RULES: dict[tuple[str, str], P] = (
-    {(m, "kernel"): P(None, "fsdp", "tensor") for m in _COLUMN}
-    | {(m, "bias"): P(None, "tensor") for m in _COLUMN}
-    | {(m, "a"): P(None, None, "fsdp") for m in _COLUMN}
-    | {(m, "b"): P(None, "tensor", None) for m in _COLUMN}
-    | {(m, "kernel"): P(None, "tensor", "fsdp") for m in _ROW}
-    | {(m, "a"): P(None, None, "tensor") for m in _ROW}
-    | {(m, "b"): P(None, "fsdp", None) for m in _ROW}
-    | {("embed", "embedding"): P("tensor", "fsdp"), ("lm_head", "embedding"): P("tensor", "fsdp")}
+_BOTH, _BOTH_REVERSED = ("tensor", "fsdp"), ("fsdp", "tensor")
+_RULES: Mapping[tuple[str, str], tuple[P, ...]] = (
+    {(m, "kernel"): (P(None, "fsdp", "tensor"),) for m in _COLUMN}
+    | {(m, "bias"): (P(None, "tensor"),) for m in _COLUMN}
+    | {(m, "a"): (P(None, None, _BOTH_REVERSED), P(None, "tensor", "fsdp"), P(None, "fsdp", "tensor")) for m in _COLUMN}
+    | {(m, "b"): (P(None, _BOTH, None),) for m in _COLUMN}
+    | {(m, "kernel"): (P(None, "tensor", "fsdp"), P(None, _BOTH, None)) for m in _ROW}
+    | {(m, "a"): (P(None, None, _BOTH), P(None, "fsdp", "tensor")) for m in _ROW}
+    | {(m, "b"): (P(None, _BOTH_REVERSED, None),) for m in _ROW}
+    | {(m, "embedding"): (P("tensor", "fsdp"), P(_BOTH, None)) for m in ("embed", "lm_head")}
 )
+# The last two dimensions of an array in a TPU's memory are in tiles of this shape.  Where a device holds a part of one
+# along the last, the compiler gathers by an all-reduce of the whole array.
+_TILE = (8, 128)
 
 
 def make_mesh(sizes: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
@@ -52,7 +60,9 @@ def make_mesh(sizes: ml_collections.ConfigDict, devices: Sequence[Any] | None = 
             f"config.mesh ({got}) does not cover the {len(devices)} devices: the sizes must multiply to "
             f"{len(devices)}, and one of them may be -1 for all that are left"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # Each axis need not be one of the machine's own: on a v5p of 8x8x8, none has 128 devices.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _found_devices() -> list[Any]:
@@ -74,11 +84,25 @@ def _found_devices() -> list[Any]:
 
 def fit(mesh: Mesh, spec: P, shape: Sequence[int]) -> NamedSharding:
     """`spec` on this mesh, without the axes that do not divide their dimension (a tiny model on many devices)."""
-    entries = [
-        entry if entry is None or size % axis_size(mesh, entry) == 0 else None
-        for entry, size in zip(tuple(spec) + (None,) * (len(shape) - len(spec)), shape, strict=True)
-    ]
-    return NamedSharding(mesh, P(*entries))
+
+    def fitting(entry: Any, size: int) -> Any:
+        axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        while axes and size % axis_size(mesh, axes):
+            axes = axes[:-1]
+        return axes if len(axes) > 1 else axes[0] if axes else None
+
+    entries = tuple(spec) + (None,) * (len(shape) - len(spec))
+    return NamedSharding(mesh, P(*(fitting(entry, size) for entry, size in zip(entries, shape, strict=True))))
+
+
+def _first_of_whole_tiles(mesh: Mesh, specs: Sequence[P], shape: Sequence[int]) -> P:
+    """The first of `specs` that leaves every device whole tiles; else the first."""
+
+    def is_whole(spec: P) -> bool:
+        last = zip(tuple(spec)[-2:], shape[-2:], _TILE, strict=True)
+        return all(entry is None or size % (axis_size(mesh, entry) * tile) == 0 for entry, size, tile in last)
+
+    return next(filter(is_whole, specs), specs[0])
 
 
 def axis_size(mesh: Mesh, axes: str | Sequence[str]) -> int:
@@ -94,13 +118,20 @@ def weight_shardings(mesh: Mesh, tree: Any) -> Any:
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
-        spec = _RULES.get(names[-2:], P())
+        specs = _RULES.get(names[-2:], (P(),))
         if len(names) < len(path):  # codes [L, tiles, in/tiles, out] or scales [L, tiles, 1, out] of `models.quantise`
-            layers, inputs, outputs = spec
+            layers, inputs, outputs = specs[0]
             spec = P(layers, inputs, None, outputs) if leaf.shape[1] > 1 else P(layers, None, inputs, outputs)
+        else:
+            spec = _first_of_whole_tiles(mesh, specs, leaf.shape) if len(specs) > 1 else specs[0]
         return fit(mesh, spec, leaf.shape)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def like_weights(mesh: Mesh, tree: Any) -> Any:
+    """Traced weights, or a gradient of them, constrained to `weight_shardings`."""
+    return jax.lax.with_sharding_constraint(tree, weight_shardings(mesh, tree))
 
 
 def batch(mesh: Mesh) -> NamedSharding:

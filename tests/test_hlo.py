@@ -1,15 +1,25 @@
 """What is read from compiled programs, and what the package's own programs move between devices."""
 
+import dataclasses
+import math
 import textwrap
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from activedpo_jax import hlo
+from activedpo_jax import hlo, layout
+from activedpo_jax.data.groups import Groups
+from activedpo_jax.evidence.gradients import FeatureSpec, pair_features
+from activedpo_jax.models.config import LoraConfig
+from activedpo_jax.models.decoder import Decoder, Params, init_params
+from activedpo_jax.models.lora import Lora, init_lora
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +172,75 @@ def test_batched_products_that_tpu_writes_as_convolutions() -> None:
 def test_text_without_an_entry_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"as_text\(\)"):
         hlo.collectives("HloModule empty\n")
+
+
+# The programs of a run, on eight devices.  Sizes are such that the mesh divides them all, and no two are alike.
+
+MODEL = dataclasses.replace(
+    tiny.MODEL, vocab_size=1024, hidden_size=64, intermediate_size=96, num_heads=8, num_kv_heads=4
+)
+GROUPS, PROMPT, RESPONSE = 8, 12, 40
+DIM = 128  # D; the sketch of a matrix has up to 12 tiles in one row of devices
+
+
+@pytest.fixture(scope="module")
+def pod() -> Mesh:
+    return layout.make_mesh(ml_collections.ConfigDict({"data": 1, "fsdp": 4, "tensor": 2}))
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def model_on(mesh: Mesh, logits_chunk: int) -> tuple[Decoder, Params, Lora, Groups]:
+    """A decoder, and the shapes of its weights, of an adapter, and of a batch of pairs."""
+    decoder = Decoder(MODEL, LoraConfig(16, 32.0), remat="full", logits_chunk=logits_chunk, mesh=mesh)
+    params = jax.eval_shape(lambda: init_params(decoder, jax.random.key(0)))
+    lora = jax.eval_shape(lambda: init_lora(MODEL, decoder.lora, jax.random.key(0)))
+    batch = jax.eval_shape(lambda: Groups(*map(jnp.asarray, tiny.groups(0, GROUPS, 2, PROMPT, RESPONSE))))
+    weights = (placed(tree, layout.weight_shardings(mesh, tree)) for tree in (params, lora))
+    return decoder, *weights, jax.tree.map(lambda x: placed(x, layout.batch(mesh)), batch)
+
+
+def features_text(mesh: Mesh, logits_chunk: int) -> str:
+    decoder, params, lora, batch = model_on(mesh, logits_chunk)
+    compute = jax.jit(lambda p, a, g, seed: pair_features(decoder, p, a, g, FeatureSpec(DIM), seed))
+    return compute.lower(params, lora, batch, jnp.uint32(0)).compile().as_text()
+
+
+def held(text: str) -> list[hlo.Array]:
+    """The arrays of a device's memory: all results but those within fusions."""
+    program = hlo.parse(text)
+    fused = {name for i in program.instructions.values() if i.opcode == "fusion" for name in i.called}
+    return [
+        array
+        for name, instructions in program.computations.items()
+        if name not in fused and program.runs[name]
+        for instruction in instructions
+        for array in instruction.results
+    ]
+
+
+def test_features_move_no_gradients_and_hold_their_own_examples_alone(pod: Mesh) -> None:
+    text = features_text(pod, logits_chunk=10_000)
+    # Forwards, forwards again and backwards in each layer; nothing in a loop over tiles within a layer.
+    assert max(c.count for c in hlo.collectives(text)) <= MODEL.num_layers
+    # Per-example gradients are [examples, rows, columns] float32; a device has two responses to two prompts, of which
+    # it sketches half the rows: at most 2 x 2 x 96 x 16 / 2 numbers.
+    largest = max(array.bytes for array in held(text) if array.dtype == "f32" and DIM in array.shape[-1:])
+    assert largest <= 2 * GROUPS * DIM * 4 // 4
+    assert not [a for a in held(text) if a.shape[-1:] == (DIM,) and GROUPS in a.shape]
+
+
+def test_logits_stay_cut_and_their_table_is_gathered_once(pod: Mesh) -> None:
+    chunk = 2 * 2 * 8  # tokens of a device: 8 positions of two responses to two prompts
+    text = features_text(pod, chunk)
+    iterations = RESPONSE // 8
+    table = MODEL.vocab_size * MODEL.hidden_size * 4 // 2  # cut over `tensor`
+    assert sum(c.count for c in hlo.collectives(text) if c.bytes >= table) == 1
+    # Inside the loop over chunks: maxima and sums of [tokens], and the hidden states of [tokens, d].
+    in_loop = [c for c in hlo.collectives(text) if c.count == iterations]
+    assert max(c.bytes for c in in_loop) <= chunk * MODEL.hidden_size * 4
+    rows = [math.prod(a.shape[:-1]) for a in held(text) if a.shape[-1:] == (MODEL.vocab_size // 2,)]
+    assert rows and max(rows) <= chunk
+    assert not [a for a in held(text) if MODEL.vocab_size in a.shape]

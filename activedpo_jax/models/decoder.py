@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from activedpo_jax.data.groups import Groups
 from activedpo_jax.models import attention, few_tokens, kernels
 from activedpo_jax.models.config import LoraConfig, ModelConfig
-from activedpo_jax.models.logprobs import make_logits, soft_capped, token_logprobs
+from activedpo_jax.models.logprobs import Chunking, make_logits, soft_capped, token_logprobs
 from activedpo_jax.models.lora import LoraLinear, Probe
 
 Params = dict[str, Any]
@@ -85,7 +85,8 @@ class Layer(nn.Module):
         pre, post = config.norms in ("pre", "both"), config.norms in ("post", "both")
 
         def linear(name: str, features: int, blocks: Sequence[jax.Array], bias: bool = False) -> list[jax.Array]:
-            return LoraLinear(features, self.lora_scale, self.dtype, bias, name=name)(blocks, per_layer.layer, probe)
+            module = LoraLinear(features, self.lora_scale, self.dtype, bias, self.backend.mesh, name=name)
+            return module(blocks, per_layer.layer, probe)
 
         def norm(name: str, blocks: Sequence[jax.Array]) -> list[jax.Array]:
             module = RMSNorm(config.rms_norm_eps, config.norm_offset, name=name)
@@ -205,8 +206,9 @@ class Decoder(nn.Module):
         # The states before the response tokens: the prompt's last, then all of the response's but its last.
         first, response = self._encoded(groups, probe)
         states = self.final_norm(jnp.concatenate([first, response[:, :, :-1]], axis=2))
-        targets, softcap = jnp.asarray(groups.response_ids), self.config.logit_softcap
-        logps = token_logprobs(states, self._output_table(), targets, self.logits_chunk, train_base, softcap)
+        chunking = Chunking(self.logits_chunk, self.config.logit_softcap, self.mesh)
+        targets = jnp.asarray(groups.response_ids)
+        logps = token_logprobs(states, self._output_table(), targets, chunking, train_base)
         present = jnp.arange(logps.shape[2]) < jnp.asarray(groups.response_len)[..., None]
         return jnp.where(present, logps, 0.0)
 

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from activedpo_jax.models import quantise
 from activedpo_jax.models.config import LINEAR_MAPS, LoraConfig, ModelConfig
 from activedpo_jax.models.few_tokens import OutputsFirst
-from activedpo_jax.models.sketch import tiled_count_sketch
+from activedpo_jax.models.sketch import sketch_on_mesh
 
 Lora = dict[str, Any]  # {"layers": {module: {"a": [L, r, d_in], "b": [L, d_out, r]}}}, float32
 
@@ -70,10 +71,17 @@ def _apply_lora(
     return out, low
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+class _Place(NamedTuple):
+    """The static facts of a LoRA map."""
+
+    scale: float
+    name: str
+    mesh: Mesh | None  # of the program
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _probed_linear(
-    scale: float,
-    name: str,
+    place: _Place,
     blocks: Sequence[jax.Array],
     kernel: quantise.Kernel,
     a: jax.Array,
@@ -82,15 +90,16 @@ def _probed_linear(
     probe: Probe,
 ) -> list[jax.Array]:
     """The LoRA map; backwards, the cotangent of the probe is the sketch of each example's own gradients of A and B."""
-    return _apply_lora(blocks, kernel, a, b, scale)[0]
+    return _apply_lora(blocks, kernel, a, b, place.scale)[0]
 
 
-def _probed_linear_fwd(scale, name, blocks, kernel, a, b, layer, probe):  # type: ignore[no-untyped-def]
-    out, low = _apply_lora(blocks, kernel, a, b, scale)
+def _probed_linear_fwd(place, blocks, kernel, a, b, layer, probe):  # type: ignore[no-untyped-def]
+    out, low = _apply_lora(blocks, kernel, a, b, place.scale)
     return out, (blocks, low, kernel, a, b, layer, probe)
 
 
-def _probed_linear_bwd(scale, name, residuals, d_out):  # type: ignore[no-untyped-def]
+def _probed_linear_bwd(place, residuals, d_out):  # type: ignore[no-untyped-def]
+    scale, name, mesh = place
     blocks, low, kernel, a, b, layer, probe = residuals
     batch, dim = probe.zeros.shape
     dtype = blocks[0].dtype
@@ -108,7 +117,7 @@ def _probed_linear_bwd(scale, name, residuals, d_out):  # type: ignore[no-untype
             total += jnp.einsum("gti,gtj->gij", x, y, preferred_element_type=jnp.float32)
         return scale * total
 
-    sketch = functools.partial(tiled_count_sketch, dim=dim, seed=probe.seed, layer=layer)
+    sketch = functools.partial(sketch_on_mesh, mesh, dim=dim, seed=probe.seed, layer=layer)
     features = sketch(per_example(d_low, blocks), name=f"{name}/a") + sketch(per_example(d_out, low), name=f"{name}/b")
     # None: the base weights get no cotangent, nor do A and B, whose gradients are not needed.
     return d_in, None, None, None, None, Probe(features, None)
@@ -124,6 +133,7 @@ class LoraLinear(nn.Module):
     scale: float
     dtype: Any
     use_bias: bool = False
+    mesh: Mesh | None = None  # of the program; None: the default device
 
     @nn.compact
     def __call__(self, blocks: Sequence[jax.Array], layer: jax.Array, probe: Probe | None) -> list[jax.Array]:
@@ -137,7 +147,8 @@ class LoraLinear(nn.Module):
                 out = _apply_lora(blocks, kernel, a, b, self.scale)[0]
             else:
                 assert self.name is not None
-                out = _probed_linear(self.scale, self.name, list(blocks), kernel, a, b, layer, probe)
+                place = _Place(self.scale, self.name, self.mesh)
+                out = _probed_linear(place, list(blocks), kernel, a, b, layer, probe)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
             out = [y + bias for y in out]
