@@ -22,21 +22,28 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # Linear maps are cut as in Megatron: the first of each pair by its outputs, the second by its inputs, so that one
-# all-reduce serves both.  The leading axis is the layer.  `fsdp` may cut either dimension of a matrix, since what it
-# cuts is gathered before use; so there is a second choice for a mesh with which the first would leave a device less
-# than a tile.
+# all-reduce serves both.  Adapters are cut by their rank where they would be whole otherwise, so that no product is
+# computed twice.
 _COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _ROW = ("o_proj", "down_proj")
-_BOTH, _BOTH_REVERSED = ("tensor", "fsdp"), ("fsdp", "tensor")
-_RULES: Mapping[tuple[str, str], tuple[P, ...]] = (
+_AT_USE: Mapping[tuple[str, str], P] = (
+    {(m, "kernel"): P(None, "tensor") for m in _COLUMN}
+    | {(m, leaf): P("tensor") for m in _COLUMN for leaf in ("a", "b")}
+    | {(m, "kernel"): P("tensor") for m in _ROW}
+    | {(m, leaf): P(None, "tensor") for m in _ROW for leaf in ("a", "b")}
+)
+# In memory, where the leading axis is the layer, `fsdp` cuts a matrix too.  It is gathered before use, so any dimension
+# will do; the choices are in order of preference, see `_choose`.
+_TENSOR_FSDP, _FSDP_TENSOR = ("tensor", "fsdp"), ("fsdp", "tensor")
+_IN_MEMORY: Mapping[tuple[str, str], tuple[P, ...]] = (
     {(m, "kernel"): (P(None, "fsdp", "tensor"),) for m in _COLUMN}
     | {(m, "bias"): (P(None, "tensor"),) for m in _COLUMN}
-    | {(m, "a"): (P(None, None, _BOTH_REVERSED), P(None, "tensor", "fsdp"), P(None, "fsdp", "tensor")) for m in _COLUMN}
-    | {(m, "b"): (P(None, _BOTH, None),) for m in _COLUMN}
-    | {(m, "kernel"): (P(None, "tensor", "fsdp"), P(None, _BOTH, None)) for m in _ROW}
-    | {(m, "a"): (P(None, None, _BOTH), P(None, "fsdp", "tensor")) for m in _ROW}
-    | {(m, "b"): (P(None, _BOTH_REVERSED, None),) for m in _ROW}
-    | {(m, "embedding"): (P("tensor", "fsdp"), P(_BOTH, None)) for m in ("embed", "lm_head")}
+    | {(m, "a"): (P(None, "tensor", "fsdp"), P(None, None, _FSDP_TENSOR), P(None, "fsdp", "tensor")) for m in _COLUMN}
+    | {(m, "b"): (P(None, _TENSOR_FSDP, None),) for m in _COLUMN}
+    | {(m, "kernel"): (P(None, "tensor", "fsdp"), P(None, _TENSOR_FSDP, None)) for m in _ROW}
+    | {(m, "a"): (P(None, "fsdp", "tensor"), P(None, None, _TENSOR_FSDP)) for m in _ROW}
+    | {(m, "b"): (P(None, _FSDP_TENSOR, None),) for m in _ROW}
+    | {(m, "embedding"): (P("tensor", "fsdp"), P(_TENSOR_FSDP, None)) for m in ("embed", "lm_head")}
 )
 # The last two dimensions of an array in a TPU's memory are in tiles of this shape.  Where a device holds a part of one
 # along the last, the compiler gathers by an all-reduce of the whole array.
@@ -95,14 +102,15 @@ def fit(mesh: Mesh, spec: P, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, P(*(fitting(entry, size) for entry, size in zip(entries, shape, strict=True))))
 
 
-def _first_of_whole_tiles(mesh: Mesh, specs: Sequence[P], shape: Sequence[int]) -> P:
-    """The first of `specs` that leaves every device whole tiles; else the first."""
+def _choose(mesh: Mesh, specs: Sequence[P], shape: Sequence[int]) -> P:
+    """The first of `specs` that leaves every device whole tiles; if there is none, that which cuts most."""
 
-    def is_whole(spec: P) -> bool:
-        last = zip(tuple(spec)[-2:], shape[-2:], _TILE, strict=True)
-        return all(entry is None or size % (axis_size(mesh, entry) * tile) == 0 for entry, size, tile in last)
+    def worth(spec: P) -> tuple[bool, int]:
+        sizes = [1 if entry is None else axis_size(mesh, entry) for entry in fit(mesh, spec, shape).spec]
+        last = zip(sizes[-len(_TILE) :], shape[-len(_TILE) :], _TILE, strict=True)
+        return all(parts == 1 or size % (parts * tile) == 0 for parts, size, tile in last), math.prod(sizes)
 
-    return next(filter(is_whole, specs), specs[0])
+    return specs[0] if len(specs) == 1 else max(specs, key=worth)
 
 
 def axis_size(mesh: Mesh, axes: str | Sequence[str]) -> int:
@@ -118,12 +126,12 @@ def weight_shardings(mesh: Mesh, tree: Any) -> Any:
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
-        specs = _RULES.get(names[-2:], (P(),))
+        specs = _IN_MEMORY.get(names[-2:], (P(),))
         if len(names) < len(path):  # codes [L, tiles, in/tiles, out] or scales [L, tiles, 1, out] of `models.quantise`
             layers, inputs, outputs = specs[0]
             spec = P(layers, inputs, None, outputs) if leaf.shape[1] > 1 else P(layers, None, inputs, outputs)
         else:
-            spec = _first_of_whole_tiles(mesh, specs, leaf.shape) if len(specs) > 1 else specs[0]
+            spec = _choose(mesh, specs, leaf.shape)
         return fit(mesh, spec, leaf.shape)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
@@ -132,6 +140,30 @@ def weight_shardings(mesh: Mesh, tree: Any) -> Any:
 def like_weights(mesh: Mesh, tree: Any) -> Any:
     """Traced weights, or a gradient of them, constrained to `weight_shardings`."""
     return jax.lax.with_sharding_constraint(tree, weight_shardings(mesh, tree))
+
+
+def at_use(mesh: Mesh | None, module: str, leaf: str, matrix: jax.Array) -> jax.Array:
+    """A matrix of one layer, gathered along `fsdp` and cut along `tensor`, as the products take it.
+
+    The compiler alone may gather the batch instead.
+    """
+    if mesh is None:
+        return matrix
+    return jax.lax.with_sharding_constraint(matrix, fit(mesh, _AT_USE.get((module, leaf), P()), matrix.shape))
+
+
+def like_batch(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+    """Traced activations [G, ...], constrained to the layout of their examples; whole along `tensor`."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, fit(mesh, P(BATCH_AXES), x.shape))
+
+
+def like_table(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+    """Traced rows [G, ..., d] of an embedding table, cut along d as the table is.
+
+    Each device looks up the part that it holds of many examples' rows, which is less to move than the table.
+    """
+    spec = P("data", *(None,) * (x.ndim - 2), "fsdp")
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, fit(mesh, spec, x.shape))
 
 
 def batch(mesh: Mesh) -> NamedSharding:

@@ -35,6 +35,7 @@ class Chunking(NamedTuple):
 
     def logits(self, states: jax.Array, table: jax.Array) -> jax.Array:
         """[G, m, size, d] → [G, m, size, V], cut along both as far as the mesh does."""
+        states = self.place(states, P(layout.BATCH_AXES))
         return self.place(make_logits(states, table, self.softcap), P(layout.BATCH_AXES, None, None, "tensor"))
 
 
@@ -90,7 +91,8 @@ def _frozen_table_fwd(states, table, targets, size, chunking):  # type: ignore[n
             slope = 1 - (logits / softcap) ** 2
             probs, target_rows = probs * slope, target_rows * _pick(slope, t)[..., None]
         mean = jnp.einsum("gmcv,vd->gmcd", probs.astype(table.dtype), table, preferred_element_type=jnp.float32)
-        return _pick(logits, t) - lse, (target_rows - mean).astype(h.dtype)
+        slopes = chunking.place((target_rows - mean).astype(h.dtype), P(layout.BATCH_AXES))
+        return _pick(logits, t) - lse, slopes
 
     logps, slopes = jax.lax.map(chunk, (_chunks(states, size), _chunks(targets, size)))
     return _unchunk(logps), _unchunk(slopes)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from activedpo_jax import layout
 from activedpo_jax.models import quantise
 from activedpo_jax.models.config import LINEAR_MAPS, LoraConfig, ModelConfig
 from activedpo_jax.models.few_tokens import OutputsFirst
@@ -64,10 +65,9 @@ def init_lora(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Lora:
 def _apply_lora(
     blocks: Sequence[jax.Array], kernel: quantise.Kernel, a: jax.Array, b: jax.Array, scale: float
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Outputs x W + s (x Aᵀ) Bᵀ of every block, and the low-rank x Aᵀ."""
-    dtype = blocks[0].dtype
-    low = [x @ a.T.astype(dtype) for x in blocks]
-    out = [quantise.matmul(x, kernel) + scale * (u @ b.T.astype(dtype)) for x, u in zip(blocks, low, strict=True)]
+    """Outputs x W + s (x Aᵀ) Bᵀ of every block, and the low-rank x Aᵀ; all of one dtype."""
+    low = [x @ a.T for x in blocks]
+    out = [quantise.matmul(x, kernel) + scale * (u @ b.T) for x, u in zip(blocks, low, strict=True)]
     return out, low
 
 
@@ -102,12 +102,8 @@ def _probed_linear_bwd(place, residuals, d_out):  # type: ignore[no-untyped-def]
     scale, name, mesh = place
     blocks, low, kernel, a, b, layer, probe = residuals
     batch, dim = probe.zeros.shape
-    dtype = blocks[0].dtype
-    d_low = [dy @ b.astype(dtype) for dy in d_out]
-    d_in = [
-        quantise.matmul_transposed(dy, kernel) + scale * (v @ a.astype(dtype))
-        for dy, v in zip(d_out, d_low, strict=True)
-    ]
+    d_low = [dy @ b for dy in d_out]
+    d_in = [quantise.matmul_transposed(dy, kernel) + scale * (v @ a) for dy, v in zip(d_out, d_low, strict=True)]
 
     # Outer products summed over the tokens of each example, never over examples: the price of a weight gradient.
     def per_example(lefts: Sequence[jax.Array], rights: Sequence[jax.Array]) -> jax.Array:
@@ -133,7 +129,7 @@ class LoraLinear(nn.Module):
     scale: float
     dtype: Any
     use_bias: bool = False
-    mesh: Mesh | None = None  # of the program; None: the default device
+    mesh: Mesh | None = None  # over which the program cuts its weights; None: as the compiler likes
 
     @nn.compact
     def __call__(self, blocks: Sequence[jax.Array], layer: jax.Array, probe: Probe | None) -> list[jax.Array]:
@@ -141,8 +137,7 @@ class LoraLinear(nn.Module):
         if not self.has_variable("lora", "a"):
             out = [quantise.matmul(x, kernel) for x in blocks]
         else:
-            a: jax.Array = self.get_variable("lora", "a")
-            b: jax.Array = self.get_variable("lora", "b")
+            a, b = (self._at_use(leaf, self.get_variable("lora", leaf).astype(self.dtype)) for leaf in ("a", "b"))
             if probe is None:
                 out = _apply_lora(blocks, kernel, a, b, self.scale)[0]
             else:
@@ -159,4 +154,9 @@ class LoraLinear(nn.Module):
             kernel: quantise.Kernel = self.get_variable("params", "kernel")
             if quantise.is_quantised(kernel) or isinstance(kernel, OutputsFirst):
                 return kernel  # not an array, which `param` would expect
-        return self.param("kernel", nn.initializers.normal(0.02), (d_in, self.features)).astype(self.dtype)
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (d_in, self.features)).astype(self.dtype)
+        return self._at_use("kernel", kernel)
+
+    def _at_use(self, leaf: str, matrix: jax.Array) -> jax.Array:
+        assert self.name is not None
+        return layout.at_use(self.mesh, self.name, leaf, matrix)
