@@ -1,6 +1,7 @@
 """What is read from compiled programs, and what the package's own programs move between devices."""
 
 import dataclasses
+import functools
 import math
 import textwrap
 from typing import Any
@@ -10,16 +11,20 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from activedpo_jax import hlo, layout
+from activedpo_jax import compile_only, hlo, layout, specs, tasks
 from activedpo_jax.data.groups import Groups
 from activedpo_jax.evidence.gradients import FeatureSpec, pair_features
-from activedpo_jax.models.config import LoraConfig
+from activedpo_jax.models.config import LoraConfig, ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
 from activedpo_jax.models.lora import Lora, init_lora
+from activedpo_jax.models.policy import Policy
+from activedpo_jax.rounds import staged
+from activedpo_jax.rounds.state import RunState, empty_labelled
 from tests import tiny
+from tests.test_round import options
 
 
 @pytest.fixture(scope="module")
@@ -174,13 +179,21 @@ def test_text_without_an_entry_is_an_error() -> None:
         hlo.collectives("HloModule empty\n")
 
 
-# The programs of a run, on eight devices.  Sizes are such that the mesh divides them all, and no two are alike.
+# The programs of a run, compiled for eight devices.  Nothing runs, so arrays may be large: each device has whole tiles.
 
 MODEL = dataclasses.replace(
-    tiny.MODEL, vocab_size=1024, hidden_size=64, intermediate_size=96, num_heads=8, num_kv_heads=4
+    tiny.MODEL,
+    vocab_size=4096,
+    hidden_size=512,
+    intermediate_size=1536,
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=64,
 )
-GROUPS, PROMPT, RESPONSE = 8, 12, 40
-DIM = 128  # D; the sketch of a matrix has up to 12 tiles in one row of devices
+RANK, DIM = 16, 1024
+GROUPS, PROMPT, RESPONSE = 12, 14, 40
+CHUNK = 5  # positions whose logits exist at a time
 
 
 @pytest.fixture(scope="module")
@@ -192,24 +205,16 @@ def placed(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def model_on(mesh: Mesh, logits_chunk: int) -> tuple[Decoder, Params, Lora, Groups]:
-    """A decoder, and the shapes of its weights, of an adapter, and of a batch of pairs."""
-    decoder = Decoder(MODEL, LoraConfig(16, 32.0), remat="full", logits_chunk=logits_chunk, mesh=mesh)
+def model_on(mesh: Mesh, logits_chunk: int) -> tuple[Decoder, Params, Lora]:
+    """A decoder, and the shapes of its weights and of an adapter."""
+    decoder = Decoder(MODEL, LoraConfig(RANK, 32.0), remat="full", logits_chunk=logits_chunk, mesh=mesh)
     params = jax.eval_shape(lambda: init_params(decoder, jax.random.key(0)))
     lora = jax.eval_shape(lambda: init_lora(MODEL, decoder.lora, jax.random.key(0)))
-    batch = jax.eval_shape(lambda: Groups(*map(jnp.asarray, tiny.groups(0, GROUPS, 2, PROMPT, RESPONSE))))
-    weights = (placed(tree, layout.weight_shardings(mesh, tree)) for tree in (params, lora))
-    return decoder, *weights, jax.tree.map(lambda x: placed(x, layout.batch(mesh)), batch)
-
-
-def features_text(mesh: Mesh, logits_chunk: int) -> str:
-    decoder, params, lora, batch = model_on(mesh, logits_chunk)
-    compute = jax.jit(lambda p, a, g, seed: pair_features(decoder, p, a, g, FeatureSpec(DIM), seed))
-    return compute.lower(params, lora, batch, jnp.uint32(0)).compile().as_text()
+    return decoder, *(placed(tree, layout.weight_shardings(mesh, tree)) for tree in (params, lora))
 
 
 def held(text: str) -> list[hlo.Array]:
-    """The arrays of a device's memory: all results but those within fusions."""
+    """The arrays in a device's memory: all results but those within fusions."""
     program = hlo.parse(text)
     fused = {name for i in program.instructions.values() if i.opcode == "fusion" for name in i.called}
     return [
@@ -221,26 +226,108 @@ def held(text: str) -> list[hlo.Array]:
     ]
 
 
-def test_features_move_no_gradients_and_hold_their_own_examples_alone(pod: Mesh) -> None:
-    text = features_text(pod, logits_chunk=10_000)
-    # Forwards, forwards again and backwards in each layer; nothing in a loop over tiles within a layer.
-    assert max(c.count for c in hlo.collectives(text)) <= MODEL.num_layers
-    # Per-example gradients are [examples, rows, columns] float32; a device has two responses to two prompts, of which
-    # it sketches half the rows: at most 2 x 2 x 96 x 16 / 2 numbers.
-    largest = max(array.bytes for array in held(text) if array.dtype == "f32" and DIM in array.shape[-1:])
-    assert largest <= 2 * GROUPS * DIM * 4 // 4
-    assert not [a for a in held(text) if a.shape[-1:] == (DIM,) and GROUPS in a.shape]
+@pytest.fixture(scope="module")
+def features_text(pod: Mesh) -> str:
+    """Features of pairs, three groups to each of four rows of two devices."""
+    decoder, params, lora = model_on(pod, GROUPS // 4 * CHUNK)
+    groups = jax.eval_shape(lambda: Groups(*map(jnp.asarray, tiny.groups(0, GROUPS, 2, PROMPT, RESPONSE))))
+    groups = jax.tree.map(lambda x: placed(x, layout.batch(pod)), groups)
+    compute = jax.jit(lambda p, a, g, seed: pair_features(decoder, p, a, g, FeatureSpec(DIM), seed))
+    return compute.lower(params, lora, groups, jnp.uint32(0)).compile().as_text()
 
 
-def test_logits_stay_cut_and_their_table_is_gathered_once(pod: Mesh) -> None:
-    chunk = 2 * 2 * 8  # tokens of a device: 8 positions of two responses to two prompts
-    text = features_text(pod, chunk)
-    iterations = RESPONSE // 8
-    table = MODEL.vocab_size * MODEL.hidden_size * 4 // 2  # cut over `tensor`
-    assert sum(c.count for c in hlo.collectives(text) if c.bytes >= table) == 1
-    # Inside the loop over chunks: maxima and sums of [tokens], and the hidden states of [tokens, d].
-    in_loop = [c for c in hlo.collectives(text) if c.count == iterations]
-    assert max(c.bytes for c in in_loop) <= chunk * MODEL.hidden_size * 4
-    rows = [math.prod(a.shape[:-1]) for a in held(text) if a.shape[-1:] == (MODEL.vocab_size // 2,)]
-    assert rows and max(rows) <= chunk
-    assert not [a for a in held(text) if MODEL.vocab_size in a.shape]
+def test_no_loop_over_tiles_moves_anything(features_text: str) -> None:
+    # Forwards, forwards again and backwards in each layer, and what the loop over chunks of logits reduces.
+    assert {c.count for c in hlo.collectives(features_text)} <= {1, MODEL.num_layers, RESPONSE // CHUNK}
+    program = hlo.parse(features_text)
+    loops = [program.trip_count(i) for i in program.instructions.values() if i.opcode == "while"]
+    # The largest part of a matrix has 12 tiles of D, in blocks of 8.  Threefry has 5 rounds.
+    assert set(loops) <= {1, 2, 5, RESPONSE // CHUNK, MODEL.num_layers}
+
+
+def test_no_device_holds_the_batch_of_another(features_text: str) -> None:
+    whole = [a for a in held(features_text) if GROUPS in a.shape and a.dtype == "f32" and a.shape[-1] >= DIM]
+    assert not whole
+    # Nor its hidden states, but for the embeddings of tokens, of which a device looks up a quarter of every row.
+    states = [a for a in held(features_text) if GROUPS in a.shape[:-1] and a.shape[-1:] == (MODEL.hidden_size,)]
+    assert not states
+
+
+def test_logits_stay_cut_and_their_table_is_gathered_once(features_text: str) -> None:
+    table = MODEL.vocab_size // 2 * MODEL.hidden_size * 4  # cut over `tensor`
+    gathered = [c for c in hlo.collectives(features_text) if c.kind == "all-gather" and c.bytes >= table]
+    assert gathered == [hlo.Collective("all-gather", table, 1)]
+    tokens = 2 * GROUPS // 4 * CHUNK  # of a chunk in a device, with two responses to a prompt
+    in_loop = [c for c in hlo.collectives(features_text) if c.count == RESPONSE // CHUNK]
+    assert in_loop and max(c.bytes for c in in_loop) <= 2 * tokens * MODEL.hidden_size * 4
+    rows = [math.prod(a.shape[:-1]) for a in held(features_text) if a.shape[-1:] == (MODEL.vocab_size // 2,)]
+    assert rows and max(rows) <= tokens
+    assert not [a for a in held(features_text) if MODEL.vocab_size in a.shape]
+
+
+def test_weights_stay_cut(features_text: str, pod: Mesh) -> None:
+    """Of all layers' weights at once, a device has its eighth; of one layer's, what `tensor` leaves it."""
+    layers = [a for a in held(features_text) if a.shape[:1] == (MODEL.num_layers,) and len(a.shape) == 3]
+    kernel = MODEL.num_layers * MODEL.hidden_size * MODEL.intermediate_size
+    assert max(math.prod(a.shape) for a in layers) <= kernel // 8
+    gathered = [c.bytes for c in hlo.collectives(features_text) if c.kind == "all-gather" and c.count > 1]
+    assert max(gathered) <= MODEL.hidden_size * MODEL.intermediate_size * 4 // 2
+
+
+def test_adapters_gradients_and_moments_are_cut_over_fsdp_and_tensor(pod: Mesh) -> None:
+    config = options()
+    task = tasks.load(config, 0, pod, None)
+    spec = specs.round_spec(config, "activedpo", task, pod)
+    shapes = jax.eval_shape(lambda: init_lora(task.decoder.config, task.decoder.lora, jax.random.key(0)))
+    lora = placed(shapes, layout.weight_shardings(pod, shapes))
+
+    def outputs(program: Any, *arguments: Any) -> Any:
+        compiled = program.lower(spec, *arguments).compile()
+        return placed(jax.eval_shape(functools.partial(program, spec), *arguments), compiled.output_shardings)
+
+    def parts(tree: Any) -> list[float]:
+        return [
+            math.prod(x.shape) / math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree) if x.ndim
+        ]
+
+    opt_state = outputs(staged.init_program, lora)
+    gradient = outputs(staged.no_gradient_program, lora)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    after = outputs(staged.update_program, lora, opt_state, gradient[0], step, step)
+    for tree in (lora, opt_state, gradient, after):
+        assert set(parts(tree)) == {8}
+    assert len(parts(after)) == 3 * len(parts(lora))
+    state = RunState(lora, jax.eval_shape(lambda: empty_labelled(spec)), jnp.uint32(0), jnp.int32(0))
+    policy = Policy(task.decoder, task.params_shape, lora)
+    share = (jax.ShapeDtypeStruct((spec.training.microbatch,), x) for x in (jnp.int32, jnp.float32))
+    compiled = staged.gradient_program.lower(
+        spec, policy, lora, gradient, state.labelled, tuple(share), task.buckets[0]
+    ).compile()
+    assert set(parts(placed(shapes, compiled.output_shardings[0]))) == {8}
+
+
+@pytest.mark.parametrize(("fsdp", "tensor"), [(16, 1), (4, 4), (128, 4)])
+def test_no_shard_of_a_large_model_is_less_than_a_tile(fsdp: int, tensor: int) -> None:
+    """Else the compiler gathers by an all-reduce of the whole array: 549 GiB a step for 70B at fsdp=128."""
+    mesh = AbstractMesh((1, fsdp, tensor), layout.AXES)
+    model = ModelConfig(128256, 8192, 28672, 80, 64, 8, 128, tie_embeddings=False)
+    params = jax.eval_shape(lambda: init_params(Decoder(model, LoraConfig(128)), jax.random.key(0)))
+    shardings = layout.weight_shardings(mesh, params)  # type: ignore[arg-type]
+
+    def narrow(x: Any, sharding: NamedSharding) -> bool:
+        return x.ndim > 1 and sharding.shard_shape(x.shape)[-1] % 128 != 0
+
+    assert not jax.tree.leaves(jax.tree.map(narrow, params, shardings)).count(True)
+    # And the layers are cut over all devices nonetheless.
+    layers = (params["layers"], shardings["layers"])
+    parts = jax.tree.map(lambda x, s: math.prod(x.shape) // math.prod(s.shard_shape(x.shape)), *layers)
+    assert {
+        n for n, x in zip(jax.tree.leaves(parts), jax.tree.leaves(params["layers"]), strict=True) if x.ndim > 2
+    } == {fsdp * tensor}
+
+
+def test_an_axis_need_not_be_one_of_the_machines_own() -> None:
+    pytest.importorskip("libtpu", reason="needs libtpu: pip install '.[tpu]'")
+    devices = compile_only.tpu_devices("v5p:8x8x8")
+    mesh = layout.make_mesh(ml_collections.ConfigDict({"data": 1, "fsdp": 128, "tensor": 4}), devices)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 128, "tensor": 4}
