@@ -100,7 +100,7 @@ OPTIONS: dict[str, Option] = {
         "splash is for TPU, cudnn for NVIDIA; auto: by platform, where it can run",
         choices=("auto", "xla", "cudnn", "splash"),
     ),
-    "model.logits_chunk": Option(512, "tokens whose logits exist at a time", TOKENS),
+    "model.logits_chunk": Option(512, "tokens whose logits a device holds at a time", TOKENS),
     # The adapter
     "lora.rank": Option(128, "of A and B", between(1, 2**16 - 1)),
     "lora.alpha": Option(512.0, "BA is scaled by alpha/rank"),

@@ -1,19 +1,20 @@
 """The device mesh, and the one table that says how everything is laid out on it.
 
 Axes: `data` (examples), `fsdp` (examples, and weights cut along one dimension), `tensor` (weights cut along heads and
-hidden units).  Programs are plain `jax.jit`; the compiler derives every other layout from those given here.
+hidden units).  An adapter, its gradient and its moments are cut over `fsdp` and `tensor` alike.  Programs are plain
+`jax.jit`; the compiler derives every other layout from those given here.
 """
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,19 +22,32 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # Linear maps are cut as in Megatron: the first of each pair by its outputs, the second by its inputs, so that one
-# all-reduce serves both.  The leading axis is the layer.
+# all-reduce serves both.  Adapters are cut by their rank where they would be whole otherwise, so that no product is
+# computed twice.
 _COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _ROW = ("o_proj", "down_proj")
-_RULES: dict[tuple[str, str], P] = (
-    {(m, "kernel"): P(None, "fsdp", "tensor") for m in _COLUMN}
-    | {(m, "bias"): P(None, "tensor") for m in _COLUMN}
-    | {(m, "a"): P(None, None, "fsdp") for m in _COLUMN}
-    | {(m, "b"): P(None, "tensor", None) for m in _COLUMN}
-    | {(m, "kernel"): P(None, "tensor", "fsdp") for m in _ROW}
-    | {(m, "a"): P(None, None, "tensor") for m in _ROW}
-    | {(m, "b"): P(None, "fsdp", None) for m in _ROW}
-    | {("embed", "embedding"): P("tensor", "fsdp"), ("lm_head", "embedding"): P("tensor", "fsdp")}
+_AT_USE: Mapping[tuple[str, str], P] = (
+    {(m, "kernel"): P(None, "tensor") for m in _COLUMN}
+    | {(m, leaf): P("tensor") for m in _COLUMN for leaf in ("a", "b")}
+    | {(m, "kernel"): P("tensor") for m in _ROW}
+    | {(m, leaf): P(None, "tensor") for m in _ROW for leaf in ("a", "b")}
 )
+# In memory, where the leading axis is the layer, `fsdp` cuts a matrix too.  It is gathered before use, so any dimension
+# will do; the choices are in order of preference, see `_choose`.
+_TENSOR_FSDP, _FSDP_TENSOR = ("tensor", "fsdp"), ("fsdp", "tensor")
+_IN_MEMORY: Mapping[tuple[str, str], tuple[P, ...]] = (
+    {(m, "kernel"): (P(None, "fsdp", "tensor"),) for m in _COLUMN}
+    | {(m, "bias"): (P(None, "tensor"),) for m in _COLUMN}
+    | {(m, "a"): (P(None, "tensor", "fsdp"), P(None, None, _FSDP_TENSOR), P(None, "fsdp", "tensor")) for m in _COLUMN}
+    | {(m, "b"): (P(None, _TENSOR_FSDP, None),) for m in _COLUMN}
+    | {(m, "kernel"): (P(None, "tensor", "fsdp"), P(None, _TENSOR_FSDP, None)) for m in _ROW}
+    | {(m, "a"): (P(None, "fsdp", "tensor"), P(None, None, _TENSOR_FSDP)) for m in _ROW}
+    | {(m, "b"): (P(None, _FSDP_TENSOR, None),) for m in _ROW}
+    | {(m, "embedding"): (P("tensor", "fsdp"), P(_TENSOR_FSDP, None)) for m in ("embed", "lm_head")}
+)
+# The last two dimensions of an array in a TPU's memory are in tiles of this shape.  Where a device holds a part of one
+# along the last, the compiler gathers by an all-reduce of the whole array.
+_TILE = (8, 128)
 
 
 def make_mesh(sizes: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
@@ -53,7 +67,9 @@ def make_mesh(sizes: ml_collections.ConfigDict, devices: Sequence[Any] | None = 
             f"config.mesh ({got}) does not cover the {len(devices)} devices: the sizes must multiply to "
             f"{len(devices)}, and one of them may be -1 for all that are left"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # Each axis need not be one of the machine's own: on a v5p of 8x8x8, none has 128 devices.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _found_devices() -> list[Any]:
@@ -75,11 +91,26 @@ def _found_devices() -> list[Any]:
 
 def fit(mesh: Mesh, spec: P, shape: Sequence[int]) -> NamedSharding:
     """`spec` on this mesh, without the axes that do not divide their dimension (a tiny model on many devices)."""
-    entries = [
-        entry if entry is None or size % axis_size(mesh, entry) == 0 else None
-        for entry, size in zip(tuple(spec) + (None,) * (len(shape) - len(spec)), shape, strict=True)
-    ]
-    return NamedSharding(mesh, P(*entries))
+
+    def fitting(entry: Any, size: int) -> Any:
+        axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        while axes and size % axis_size(mesh, axes):
+            axes = axes[:-1]
+        return axes if len(axes) > 1 else axes[0] if axes else None
+
+    entries = tuple(spec) + (None,) * (len(shape) - len(spec))
+    return NamedSharding(mesh, P(*(fitting(entry, size) for entry, size in zip(entries, shape, strict=True))))
+
+
+def _choose(mesh: Mesh, specs: Sequence[P], shape: Sequence[int]) -> P:
+    """The first of `specs` that leaves every device whole tiles; if there is none, that which cuts most."""
+
+    def worth(spec: P) -> tuple[bool, int]:
+        sizes = [1 if entry is None else axis_size(mesh, entry) for entry in fit(mesh, spec, shape).spec]
+        last = zip(sizes[-len(_TILE) :], shape[-len(_TILE) :], _TILE, strict=True)
+        return all(parts == 1 or size % (parts * tile) == 0 for parts, size, tile in last), math.prod(sizes)
+
+    return specs[0] if len(specs) == 1 else max(specs, key=worth)
 
 
 def axis_size(mesh: Mesh, axes: str | Sequence[str]) -> int:
@@ -95,13 +126,44 @@ def weight_shardings(mesh: Mesh, tree: Any) -> Any:
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
-        spec = _RULES.get(names[-2:], P())
+        specs = _IN_MEMORY.get(names[-2:], (P(),))
         if len(names) < len(path):  # codes [L, tiles, in/tiles, out] or scales [L, tiles, 1, out] of `models.quantise`
-            layers, inputs, outputs = spec
+            layers, inputs, outputs = specs[0]
             spec = P(layers, inputs, None, outputs) if leaf.shape[1] > 1 else P(layers, None, inputs, outputs)
+        else:
+            spec = _choose(mesh, specs, leaf.shape)
         return fit(mesh, spec, leaf.shape)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def like_weights(mesh: Mesh, tree: Any) -> Any:
+    """Traced weights, or a gradient of them, constrained to `weight_shardings`."""
+    return jax.lax.with_sharding_constraint(tree, weight_shardings(mesh, tree))
+
+
+def at_use(mesh: Mesh | None, module: str, leaf: str, matrix: jax.Array) -> jax.Array:
+    """A matrix of one layer, gathered along `fsdp` and cut along `tensor`, as the products take it.
+
+    The compiler alone may gather the batch instead.
+    """
+    if mesh is None:
+        return matrix
+    return jax.lax.with_sharding_constraint(matrix, fit(mesh, _AT_USE.get((module, leaf), P()), matrix.shape))
+
+
+def like_batch(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+    """Traced activations [G, ...], constrained to the layout of their examples; whole along `tensor`."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, fit(mesh, P(BATCH_AXES), x.shape))
+
+
+def like_table(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+    """Traced rows [G, ..., d] of an embedding table, cut along d as the table is.
+
+    Each device looks up the part that it holds of many examples' rows, which is less to move than the table.
+    """
+    spec = P("data", *(None,) * (x.ndim - 2), "fsdp")
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, fit(mesh, spec, x.shape))
 
 
 def batch(mesh: Mesh) -> NamedSharding:

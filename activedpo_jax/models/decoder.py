@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from activedpo_jax import layout
 from activedpo_jax.data.groups import Groups
 from activedpo_jax.models import attention, few_tokens, kernels
 from activedpo_jax.models.config import LoraConfig, ModelConfig
-from activedpo_jax.models.logprobs import make_logits, soft_capped, token_logprobs
+from activedpo_jax.models.logprobs import Chunking, make_logits, soft_capped, token_logprobs
 from activedpo_jax.models.lora import LoraLinear, Probe
 
 Params = dict[str, Any]
@@ -82,10 +83,17 @@ class Layer(nn.Module):
         """Returns the blocks, and what later tokens need: for prompts alone, their keys and values; for one more
         token of every response, the cache that includes it."""
         config = self.config
+        # Sampling has few tokens, for which the compiler may do better than gather the weights.
+        mesh = self.backend.mesh if len(blocks) > 1 else None
         pre, post = config.norms in ("pre", "both"), config.norms in ("post", "both")
 
         def linear(name: str, features: int, blocks: Sequence[jax.Array], bias: bool = False) -> list[jax.Array]:
-            return LoraLinear(features, self.lora_scale, self.dtype, bias, name=name)(blocks, per_layer.layer, probe)
+            module = LoraLinear(features, self.lora_scale, self.dtype, bias, mesh, name=name)
+            return module(blocks, per_layer.layer, probe)
+
+        def whole(blocks: Sequence[jax.Array]) -> list[jax.Array]:
+            # Or the compiler cuts hidden states along `tensor`, and gathers them for each map.
+            return [layout.like_batch(mesh, x) for x in blocks]
 
         def norm(name: str, blocks: Sequence[jax.Array]) -> list[jax.Array]:
             module = RMSNorm(config.rms_norm_eps, config.norm_offset, name=name)
@@ -97,7 +105,8 @@ class Layer(nn.Module):
             blocks = [x.reshape(*x.shape[:-1], -1, config.head_dim) for x in blocks]
             return norm(norm_name, blocks) if norm_name and config.qk_norm == "head" else blocks
 
-        inputs = norm("attention_norm", blocks) if pre else blocks
+        blocks = whole(blocks)
+        inputs = whole(norm("attention_norm", blocks)) if pre else blocks
         kv_width = config.num_kv_heads * config.head_dim
         q = heads(linear("q_proj", config.num_heads * config.head_dim, inputs, config.qkv_bias), "q_norm")
         k = heads(linear("k_proj", kv_width, inputs, config.qkv_bias), "k_norm")
@@ -127,15 +136,15 @@ class Layer(nn.Module):
                 attended.append(
                     attention.cached_attention(q_i, per_layer.prompt, kept, places.prompt_len, rule, places.start)
                 )
-        out = linear("o_proj", config.hidden_size, attended)
+        out = whole(linear("o_proj", config.hidden_size, attended))
         out = norm("attention_post_norm", out) if post else out
         blocks = [x + y for x, y in zip(blocks, out, strict=True)]
 
-        inputs = norm("mlp_norm", blocks) if pre else blocks
+        inputs = whole(norm("mlp_norm", blocks)) if pre else blocks
         gate = linear("gate_proj", config.intermediate_size, inputs)
         up = linear("up_proj", config.intermediate_size, inputs)
         act = ACTIVATIONS[config.activation]
-        out = linear("down_proj", config.hidden_size, [act(g) * u for g, u in zip(gate, up, strict=True)])
+        out = whole(linear("down_proj", config.hidden_size, [act(g) * u for g, u in zip(gate, up, strict=True)]))
         out = norm("mlp_post_norm", out) if post else out
         blocks = [x + y for x, y in zip(blocks, out, strict=True)]
         return blocks, kept
@@ -205,8 +214,9 @@ class Decoder(nn.Module):
         # The states before the response tokens: the prompt's last, then all of the response's but its last.
         first, response = self._encoded(groups, probe)
         states = self.final_norm(jnp.concatenate([first, response[:, :, :-1]], axis=2))
-        targets, softcap = jnp.asarray(groups.response_ids), self.config.logit_softcap
-        logps = token_logprobs(states, self._output_table(), targets, self.logits_chunk, train_base, softcap)
+        chunking = Chunking(self.logits_chunk, self.config.logit_softcap, self.mesh)
+        targets = jnp.asarray(groups.response_ids)
+        logps = token_logprobs(states, self._output_table(), targets, chunking, train_base)
         present = jnp.arange(logps.shape[2]) < jnp.asarray(groups.response_len)[..., None]
         return jnp.where(present, logps, 0.0)
 
@@ -257,6 +267,8 @@ class Decoder(nn.Module):
 
     def _embedded(self, ids: Any) -> jax.Array:
         x = jnp.take(self.embed(), ids, axis=0).astype(self.dtype)
+        if not self.unrolled:
+            x = layout.like_table(self.mesh, x)
         return x * jnp.asarray(self.config.hidden_size**0.5, self.dtype) if self.config.scale_embeddings else x
 
     def _output_table(self) -> jax.Array:

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from activedpo_jax import layout
 from activedpo_jax.models import quantise
 from activedpo_jax.models.config import LINEAR_MAPS, LoraConfig, ModelConfig
 from activedpo_jax.models.few_tokens import OutputsFirst
-from activedpo_jax.models.sketch import tiled_count_sketch
+from activedpo_jax.models.sketch import sketch_on_mesh
 
 Lora = dict[str, Any]  # {"layers": {module: {"a": [L, r, d_in], "b": [L, d_out, r]}}}, float32
 
@@ -93,10 +95,17 @@ def _apply_lora(
     return out, low
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+class _Place(NamedTuple):
+    """The static facts of a LoRA map."""
+
+    scale: float
+    name: str
+    mesh: Mesh | None  # of the program
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _probed_linear(
-    scale: float,
-    name: str,
+    place: _Place,
     blocks: Sequence[jax.Array],
     kernel: quantise.Kernel,
     a: jax.Array,
@@ -105,23 +114,20 @@ def _probed_linear(
     probe: Probe,
 ) -> list[jax.Array]:
     """The LoRA map; backwards, the cotangent of the probe is the sketch of each example's own gradients of A and B."""
-    return _apply_lora(blocks, kernel, a, b, scale)[0]
+    return _apply_lora(blocks, kernel, a, b, place.scale)[0]
 
 
-def _probed_linear_fwd(scale, name, blocks, kernel, a, b, layer, probe):  # type: ignore[no-untyped-def]
-    out, low = _apply_lora(blocks, kernel, a, b, scale)
+def _probed_linear_fwd(place, blocks, kernel, a, b, layer, probe):  # type: ignore[no-untyped-def]
+    out, low = _apply_lora(blocks, kernel, a, b, place.scale)
     return out, (blocks, low, kernel, a, b, layer, probe)
 
 
-def _probed_linear_bwd(scale, name, residuals, d_out):  # type: ignore[no-untyped-def]
+def _probed_linear_bwd(place, residuals, d_out):  # type: ignore[no-untyped-def]
+    scale, name, mesh = place
     blocks, low, kernel, a, b, layer, probe = residuals
     batch, dim = probe.zeros.shape
-    dtype = blocks[0].dtype
-    d_low = [dy @ b.astype(dtype) for dy in d_out]
-    d_in = [
-        quantise.matmul_transposed(dy, kernel) + scale * (v @ a.astype(dtype))
-        for dy, v in zip(d_out, d_low, strict=True)
-    ]
+    d_low = [dy @ b for dy in d_out]
+    d_in = [quantise.matmul_transposed(dy, kernel) + scale * (v @ a) for dy, v in zip(d_out, d_low, strict=True)]
 
     # Outer products summed over the tokens of each example, never over examples: the price of a weight gradient.
     def per_example(lefts: Sequence[jax.Array], rights: Sequence[jax.Array]) -> jax.Array:
@@ -131,7 +137,7 @@ def _probed_linear_bwd(scale, name, residuals, d_out):  # type: ignore[no-untype
             total += jnp.einsum("gti,gtj->gij", x, y, preferred_element_type=jnp.float32)
         return scale * total
 
-    sketch = functools.partial(tiled_count_sketch, dim=dim, seed=probe.seed, layer=layer)
+    sketch = functools.partial(sketch_on_mesh, mesh, dim=dim, seed=probe.seed, layer=layer)
     features = sketch(per_example(d_low, blocks), name=f"{name}/a") + sketch(per_example(d_out, low), name=f"{name}/b")
     # None: the base weights get no cotangent, nor do A and B, whose gradients are not needed.
     return d_in, None, None, None, None, Probe(features, None)
@@ -147,6 +153,7 @@ class LoraLinear(nn.Module):
     scale: float
     dtype: Any
     use_bias: bool = False
+    mesh: Mesh | None = None  # over which the program cuts its weights; None: as the compiler likes
 
     @nn.compact
     def __call__(self, blocks: Sequence[jax.Array], layer: jax.Array, probe: Probe | None) -> list[jax.Array]:
@@ -154,13 +161,15 @@ class LoraLinear(nn.Module):
         if not self.has_variable("lora", "a"):
             out = [quantise.matmul(x, kernel) for x in blocks]
         else:
-            a: jax.Array = self.get_variable("lora", "a")
-            b: jax.Array = self.get_variable("lora", "b")
+            # In training they are gathered as float32, so that their gradients are added up as such.
+            dtype = jnp.float32 if probe is None else self.dtype
+            a, b = (self._at_use(leaf, self.get_variable("lora", leaf).astype(dtype)) for leaf in ("a", "b"))
             if probe is None:
                 out = _apply_lora(blocks, kernel, a, b, self.scale)[0]
             else:
                 assert self.name is not None
-                out = _probed_linear(self.scale, self.name, list(blocks), kernel, a, b, layer, probe)
+                place = _Place(self.scale, self.name, self.mesh)
+                out = _probed_linear(place, list(blocks), kernel, a, b, layer, probe)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
             out = [y + bias for y in out]
@@ -171,4 +180,9 @@ class LoraLinear(nn.Module):
             kernel: quantise.Kernel = self.get_variable("params", "kernel")
             if quantise.is_quantised(kernel) or isinstance(kernel, OutputsFirst):
                 return kernel  # not an array, which `param` would expect
-        return self.param("kernel", nn.initializers.normal(0.02), (d_in, self.features)).astype(self.dtype)
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (d_in, self.features)).astype(self.dtype)
+        return self._at_use("kernel", kernel)
+
+    def _at_use(self, leaf: str, matrix: jax.Array) -> jax.Array:
+        assert self.name is not None
+        return layout.at_use(self.mesh, self.name, leaf, matrix)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from activedpo_jax import layout
 from activedpo_jax.data.groups import Bucket, Groups
@@ -78,6 +79,20 @@ def microbatch_gradient(
     return optimiser.dpo_gradient(policy.decoder, spec.training.dpo, policy.params, lora, groups, pairs)
 
 
+def added(
+    spec: RoundSpec, total: tuple[Lora, losses.DpoMetrics], new: tuple[Lora, losses.DpoMetrics]
+) -> tuple[Lora, losses.DpoMetrics]:
+    """The sum of two parts of a batch's gradient and metrics."""
+    gradient, metrics = jax.tree.map(jnp.add, total, new)
+    return layout.like_weights(spec.mesh, gradient), metrics
+
+
+def like_moments(spec: RoundSpec, opt_state: optax.OptState, lora: Lora) -> optax.OptState:
+    """The optimiser's state, laid out like the adapter: a compiler that is not told keeps all of it on every device."""
+    shardings = optimiser.optimiser_shardings(spec.training.dpo.optimiser, spec.mesh, lora)
+    return jax.lax.with_sharding_constraint(opt_state, shardings)
+
+
 def learn(
     spec: RoundSpec,
     policy: Policy,
@@ -104,20 +119,21 @@ def learn(
 
         def add(total, share):  # type: ignore[no-untyped-def]
             new = microbatch_gradient(spec, policy, lora, labelled, share, spec.bucket)
-            return jax.tree.map(jnp.add, total, new), None
+            return added(spec, total, new), None
 
         parts = jax.tree.map(lambda x: x[i].reshape(-1, spec.training.microbatch), (schedule.slots, schedule.weight))
         (gradient, metrics), _ = jax.lax.scan(add, optimiser.no_gradient(lora), parts)
         rate = optimiser.learning_rate(dpo.optimiser, i, total)
         lora, opt_state = optimiser.update(dpo.optimiser, lora, opt_state, gradient, rate)
+        lora, opt_state = layout.like_weights(spec.mesh, lora), like_moments(spec, opt_state, lora)
         last_epoch = i >= total - schedule.steps_per_epoch
         return lora, opt_state, jax.tree.map(lambda s, x: s + jnp.where(last_epoch, x, 0.0), sums, metrics)
 
     zeros = losses.DpoMetrics(*(jnp.float32(0),) * 3)
-    opt_state = optimiser.init_optimiser(dpo.optimiser, start)
+    opt_state = like_moments(spec, optimiser.init_optimiser(dpo.optimiser, start), start)
     lora, _, sums = jax.lax.fori_loop(0, total, step, (start, opt_state, zeros))
     # Laid out as they came in, or the next round would be compiled anew.
-    lora = jax.lax.with_sharding_constraint(lora, layout.weight_shardings(spec.mesh, lora))
+    lora = layout.like_weights(spec.mesh, lora)
     rest = (labelled, state.seed, state.round + 1)
     rest = jax.lax.with_sharding_constraint(rest, layout.replicated(spec.mesh))
     return RunState(lora, *rest), jax.tree.map(lambda s: s / schedule.steps_per_epoch, sums)

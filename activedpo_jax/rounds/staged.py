@@ -38,7 +38,20 @@ vectors_program = jax.jit(choose.labelled_vectors, static_argnums=0)
 select_program = jax.jit(choose.select, static_argnums=0)
 measure_program = jax.jit(learn.measure, static_argnums=0)
 append_program = jax.jit(learn.append, static_argnums=0)
-no_gradient_program = jax.jit(optimiser.no_gradient)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_program(spec: RoundSpec, lora: Lora) -> optax.OptState:
+    """The optimiser's state before the first step."""
+    opt_state = optimiser.init_optimiser(spec.training.dpo.optimiser, lora)
+    return learn.like_moments(spec, opt_state, lora)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def no_gradient_program(spec: RoundSpec, lora: Lora) -> tuple[Lora, losses.DpoMetrics]:
+    """Zeros, to which the parts of a batch are added."""
+    gradient, metrics = optimiser.no_gradient(lora)
+    return layout.like_weights(spec.mesh, gradient), metrics
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=3)
@@ -52,7 +65,7 @@ def gradient_program(
     bucket: Bucket,
 ) -> tuple[Lora, losses.DpoMetrics]:
     """Adds the part of a batch's gradient and metrics that comes from one microbatch."""
-    return jax.tree.map(jnp.add, total, learn.microbatch_gradient(spec, policy, lora, labelled, share, bucket))
+    return learn.added(spec, total, learn.microbatch_gradient(spec, policy, lora, labelled, share, bucket))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
@@ -61,7 +74,7 @@ def update_program(
 ) -> tuple[Lora, optax.OptState]:
     rate = optimiser.learning_rate(spec.training.dpo.optimiser, step, total)
     lora, opt_state = optimiser.update(spec.training.dpo.optimiser, lora, opt_state, gradient, rate)
-    return jax.lax.with_sharding_constraint(lora, layout.weight_shardings(spec.mesh, lora)), opt_state
+    return layout.like_weights(spec.mesh, lora), learn.like_moments(spec, opt_state, lora)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -246,7 +259,7 @@ def train(
     def advance(step: int, lora: Lora, opt_state: optax.OptState) -> tuple[Lora, optax.OptState, losses.DpoMetrics]:
         present = schedule.weight[step] > 0
         slots, weight = schedule.slots[step][present], schedule.weight[step][present]
-        total = no_gradient_program(lora)
+        total = no_gradient_program(spec, lora)
         for b, part in microbatches(bucket_of[slots], spec.training.microbatch):
             pad = (0, spec.training.microbatch - len(part))
             share = place((np.pad(slots[part], pad), np.pad(weight[part], pad)))
@@ -276,12 +289,10 @@ _TRAINING = "training"
 def _resumed(spec: RoundSpec, policy: Policy, state: RunState, saved: SavedWork) -> tuple[int, Learning]:
     """The steps that are done, and the training after them."""
     start = policy.reference if spec.training.from_reference else state.lora
-    recipe = spec.training.dpo.optimiser
-    shardings = optimiser.optimiser_shardings(recipe, spec.mesh, start)
     # A step donates its adapter, and the one to start from must live on.
     fresh = Learning(
         jax.tree.map(jnp.copy, start),
-        jax.jit(functools.partial(optimiser.init_optimiser, recipe), out_shardings=shardings)(start),
+        init_program(spec, start),
         layout.put(losses.DpoMetrics(*(np.float32(0),) * 3), layout.replicated(spec.mesh)),
     )
     for span in saved.spans(_TRAINING)[-1:]:

@@ -106,7 +106,7 @@ def state_shapes(recipe: Recipe, mesh: Mesh, weights: Any) -> tuple[Any, Any]:
 @functools.partial(jax.jit, static_argnums=0)
 def no_gradient(mesh: Mesh, weights: Any) -> tuple[Any, jax.Array]:
     """Zeros, to which the parts of a batch's gradient and loss are added."""
-    return _laid_out(mesh, jax.tree.map(jnp.zeros_like, weights)), jnp.float32(0)
+    return layout.like_weights(mesh, jax.tree.map(jnp.zeros_like, weights)), jnp.float32(0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
@@ -123,7 +123,7 @@ def gradient_program(
     base, lora = (weights, None) if params is None else (params, weights)
     new = optimiser.completion_gradient(decoder, base, lora, groups, share)
     gradient, loss = jax.tree.map(jnp.add, total, new)
-    return _laid_out(mesh, gradient), loss
+    return layout.like_weights(mesh, gradient), loss
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
@@ -140,7 +140,7 @@ def update_program(
     rate = optimiser.learning_rate(spec, step, total)
     shardings = optimiser.optimiser_shardings(spec, mesh, weights)
     weights, opt_state = optimiser.update(spec, weights, opt_state, gradient, rate)
-    return _laid_out(mesh, weights), jax.lax.with_sharding_constraint(opt_state, shardings), rate
+    return layout.like_weights(mesh, weights), jax.lax.with_sharding_constraint(opt_state, shardings), rate
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -166,10 +166,6 @@ def mean_loss(
         groups = layout.put(pad_groups(texts, rows, buckets[b], size), layout.batch(mesh))
         total += float(loss_program(decoder, params, lora, groups))
     return total / int(longest_of(texts.response_tokens).sum())
-
-
-def _laid_out(mesh: Mesh, tree: Any) -> Any:
-    return jax.lax.with_sharding_constraint(tree, layout.weight_shardings(mesh, tree))
 
 
 def _shapes(tree: Any, shardings: Any) -> Any:
