@@ -18,7 +18,7 @@ _DEAR = 1 / 8
 
 # Passes, with a pick each as in the naive loop, once holding rows has not paid; twice as many each further time.  So a
 # pool where every pick changes every score costs no more than the naive loop.
-_PATIENCE = 4
+_PATIENCE = 8
 
 
 class Progress(NamedTuple):
