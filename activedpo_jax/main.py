@@ -3,7 +3,7 @@
     python -m activedpo_jax.main --config configs/quickstart.py --workdir runs/quickstart [--config.dpo.beta=0.2]
 
 The same command on the same work directory resumes.  With `--compile_only=v5e:4x4` it compiles the programs of the run
-for that TPU topology, prints what they need, and stops.
+for that topology, prints what they need and whether they fit, and stops; see `compile_only`.
 """
 
 if __name__ == "__main__":  # first, since the imports take seconds
@@ -23,7 +23,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from activedpo_jax import errors, files, flags, layout, sft, specs, start, tasks, verbs
+from activedpo_jax import compile_only, errors, files, flags, layout, sft, specs, start, tasks, verbs
 from activedpo_jax.data.groups import shared_prompts
 from activedpo_jax.evaluation import heldout
 from activedpo_jax.huggingface import adapters, merged
@@ -56,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, folder = command.config, command.workdir
     with errors.clean_errors():
         if command.compile_only:
-            from activedpo_jax import compile_only  # needs libtpu, an extra
-
-            compile_only.compile_for(config, command.compile_only)
+            compile_only.compile_for(config, command.compile_only, folder)
             return
         assert folder is not None
         folders.check_workdir(folder, config, "main")

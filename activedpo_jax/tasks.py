@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -64,6 +64,58 @@ def load(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: pathli
     if config.data.train == SYNTHETIC:
         return _synthetic(config, seed, mesh, cache)
     return _from_files(config, seed, mesh)
+
+
+def outline(config: ml_collections.ConfigDict, mesh: Mesh) -> Task:
+    """The task from the model's `config.json` and the options alone, for compiling: no weights, no tokenizer and no data
+    are read.  Texts are placeholders, as many as the options say and as long as the buckets, which they share evenly.
+
+    Raises:
+      ValueError: there is no such model, or it is not supported.
+    """
+    if config.data.train == SYNTHETIC:
+        return _synthetic(config, config.seeds[0], mesh, None)
+    data, path, revision = config.data, config.model.path, config.model.revision
+    buckets = tuple(sorted(Bucket(*b) for b in data.buckets))
+    decoder = start.load_decoder(config, mesh)
+    source, records = config.candidates.source, data.assumed_records
+    held_out = data.heldout_limit or (records if data.heldout else max(1, round(records * data.heldout_fraction)))
+    prompts = None
+    if source != "pool":
+        count = max(records, config.candidates.prompts_per_round)
+        texts = Texts(
+            prompt_tokens=[np.zeros(buckets[i % len(buckets)].prompt, np.int32) for i in range(count)],
+            response_tokens=[[np.zeros(0, np.int32)]] * count,
+        )
+        prompts = PromptSet([f"prompt-{i}" for i in range(count)], texts, [""] * count, lambda tokens: "")
+    return Task(
+        decoder=decoder,
+        base_model=path,
+        params_shape=params_shape(decoder, mesh, decoder.dtype, config.model.quantisation),
+        load_params=functools.partial(start.load_params, config, mesh, decoder.dtype),
+        pool=None if source == "policy" else _placeholders(data.train_limit or records, buckets),
+        heldout=_placeholders(held_out, buckets),
+        buckets=buckets,
+        stop=loading.eos_token_ids(path, revision),
+        prompts=prompts,
+    )
+
+
+def _placeholders(count: int, buckets: Sequence[Bucket]) -> PairPool:
+    """Pairs of empty texts, one to a prompt."""
+    prompts = [np.zeros(bucket.prompt, np.int32) for bucket in buckets]
+    responses = [[np.zeros(bucket.response, np.int32)] * 2 for bucket in buckets]
+    rows = np.arange(count, dtype=np.int32)
+    return PairPool(
+        prompt_tokens=[prompts[i % len(buckets)] for i in rows],
+        response_tokens=[responses[i % len(buckets)] for i in rows],
+        pairs=np.stack([rows, np.zeros_like(rows), np.ones_like(rows)], axis=1),
+        pair_ids=[f"pair-{i}" for i in rows],
+        prompt_texts=[""] * count,
+        response_texts=[("", "")] * count,
+        preferences=np.zeros(count, np.int8),
+        rewards=None,
+    )
 
 
 def params_shape(decoder: Decoder, mesh: Mesh, dtype: Any, quantisation: str) -> Params:
