@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
@@ -52,7 +53,26 @@ def make_mesh(sizes: ml_collections.ConfigDict, devices: Sequence[Any] | None = 
             f"config.mesh ({got}) does not cover the {len(devices)} devices: the sizes must multiply to "
             f"{len(devices)}, and one of them may be -1 for all that are left"
         )
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices > 1:
+        return _mesh_of_slices(shape, slices, devices)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def _mesh_of_slices(shape: Sequence[int], slices: int, devices: Sequence[Any]) -> Mesh:
+    """A mesh over several TPU slices: only `data` goes from one to another, over the slow network between them.
+
+    Raises:
+      ValueError: `data` cannot be cut so.
+    """
+    data, *within = shape
+    if data % slices:
+        raise ValueError(
+            f"config.mesh.data={data} on {slices} slices: expected a multiple of {slices}, since only examples are cut "
+            "over slices; fsdp and tensor stay within one"
+        )
+    grid = mesh_utils.create_hybrid_device_mesh((data // slices, *within), (slices, 1, 1), devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _found_devices() -> list[Any]:

@@ -14,7 +14,7 @@ import ml_collections
 from activedpo_jax import errors, files, layout, tasks
 from activedpo_jax.compile_only import chips, remedies, table, topology
 from activedpo_jax.compile_only.cost import Row, Target, measure
-from activedpo_jax.compile_only.programs import programs
+from activedpo_jax.compile_only.inventory import programs
 from activedpo_jax.compile_only.topology import tpu_devices
 
 __all__ = ["compile_for", "programs", "target_of", "tpu_devices"]
@@ -40,7 +40,10 @@ def compile_for(config: ml_collections.ConfigDict, text: str, folder: pathlib.Pa
       SystemExit: with code 1, a program does not fit.
     """
     target = target_of(text)
-    mesh = layout.make_mesh(config.mesh, target.devices)
+    try:
+        mesh = layout.make_mesh(config.mesh, target.devices)
+    except AssertionError as error:  # JAX's, of topologies that it makes no mesh of
+        raise ValueError(f"--compile_only={text}: JAX makes no mesh of these devices: {error}") from error
     task = tasks.outline(config, mesh)
     for words in table.describe(target, mesh, task.decoder.dtype):
         print(words)

@@ -14,7 +14,7 @@ import jax
 from activedpo_jax import hlo
 from activedpo_jax.compile_only import topology
 from activedpo_jax.compile_only.chips import Chip
-from activedpo_jax.compile_only.programs import Program, device_bytes
+from activedpo_jax.compile_only.inventory import Program, device_bytes
 
 
 class Target(NamedTuple):
@@ -36,7 +36,7 @@ class Row:
 
     name: str
     stage: str
-    runs: float  # see `programs.Program`
+    runs: float  # see `inventory.Program`
     pairs: int
     weights: float  # bytes of all weights that lie there meanwhile, arguments of the program or not
     pool: float  # bytes of everything else that does: tokens, evidence, labels

@@ -8,7 +8,7 @@ import ml_collections
 
 from activedpo_jax import layout, tasks
 from activedpo_jax.compile_only.cost import Row, Target, measure
-from activedpo_jax.compile_only.programs import programs
+from activedpo_jax.compile_only.inventory import programs
 from activedpo_jax.files import flatten
 
 Changes = dict[str, Any]  # values by the names of options
@@ -21,13 +21,15 @@ _CHUNKS = (
 )
 
 
-def candidates(config: ml_collections.ConfigDict, count: int) -> Iterator[Changes]:
-    """What to try on so many devices, from what costs least time to what costs most or changes the numbers; each goes on
+def candidates(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Iterator[Changes]:
+    """What to try on these devices, from what costs least time to what costs most or changes the numbers; each goes on
     from the one before."""
     given, changes, before = flatten(config), Changes(), [Changes()]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    count = len(devices) // slices
     steps: list[Changes] = [
-        {"mesh.data": 1, "mesh.fsdp": count, "mesh.tensor": 1},
-        {name: min(given[name], count) for name in _CHUNKS},
+        {"mesh.data": slices, "mesh.fsdp": count, "mesh.tensor": 1},
+        {name: min(given[name], len(devices)) for name in _CHUNKS},
         {"model.remat": "full"},
     ]
     if count % 4 == 0:
@@ -65,7 +67,7 @@ def attempts(
       options, and the rows with them: all of them fit, or the last one does not.
     """
     names = {row.name for row in failed}
-    for changes in candidates(config, len(target.devices)):
+    for changes in candidates(config, target.devices):
         other = changed(config, changes)
         mesh = layout.make_mesh(other.mesh, target.devices)
         rows: list[Row] = []

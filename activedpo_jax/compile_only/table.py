@@ -6,7 +6,7 @@ from typing import Any
 
 from activedpo_jax.compile_only import topology
 from activedpo_jax.compile_only.cost import Row, Target, chip_seconds, pairs_per_second
-from activedpo_jax.compile_only.programs import OF_A_ROUND, ONCE
+from activedpo_jax.compile_only.inventory import OF_A_ROUND, ONCE
 
 _COLUMNS = (
     *(("weights", 11), ("pool", 11), ("activations", 12), ("peak", 11), ("fits", 5), ("FLOPs", 10)),

@@ -93,8 +93,7 @@ def _sft(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) -> Ite
         trained = _weights(mesh, wide)
     else:
         params = task.params_shape
-    number = _replicated(mesh, jnp.int32(0))
-    rate = _replicated(mesh, jnp.float32(0))
+    number, rate = _from_host((jnp.int32(0), jnp.float32(0)))
     opt_state = _laid_out(
         jax.eval_shape(lambda w: optimiser.init_optimiser(recipe.optimiser, w), trained),
         optimiser.optimiser_shardings(recipe.optimiser, mesh, trained),
@@ -186,7 +185,7 @@ class _Round:
             yield Program(
                 name=f"responses {(width, spec.sampling.length)}",
                 function=fresh.chunk_program,
-                arguments=(spec, copy, self.state.seed, self.state.round, prompts),
+                arguments=(spec, copy, self.state.seed, _from_host(jnp.int32(0)), prompts),
                 weights=(held, copy),
                 data=(labelled, prompts),
                 stage="generation",
@@ -267,7 +266,7 @@ class _Round:
         yield self._append()
         schedule = spec.schedule(np.arange(count), 1, 0)
         part = (schedule.slots[0][: training.microbatch], schedule.weight[0][: training.microbatch])
-        share = _replicated(mesh, part)
+        share = _from_host(part)
         gradient = (_lora(self.task, mesh), _replicated(mesh, jax.eval_shape(optimiser.no_gradient, lora)[1]))
         opt_state = _laid_out(
             jax.eval_shape(lambda w: optimiser.init_optimiser(training.dpo.optimiser, w), lora),
@@ -290,7 +289,7 @@ class _Round:
         yield Program(
             name=f"training update, {self.strategy}",
             function=staged.update_program,
-            arguments=(spec, lora, opt_state, gradient[0], state.round, state.round),
+            arguments=(spec, lora, opt_state, gradient[0], *_from_host((jnp.int32(0), jnp.int32(0)))),
             weights=weights,
             data=state.labelled,
             stage=stage,
@@ -308,7 +307,7 @@ class _Round:
             np.zeros((count, 2), np.float32),  # type: ignore[arg-type]
             None if vectors is None else np.zeros((count, vectors), np.float32),  # type: ignore[arg-type]
         )
-        new = _replicated(self.mesh, (chosen, answers, measured))
+        new = _from_host((chosen, answers, measured))
         return Program(
             name=f"labels kept, {self.strategy}",
             function=staged.append_program,
@@ -343,9 +342,13 @@ class _Round:
 
 
 def device_bytes(tree: Any) -> float:
-    """The bytes that arrays (or their shapes) take on one device, from their shardings alone."""
-    arrays = [x for x in jax.tree.leaves(tree) if hasattr(x, "sharding")]
-    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays))
+    """The bytes that arrays (or their shapes) take on one device, from their shardings alone; without one, all of them."""
+    total = 0
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, jax.Array | jax.ShapeDtypeStruct):
+            shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+            total += math.prod(shape) * x.dtype.itemsize
+    return float(total)
 
 
 def _replicated(mesh: Mesh, tree: Any) -> Any:
@@ -359,6 +362,11 @@ def _replicated(mesh: Mesh, tree: Any) -> Any:
         return jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=layout.replicated(mesh))
 
     return jax.tree.map(shape, tree)
+
+
+def _from_host(tree: Any) -> Any:
+    """Shapes of arrays that the run hands over from the host: JAX puts them where the others are."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), tree)
 
 
 def _lora(task: tasks.Task, mesh: Mesh) -> Any:
