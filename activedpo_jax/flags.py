@@ -27,7 +27,6 @@ from activedpo_jax.errors import UsageError
 from activedpo_jax.files import flatten
 from activedpo_jax.option_checks import wrong
 
-
 TOPOLOGY = r"(\d+\*)?[a-z]\w*:\d+(x\d+)*"  # of --compile_only: slices, platform, shape in chips
 
 

@@ -67,8 +67,9 @@ def load(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: pathli
 
 
 def outline(config: ml_collections.ConfigDict, mesh: Mesh) -> Task:
-    """The task from the model's `config.json` and the options alone, for compiling: no weights, no tokenizer and no data
-    are read.  Texts are placeholders, as many as the options say and as long as the buckets, which they share evenly.
+    """The task for compiling, from the model's `config.json` and the options: without weights, tokenizer and data.
+
+    Texts are placeholders, as many as the options say and as long as the buckets, which they share evenly.
 
     Raises:
       ValueError: there is no such model, or it is not supported.

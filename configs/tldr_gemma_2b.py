@@ -7,8 +7,8 @@ on the one host of the slice.  What it needs is said beforehand, without a TPU, 
     python -m activedpo_jax.main --config configs/tldr_gemma_2b.py --compile_only=v5e:2x4 \
         --config.model.path=configs/shapes/gemma_2b
 
-Data, recipe and oracle are those of `tldr_llama2_7b.py`, in batches of 8.  google/gemma-2b needs its licence to be accepted.
-Its vocabulary of 256,000 makes the logits the largest arrays: those of 512 tokens exist at a time on all chips together.
+Data, recipe and oracle are those of `tldr_llama2_7b.py`, in batches of 8.  google/gemma-2b needs its licence to be
+accepted.
 
 Estimate: see README, "What a run needs".  Expected result: not run.
 """

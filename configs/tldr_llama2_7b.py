@@ -7,10 +7,10 @@ on every host of the slice (`launch/` does that).  What it needs is said beforeh
     python -m activedpo_jax.main --config configs/tldr_llama2_7b.py --compile_only=v5e:4x4 \
         --config.model.path=configs/shapes/llama2_7b
 
-SFT on the summaries of trl-lib/tldr for one epoch at 2e-5, then rounds (arXiv 2505.19241, section 5): 1,000 prompts, three
-responses each from the current policy, 50 of the 3,000 pairs to people, DPO for 4 epochs at 1e-4 on all labels so far.
-LoRA of rank 128 on all linear maps, features of 8,192 numbers.  The paper names neither the number of rounds nor a batch
-size: 10 rounds, and batches of 16, so that every chip has a pair.
+SFT on the summaries of trl-lib/tldr for one epoch at 2e-5, then rounds (arXiv 2505.19241, section 5): 1,000 prompts,
+three responses each from the current policy, 50 of the 3,000 pairs to people, DPO for 4 epochs at 1e-4 on all labels
+so far.  LoRA of rank 128 on all linear maps, features of 8,192 numbers.  The paper names neither the number of rounds
+nor a batch size: 10 rounds, and batches of 16, so that every chip has a pair.
 
 People answer through files: each round writes its questions and ends with exit code 75 until they are answered
 (README, "People").  `--config.oracle.kind=function --config.oracle.function=MODULE:FUNCTION` asks a Python function

@@ -7,8 +7,8 @@ on every host of the slice (`launch/` does that).  What it needs is said beforeh
     python -m activedpo_jax.main --config configs/tldr_llama3_70b.py --compile_only=v5p:4x4x4 \
         --config.model.path=configs/shapes/llama3_70b
 
-Data, recipe and oracle are those of `tldr_llama2_7b.py`.  Weights are cut in 16 by `fsdp` and in 4 by `tensor`: cut in 64 by
-`fsdp` alone, each chip would gather all of them for one example.
+Data, recipe and oracle are those of `tldr_llama2_7b.py`.  Weights are cut in 16 by `fsdp` and in 4 by `tensor`: with
+`fsdp` alone there would have to be 64 examples at a time, and each chip would gather every layer whole.
 
 Estimate: see README, "What a run needs".  Expected result: not run.
 """

@@ -7,10 +7,11 @@ on the one host of the slice.  What it needs is said beforehand, without a TPU, 
     python -m activedpo_jax.main --config configs/webgpt_qwen3_4b.py --compile_only=v5e:2x4 \
         --config.model.path=configs/shapes/qwen3_4b
 
-`data/webgpt/{train,test}.jsonl` hold the comparisons of openai/webgpt_comparisons in TRL's preference format, a line each:
-`prompt`, the question's `full_text`; `chosen` and `rejected`, the answers with the larger and the smaller score, without the
-comparisons whose scores are equal.  SFT learns the chosen answers; the rounds take the prompts, and their own answers.
-Recipe and oracle are those of `tldr_llama2_7b.py`, in batches of 8; answers are as long as 256 tokens, without thinking.
+`data/webgpt/{train,test}.jsonl` hold the comparisons of openai/webgpt_comparisons in TRL's preference format, a line
+each: `prompt`, the question's `full_text`; `chosen` and `rejected`, the answers with the larger and the smaller score,
+without the comparisons whose scores are equal.  SFT learns the chosen answers; the rounds take the prompts, and the
+policy's own answers.  Recipe and oracle are those of `tldr_llama2_7b.py`, in batches of 8; answers are as long as 256
+tokens, without thinking.
 
 Estimate: see README, "What a run needs".  Expected result: not run.
 """

@@ -1,4 +1,4 @@
-"""The programs of a run are compiled for hardware that is not there: which they are, what they need, whether they fit."""
+"""A run compiled for hardware that is not there: which programs, what they need, whether they fit."""
 
 import collections
 import importlib.util
@@ -18,6 +18,8 @@ from jax.experimental import topologies
 
 from activedpo_jax import compile_only, flags, hlo, layout, tasks
 from activedpo_jax.compile_only import chips, cost, inventory, remedies, table, topology
+from activedpo_jax.compile_only.program import OF_A_ROUND, Program
+from activedpo_jax.compile_only.shapes import device_bytes
 from activedpo_jax.evaluation import heldout
 from activedpo_jax.rounds import fresh, staged
 from activedpo_jax.selection.strategies import STRATEGIES
@@ -34,7 +36,8 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 def read(name: str, *more: str) -> ml_collections.ConfigDict:
     """A shipped config, with flags."""
     word = ":cpu" if name == "alpaca_eval_smollm2" else ""
-    return flags.parse(["main", f"--config={ROOT}/configs/{name}.py{word}", "--workdir=unused", *more], STRATEGIES).config
+    arguments = ["main", f"--config={ROOT}/configs/{name}.py{word}", "--workdir=unused", *more]
+    return flags.parse(arguments, STRATEGIES).config
 
 
 def topology_of(name: str) -> str:
@@ -77,7 +80,7 @@ def test_programs_run_as_often_as_said_and_on_what_is_said(
             watch(module, name)
     execute(tmp_path, changes, (2, 2, 2))
 
-    of_rounds = [program for program in listed if program.stage in inventory.OF_A_ROUND]
+    of_rounds = [program for program in listed if program.stage in OF_A_ROUND]
     assert {program.function for program in of_rounds} == calls.keys()
     for program in of_rounds:
         judged_before = program.runs if program.stage == "evaluation" else 0  # the reference, once
@@ -113,7 +116,7 @@ def test_bytes_of_a_device_are_those_of_its_shards(shape: tuple[int, int, int]) 
     for x in jax.tree.leaves(put):
         for shard in x.addressable_shards:
             held[shard.device] += shard.data.nbytes
-    assert set(held.values()) == {int(inventory.device_bytes(put))}
+    assert set(held.values()) == {int(device_bytes(put))}
 
 
 # What they need
@@ -124,6 +127,7 @@ def test_a_loop_of_unknown_length_counts_as_often_as_it_may_run() -> None:
         return jax.lax.while_loop(lambda x: jnp.any(x > 0), lambda x: jnp.tanh(x @ x), x)
 
     text = jax.jit(program).lower(jnp.ones((16, 16))).compile().as_text()
+    assert text is not None
     assert hlo.flops(cost.with_loop_length(text, 0)) == 2 * 16**3
     assert hlo.flops(cost.with_loop_length(text, 7)) == 7 * 2 * 16**3
 
@@ -132,7 +136,7 @@ def test_a_row_adds_up() -> None:
     """The peak of a program is its arguments, what it makes, and what lies there besides."""
     mesh = layout.make_mesh(options().mesh)
     x, other = (jax.ShapeDtypeStruct((1024, 64), jnp.float32, sharding=layout.rows(mesh)) for _ in range(2))
-    program = inventory.Program("product", jax.jit(lambda x: x @ x.T), (x,), x, other, "round", runs=2, pairs=80)
+    program = Program("product", jax.jit(lambda x: x @ x.T), (x,), x, other, "round", runs=2, pairs=80)
     chip = chips.Chip(flops=1e9, memory=1e9, bandwidth=1e12, interconnect=1e12, source="made up")
     target = cost.Target(jax.devices(), chip, 2.0**20)
     row = cost.measure(program, target)
@@ -319,7 +323,7 @@ def test_weights_and_pool_of_the_configs_for_scale_fit(name: str, monkeypatch: p
     names = []
     for program in inventory.programs(config, tasks.outline(config, mesh), mesh):
         names.append(program.name)
-        lying = inventory.device_bytes((program.weights, program.data))
+        lying = device_bytes((program.weights, program.data))
         assert lying < 0.6 * target.limit, program.name  # the rest is for activations
     assert len(names) >= 10
 

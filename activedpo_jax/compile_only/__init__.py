@@ -59,8 +59,9 @@ def compile_for(config: ml_collections.ConfigDict, text: str, folder: pathlib.Pa
         files.write_json(folder / "compile_only.json", {"topology": text} | table.as_json(rows, target))
     failed = [row for row in rows if row.fits is False]
     if failed:
-        print(f"\n{len(failed)} of {len(rows)} programs do not fit; other options, tried by compiling these:", flush=True)
-        errors.fail(f"{len(failed)} of {len(rows)} programs do not fit {text}: {_advice(config, target, failed)}", 1)
+        count = f"{len(failed)} of {len(rows)} programs do not fit"
+        print(f"\n{count}; other options, tried by compiling these programs:", flush=True)
+        errors.fail(f"{count} {text}: {_advice(config, target, failed)}", 1)
     if target.limit is not None:
         print(f"all {len(rows)} programs fit")
     return rows

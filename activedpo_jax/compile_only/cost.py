@@ -1,4 +1,4 @@
-"""What a compiled program needs of each device: bytes, FLOPs, what it moves between devices, and the least time for that.
+"""What a compiled program needs of each device: bytes, FLOPs, bytes to other devices, and the least time for them.
 
 All of it is read off the compiler's result; nothing has run.
 """
@@ -14,7 +14,8 @@ import jax
 from activedpo_jax import hlo
 from activedpo_jax.compile_only import topology
 from activedpo_jax.compile_only.chips import Chip
-from activedpo_jax.compile_only.inventory import Program, device_bytes
+from activedpo_jax.compile_only.program import Program
+from activedpo_jax.compile_only.shapes import device_bytes
 
 
 class Target(NamedTuple):
@@ -36,7 +37,7 @@ class Row:
 
     name: str
     stage: str
-    runs: float  # see `inventory.Program`
+    runs: float  # see `program.Program`
     pairs: int
     weights: float  # bytes of all weights that lie there meanwhile, arguments of the program or not
     pool: float  # bytes of everything else that does: tokens, evidence, labels
@@ -106,9 +107,7 @@ def with_loop_length(text: str, iterations: int) -> str:
     if not iterations:
         return text
     program = hlo.parse(text)
-    loops = {
-        i.name for i in program.instructions.values() if i.opcode == "while" and program.trip_count(i) is None
-    }
+    loops = {i.name for i in program.instructions.values() if i.opcode == "while" and program.trip_count(i) is None}
 
     def marked(line: str) -> str:
         name = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
@@ -119,8 +118,8 @@ def with_loop_length(text: str, iterations: int) -> str:
 
 
 def _least_traffic(program: Program, memory: Any, communicated: float) -> float:
-    """Bytes that have to pass between a device and its memory: arguments, results, temporaries and what comes from other
-    devices once each way, and what each iteration of sampling reads anew."""
+    """Bytes that have to pass between a device and its memory: arguments and results once, temporaries and what comes
+    from other devices once each way, and what each iteration of sampling reads anew."""
     once = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return once + 2 * (memory.temp_size_in_bytes + communicated) + program.iterations * program.reread
 

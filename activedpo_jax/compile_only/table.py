@@ -6,7 +6,7 @@ from typing import Any
 
 from activedpo_jax.compile_only import topology
 from activedpo_jax.compile_only.cost import Row, Target, chip_seconds, pairs_per_second
-from activedpo_jax.compile_only.inventory import OF_A_ROUND, ONCE
+from activedpo_jax.compile_only.program import OF_A_ROUND, ONCE
 
 _COLUMNS = (
     *(("weights", 11), ("pool", 11), ("activations", 12), ("peak", 11), ("fits", 5), ("FLOPs", 10)),
@@ -39,14 +39,13 @@ def describe(target: Target, mesh: Any, dtype: Any) -> list[str]:
     chips = topology.num_chips(list(devices))
     limit = "no limit of memory known" if target.limit is None else f"{in_bytes(target.limit)} for programs"
     of_chips = "" if chips == len(devices) else f" on {chips} chips"
-    lines = [
-        f"{devices[0].device_kind} × {len(devices)}{of_chips}, mesh {dict(mesh.shape)}, weights {dtype}; a device: {limit}"
-    ]
+    where = f"{devices[0].device_kind} × {len(devices)}{of_chips}"
+    lines = [f"{where}, mesh {dict(mesh.shape)}, weights {dtype}; a device: {limit}"]
     if chip is not None:
         lines.append(
             f"peak numbers of a chip, published, not measured ({chip.source}): {chip.flops / 1e12:.0f} TFLOP/s in "
-            f"bfloat16, {chip.memory / 1e9:.0f} GB at {chip.bandwidth / 1e9:.0f} GB/s, links {chip.interconnect / 1e9:.0f} "
-            "GB/s"
+            f"bfloat16, {chip.memory / 1e9:.0f} GB at {chip.bandwidth / 1e9:.0f} GB/s, links "
+            f"{chip.interconnect / 1e9:.0f} GB/s"
         )
         lines.append("roofline: the least time of a run at these; a run takes longer")
     else:
@@ -60,7 +59,7 @@ def estimate(rows: Sequence[Row], target: Target) -> list[str]:
     found = chip_seconds(rows, target)
     if not found:
         return []
-    lines = ["", "chips × seconds at peak numbers, at least (all texts in the largest bucket; a round: the mean over all)"]
+    lines = ["", "chips × time at peak numbers, at least; all texts in the largest bucket; a round: the mean over all"]
     for stage in ONCE:
         if stage in found:
             lines.append(f"  {stage + ', once':<18}{_chip_time(found[stage])}")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+
 class Topology(NamedTuple):
     """What `--compile_only` names."""
 
@@ -89,8 +90,8 @@ def _gpu_devices(text: str, count: int) -> list[Any]:
         devices = []
     if len(devices) < count:
         raise ValueError(
-            f"--compile_only={text}: JAX sees {len(devices)} GPUs here, and XLA compiles for attached GPUs alone, unlike "
-            "for TPUs; expected a machine with that many GPUs of the kind that the run is for (pip install "
+            f"--compile_only={text}: JAX sees {len(devices)} GPUs here, and XLA compiles for attached GPUs alone, "
+            "unlike for TPUs; expected a machine with that many GPUs of the kind that the run is for (pip install "
             "'activedpo_jax[gpu]')"
         )
     return devices[:count]
