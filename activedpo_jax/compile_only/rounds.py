@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from activedpo_jax import layout, specs, tasks, verbs
 from activedpo_jax.compile_only import shapes
@@ -73,10 +74,12 @@ class RoundPrograms:
         spec, held = self.spec, self.held
         assert spec.sampling is not None
         arguments = (spec, self.policy, self.state)
-        # Nobody but the compiler decides how the copy is laid out.
-        shardings = fresh.unrolled_program.lower(*arguments).compile().output_shardings
         turned = jax.eval_shape(functools.partial(fresh.unrolled, spec), self.policy, self.state)
-        copy = shapes.laid_out(turned, shardings)
+        try:  # nobody but the compiler decides how the copy is laid out
+            shardings = fresh.unrolled_program.lower(*arguments).compile().output_shardings
+            copy = shapes.laid_out(turned, shardings)
+        except jax.errors.JaxRuntimeError:  # it does not fit, which the row of this program will say
+            copy = shapes.replicated(self.mesh, turned)
         labelled = self.state.labelled
         yield Program("weights for sampling", fresh.unrolled_program, arguments, held, labelled, "generation", runs=1)
         widths = sorted({bucket.prompt for bucket in self.task.buckets})
@@ -223,16 +226,15 @@ class RoundPrograms:
         )
 
     def _pool_evidence(self) -> dict[str, Any]:
-        """The evidence of all candidates, in rows that the devices divide."""
+        """The evidence of all candidates, cut by rows where the devices divide them."""
         spec = self.spec
         if not spec.needs:
             return {}
-        padded = -(-self.candidates // self.mesh.size) * self.mesh.size
         groups = shapes.groups(self.mesh, self.task.buckets[0], spec.chunk, self.responses)
         chunk = functools.partial(choose.chunk_evidence, spec)
         rows = jax.eval_shape(chunk, self.policy, self.state.lora, groups, self.state.seed)
-        cut = layout.rows(self.mesh)
-        return {n: jax.ShapeDtypeStruct((padded, *x.shape[1:]), x.dtype, sharding=cut) for n, x in rows.items()}
+        whole = {n: jax.ShapeDtypeStruct((self.candidates, *x.shape[1:]), x.dtype) for n, x in rows.items()}
+        return shapes.laid_out(whole, {n: layout.fit(self.mesh, P(layout.AXES), x.shape) for n, x in whole.items()})
 
     def _known(self) -> Any:
         """The vectors of the labelled pairs, where the candidates do not include them."""
