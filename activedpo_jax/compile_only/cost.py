@@ -79,10 +79,10 @@ def measure(program: Program, target: Target) -> Row:
         )
     seconds = time.perf_counter() - clock
     memory, text = compiled.memory_analysis(), with_loop_length(compiled.as_text(), program.iterations)
-    # What lies there and is no argument; on TPUs arguments are padded to tiles, so theirs are the compiler's numbers.
-    elsewhere = max(0.0, weights + pool - device_bytes(program.arguments))
     new = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = elsewhere + memory.argument_size_in_bytes + new
+    # On TPUs arguments are padded to tiles.  Those that the program has no use for are not in the compiler's number.
+    padding = max(0.0, memory.argument_size_in_bytes - device_bytes(program.arguments))
+    peak = weights + pool + padding + new
     collectives: dict[str, float] = {}
     for found in hlo.collectives(text):
         collectives[found.kind] = collectives.get(found.kind, 0.0) + found.bytes * found.count
