@@ -54,7 +54,10 @@ def topology_of(name: str) -> str:
 def test_programs_run_as_often_as_said_and_on_what_is_said(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A staged run on eight devices, its calls counted and their arguments compared."""
+    """A staged run on eight devices, its calls counted, and their arguments compared.
+
+    Where the programs are the same text, too, the run finds them in JAX's persistent cache, if compiling was told of one.
+    """
     changes = ON_POLICY | {"round.mode": "staged"}
     config = options()
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
@@ -62,16 +65,21 @@ def test_programs_run_as_often_as_said_and_on_what_is_said(
     mesh = layout.make_mesh(config.mesh)
     listed = list(inventory.programs(config, tasks.outline(config, mesh), mesh))
     calls: dict[Any, list[Any]] = collections.defaultdict(list)
+    texts: dict[Any, str] = {}
 
     def watch(module: Any, name: str) -> None:
         program = getattr(module, name)
 
         def called(*arguments: Any) -> Any:
             calls[program].append(_shapes(arguments))
+            if program in cached and program not in texts:
+                texts[program] = program.lower(*arguments).as_text()
             return program(*arguments)
 
         monkeypatch.setattr(module, name, called)
 
+    cached = {heldout.score, fresh.chunk_program, fresh.unrolled_program, staged.evidence_program}
+    cached |= {staged.vectors_program, staged.measure_program}
     for module, names in (
         (heldout, ["score"]),
         (fresh, ["chunk_program", "unrolled_program"]),
@@ -86,6 +94,8 @@ def test_programs_run_as_often_as_said_and_on_what_is_said(
     for program in of_rounds:
         judged_before = program.runs if program.stage == "evaluation" else 0  # the reference, once
         assert len(calls[program.function]) == config.rounds * program.runs + judged_before, program.name
+        if program.function in cached:
+            assert program.function.lower(*program.arguments).as_text() == texts[program.function], program.name
         said = _shapes(program.arguments)
         for got in calls[program.function]:
             assert got.keys() == said.keys()
@@ -295,7 +305,7 @@ def test_unknown_topology_is_an_error_in_one_line() -> None:
 
 @pytest.fixture
 def stand_in(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ml_collections.ConfigDict]:
-    """A shipped config with a tiny model of its family, on eight devices; that model's `config.json` is all there is."""
+    """A shipped config with a tiny model of its family on eight devices, of which there is a `config.json` alone."""
 
     def small(name: str) -> ml_collections.ConfigDict:
         monkeypatch.chdir(tmp_path)
