@@ -56,7 +56,7 @@ def test_programs_run_as_often_as_said_and_on_what_is_said(
 ) -> None:
     """A staged run on eight devices, its calls counted, and their arguments compared.
 
-    Where the programs are the same text, too, the run finds them in JAX's persistent cache, if compiling was told of one.
+    Where the programs are the same text, too, the run finds those that were compiled before in JAX's persistent cache.
     """
     changes = ON_POLICY | {"round.mode": "staged"}
     config = options()
