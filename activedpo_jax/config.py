@@ -80,6 +80,9 @@ OPTIONS: dict[str, Option] = {
     "seeds": Option((0,), "of everything that is drawn", SEEDS),
     "rounds": Option(10, "of picking, labelling and training"),
     "labels_per_round": Option(50, "K"),
+    "checkpoint_minutes": Option(
+        5.0, "that a kill may cost at most, of any stage; 0: save after every step", NOT_NEGATIVE
+    ),
     # The model
     "model.path": Option("", "a Hugging Face directory or Hub name; empty: the synthetic task's own tiny decoder"),
     "model.revision": Option("", "Hub branch, tag or commit; empty: the default branch"),
@@ -174,7 +177,6 @@ OPTIONS: dict[str, Option] = {
         "share of the prompts that the loss is measured on, not learnt; 0: none",
         Rule(lambda value: 0 <= value < 1, "a number from 0 to below 1"),
     ),
-    "sft.checkpoint_every": Option(100, "steps"),
     # Gradient features
     "features.dim": Option(8192, "D", between(1, 2**30)),
     "features.normalisation": Option(

@@ -22,11 +22,18 @@ _RESUMABLE = 75
 _PIPE = 128 + signal.SIGPIPE
 
 _INTERRUPTED = "interrupted; what is in the work directory is whole, and the same command resumes it"
+_SAVING = "interrupted: the work under way is saved at its next step; a second signal ends it at once\n"
 _LESS_MEMORY = (
     "lower features.groups_per_chunk, evaluation.pairs_per_chunk, dpo.pairs_per_chunk or sft.examples_per_chunk, "
     "generation.prompts_per_chunk, the largest of data.buckets, or lora.rank; or set model.remat=full or "
     "model.quantisation=int8"
 )
+_ABANDONED = (
+    "another process of this run has ended ({reason}); what is in the work directory is whole, and the same command on "
+    "every host resumes it"
+)
+# What the collectives of a run that has lost a process raise; an error of ours does not begin so.
+_LOST = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -42,13 +49,47 @@ def end_at_signals() -> None:
             signal.signal(number, _end)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    with contextlib.suppress(RuntimeError, OSError):  # RuntimeError: the signal came while something was printed
+class _Signals:
+    """Whether a signal has to wait for work to be saved, and whether one has come."""
+
+    waits = False
+    came = False
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Lets the first SIGINT or SIGTERM wait for somebody who looks at `signalled`, saves, and calls `end`."""
+    before, _Signals.waits = _Signals.waits, True
+    try:
+        yield
+    finally:
+        _Signals.waits = before
+    if _Signals.came and not before:
+        end()
+
+
+def signalled() -> bool:
+    """Whether a signal waits."""
+    return _Signals.came
+
+
+def end() -> NoReturn:
+    """Ends the process as an interrupted one, on the spot."""
+    with contextlib.suppress(RuntimeError, OSError):  # RuntimeError: a signal came while something was printed
         sys.stdout.flush()
     line = f"error: {_INTERRUPTED}\n"
     with contextlib.suppress(OSError):
         os.write(2, (f"\n{line}" if os.isatty(2) else line).encode())  # a terminal may show a progress bar
     os._exit(_RESUMABLE)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    if _Signals.waits and not _Signals.came:
+        _Signals.came = True
+        with contextlib.suppress(OSError):
+            os.write(2, _SAVING.encode())
+        return
+    end()
 
 
 @contextlib.contextmanager
@@ -62,6 +103,7 @@ def clean_errors() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
+        _leave()
     except BrokenPipeError:
         flush()
         sys.exit(_PIPE)
@@ -73,13 +115,25 @@ def clean_errors() -> Iterator[None]:
         found = _in_one_line(error)
         if found is None:
             raise
-        fail(found[0], code=found[1])
+        _print(found[0])
+        if found[1] != _RESUMABLE:
+            _leave()
+        sys.exit(found[1])
+
+
+def _leave() -> None:
+    """Several processes part only when all of them are done, with the same result or the same error."""
+    from activedpo_jax import hosts  # not at the top, see there
+
+    hosts.leave()
 
 
 def _in_one_line(error: Exception) -> tuple[str, int] | None:
     """What to print of an error, and the exit code; None: it is a defect of the program, which needs the traceback."""
     import jax  # not at the top, see there
 
+    if jax.distributed.is_initialized() and _LOST.match(str(error)):
+        return _ABANDONED.format(reason=" ".join(str(error).split())[:200]), _RESUMABLE
     if isinstance(error, MemoryError) or (
         isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     ):

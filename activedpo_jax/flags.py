@@ -1,6 +1,7 @@
 """The command line: a config file, single options changed on top of it, and errors that say what to type.
 
     --config configs/x.py --workdir DIR [--config.dpo.beta=0.2 --config.seeds=0,1,2] [--compile_only=v5e:4x4]
+    [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 
 A config file has `get_config()`, which starts from `config.default()` and changes some of its options.
 """
@@ -22,6 +23,7 @@ from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from activedpo_jax import errors, option_checks
+from activedpo_jax.cluster import FLAGS, Address
 from activedpo_jax.config import OPTIONS
 from activedpo_jax.errors import UsageError
 from activedpo_jax.files import flatten
@@ -45,12 +47,22 @@ COMMANDS: dict[str, Usage] = {
     "main": Usage(
         "rounds of picking, labelling and training, and their evaluation",
         (
-            *("strategies", "seeds", "rounds", "labels_per_round", "model.*", "lora.*", "data.*", "synthetic.*"),
-            *("scratch.*", "sft.*", "features.*", "selection.*", "candidates.*", "oracle.*", "dpo.*", "round.*"),
+            *("strategies", "seeds", "rounds", "labels_per_round", "checkpoint_minutes", "model.*", "lora.*", "data.*"),
+            *(
+                "synthetic.*",
+                "scratch.*",
+                "sft.*",
+                "features.*",
+                "selection.*",
+                "candidates.*",
+                "oracle.*",
+                "dpo.*",
+                "round.*",
+            ),
             *("evaluation.*", "export.*", *_SAMPLING, "mesh.*"),
         ),
     ),
-    "sft": Usage("supervised fine-tuning alone", ("seeds", *_MODEL_AND_TEXTS, "sft.*", "mesh.*")),
+    "sft": Usage("supervised fine-tuning alone", ("seeds", "checkpoint_minutes", *_MODEL_AND_TEXTS, "sft.*", "mesh.*")),
     "generate": Usage(
         "responses to the prompts of a file",
         (
@@ -73,6 +85,7 @@ class Command(NamedTuple):
     config: ml_collections.ConfigDict  # locked, and valid
     workdir: pathlib.Path | None  # None only with `compile_only`
     compile_only: str  # empty, or the topology to compile the programs of the run for, and stop
+    address: Address = Address()  # of the other processes of the run
 
 
 def read_config(argv: Sequence[str], strategies: Collection[str]) -> Command:
@@ -93,13 +106,21 @@ def read_config(argv: Sequence[str], strategies: Collection[str]) -> Command:
         errors.fail(error)
 
 
-def read_plain_run(argv: Sequence[str], strategies: Collection[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
-    """As `read_config`, for commands that only run: options and work directory."""
+class PlainRun(NamedTuple):
+    config: ml_collections.ConfigDict
+    workdir: pathlib.Path
+    address: Address
+
+
+def read_plain_run(argv: Sequence[str], strategies: Collection[str]) -> PlainRun:
+    """As `read_config`, for commands that only run."""
     command = read_config(argv, strategies)
     if command.compile_only:
         errors.fail("--compile_only is an option of activedpo_jax.main; leave it out")
+    if command.address.coordinator is not None and _command(argv) != "sft":
+        errors.fail("--coordinator is an option of activedpo_jax.main and sft; leave it out")
     assert command.workdir is not None
-    return command.config, command.workdir
+    return PlainRun(command.config, command.workdir, command.address)
 
 
 def _command(argv: Sequence[str]) -> str:
@@ -117,6 +138,11 @@ def help_text(command: str) -> str:
     if command == "main":
         compiling = "python -m activedpo_jax.main --config FILE --compile_only=PLATFORM:TOPOLOGY"
         lines.append(f"{compiling}    what the run would need there (v5e:4x4, 2*v5e:4x4, cpu:8)")
+    if command in ("main", "sft"):
+        lines.append(
+            "several processes find each other on Cloud TPU, GKE, Slurm and under Open MPI; elsewhere each gets "
+            "--coordinator=HOST:PORT --num_processes=N --process_id=I"
+        )
     for other, usage in COMMANDS.items():
         if other != command:
             lines.append(f"python -m activedpo_jax.{other} --help    {usage.about}")
@@ -144,6 +170,9 @@ def parse(argv: Sequence[str], strategies: Collection[str]) -> Command:
     values = absl_flags.FlagValues()
     absl_flags.DEFINE_string("workdir", None, "where the run lies", flag_values=values)
     absl_flags.DEFINE_string("compile_only", "", "platform:topology", flag_values=values)
+    absl_flags.DEFINE_string("coordinator", None, "host:port of process 0", flag_values=values)
+    absl_flags.DEFINE_integer("num_processes", None, "of the run", lower_bound=1, flag_values=values)
+    absl_flags.DEFINE_integer("process_id", None, "of this process, from 0", lower_bound=0, flag_values=values)
     try:
         config_flags.DEFINE_config_dict("config", load(file), flag_values=values, sys_argv=rest)
         unused = values([argv[0], *rest])[1:]
@@ -164,7 +193,19 @@ def parse(argv: Sequence[str], strategies: Collection[str]) -> Command:
         )
     if not values.workdir and not values.compile_only:
         raise UsageError("--workdir is missing: the directory that the run is written to, and goes on from")
-    return Command(config, pathlib.Path(values.workdir) if values.workdir else None, values.compile_only)
+    address = Address(values.coordinator, values.num_processes, values.process_id)
+    _check_address(address)
+    return Command(config, pathlib.Path(values.workdir) if values.workdir else None, values.compile_only, address)
+
+
+def _check_address(address: Address) -> None:
+    given = " ".join(f"--{name}={value}" for name, value in zip(FLAGS, address, strict=True) if value is not None)
+    if given and None in address:
+        raise UsageError(f"{given}: expected --coordinator, --num_processes and --process_id, or none of them")
+    if address.coordinator is not None and not re.fullmatch(r".+:\d+", address.coordinator):
+        raise UsageError(f"--coordinator: got {address.coordinator!r}, expected HOST:PORT, of process 0")
+    if given and address.process_id >= address.num_processes:  # type: ignore[operator]
+        raise UsageError(f"{given}: expected a --process_id from 0, below --num_processes")
 
 
 def load(file: str) -> ml_collections.ConfigDict:

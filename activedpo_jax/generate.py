@@ -48,7 +48,7 @@ def described(config: ml_collections.ConfigDict, texts: Texts) -> dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config, folder = flags.read_plain_run(sys.argv if argv is None else argv, STRATEGIES)
+    config, folder, _ = flags.read_plain_run(sys.argv if argv is None else argv, STRATEGIES)
     options, model = config.generation, config.model
     with errors.clean_errors():
         if not options.prompts or not model.path:

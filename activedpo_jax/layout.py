@@ -6,14 +6,14 @@ hidden units).  Programs are plain `jax.jit`; the compiler derives every other l
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
@@ -156,9 +156,57 @@ def put(tree: Any, sharding: Any = None) -> Any:
         return jax.device_put(tree)
     shardings = jax.tree.map(lambda _: sharding, tree) if isinstance(sharding, Sharding) else sharding
     first = jax.tree.leaves(shardings)[0]
-    if next(iter(first.device_set)) in jax.devices():
+    if not _attached(first):
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=s), tree, shardings
+        )
+    if first.is_fully_addressable:
         return jax.device_put(tree, shardings)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=s), tree, shardings)
+    return jax.tree.map(_put_shards, tree, shardings)
+
+
+def _attached(sharding: Sharding) -> bool:
+    """Whether the devices are there, in this process or another, and not only to be compiled for."""
+    return next(iter(sharding.device_set)) in jax.devices()
+
+
+def _put_shards(x: Any, sharding: Sharding) -> jax.Array:
+    """Of an array that every process has, each puts the parts of its own devices there."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    host = np.asarray(x, jnp.result_type(x))
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def put_rows(rows: Callable[[slice], Any], count: int, sharding: NamedSharding) -> Any:
+    """Puts a batch on the mesh of which each process makes only the rows that its own devices hold.
+
+    Args:
+      rows: makes the batch's rows of a slice: a tree of host arrays [rows, ...].
+      count: rows of the whole batch.
+      sharding: of every leaf; cuts the first axis alone.
+    """
+    if sharding.is_fully_addressable or not _attached(sharding):
+        return put(rows(slice(0, count)), sharding)
+    parts = sharding.addressable_devices_indices_map((count,)).values()
+    ends = [index[0].indices(count)[:2] for index in parts if index is not None]
+    own = slice(min(low for low, _ in ends), max(high for _, high in ends))
+
+    def place(x: Any) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x), (count, *np.shape(x)[1:]))
+
+    return jax.tree.map(place, rows(own))
+
+
+def get(tree: Any) -> Any:
+    """The arrays of a tree in host memory, whole on every process, wherever their parts lie; put's counterpart."""
+
+    def whole(x: Any) -> Any:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return jax.device_get(x)
+
+    return jax.tree.map(whole, tree) if jax.process_count() > 1 else jax.device_get(tree)
 
 
 def round_up(n: int, mesh: Mesh) -> int:

@@ -7,12 +7,15 @@ for that topology, prints what they need and whether they fit, and stops; see `c
 """
 
 if __name__ == "__main__":  # first, since the imports take seconds
-    from activedpo_jax import errors
+    from activedpo_jax import cluster, errors
 
+    cluster.guard()
     errors.end_at_signals()
 
 import dataclasses
+import os
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +26,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from activedpo_jax import compile_only, errors, files, flags, layout, sft, specs, start, tasks, verbs
+from activedpo_jax import cluster, compile_only, errors, files, flags, hosts, layout, sft, specs, start, tasks, verbs
 from activedpo_jax.data.groups import shared_prompts
 from activedpo_jax.evaluation import heldout
 from activedpo_jax.huggingface import adapters, merged
@@ -33,6 +36,7 @@ from activedpo_jax.oracles.labels import Pending
 from activedpo_jax.oracles.noise import Noise
 from activedpo_jax.record import checkpoints, comparison, folders, inputs, metrics, report
 from activedpo_jax.record.labels import RoundRecord
+from activedpo_jax.record.saved_work import SavedWork
 from activedpo_jax.rounds.checks import check_learnt
 from activedpo_jax.rounds.picked import as_answers
 from activedpo_jax.rounds.state import RunState, initial_state
@@ -59,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             compile_only.compile_for(config, command.compile_only, folder)
             return
         assert folder is not None
+        hosts.start(command.address, cluster.detected(sys.argv[1:], os.environ))
         folders.check_workdir(folder, config, "main")
         mesh = layout.make_mesh(config.mesh)
         first = tasks.load(config, config.seeds[0], mesh, folder)  # nothing is claimed before the inputs are valid
@@ -79,7 +84,7 @@ def compete(config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh,
             for note in texts.notes:
                 print(f"{name}: {note}")
         task, policy = starting_point(config, task, mesh, seed, folder)
-        setting = Setting(config, mesh, seed, task, policy, evaluator(config, task, policy, mesh, seed))
+        setting = Setting(config, mesh, seed, task, policy, evaluator(config, task, policy, seed, folder))
         for strategy in config.strategies:
             place = folders.run_folder(folder, config, strategy, seed)
             outcome = run(setting, strategy, place)
@@ -104,7 +109,8 @@ def run(setting: Setting, strategy: str, folder: pathlib.Path) -> folders.RunSum
     """
     config, policy = setting.config, setting.policy
     spec = specs.round_spec(config, strategy, setting.task, setting.mesh)
-    rounds = verbs.make(setting.config, spec, setting.task, policy, setting.seed)
+    saved = SavedWork(folder, config.checkpoint_minutes)
+    rounds = verbs.make(setting.config, spec, setting.task, policy, setting.seed, saved)
     oracle = verbs.oracle(verbs.Asking(config, setting.task, setting.seed, folder), rounds)
 
     state = initial_state(spec, policy.reference, setting.seed)
@@ -112,46 +118,58 @@ def run(setting: Setting, strategy: str, folder: pathlib.Path) -> folders.RunSum
     done, restored = store.restore_latest(state)
     summary = folders.resumed_summary(folder, strategy, setting.seed, done)
     told = set[str]()  # kinds of notes
-    with metrics.MetricsWriter(folder, 0 if done is None else done + 1) as writer:
+    with errors.signals_wait(), metrics.MetricsWriter(folder, 0 if done is None else done + 1) as writer:
 
         def save(state: RunState, entry: folders.RoundSummary) -> None:
             summary["rounds"].append(entry)
             writer.write(entry["round"], entry["labels"], scalars(entry))
-            files.write_json(folder / "summary.json", summary)
+            folders.write_summary(folder, summary)
             store.save(entry["round"], state)  # last: whatever is in a checkpoint is on record
+            if hosts.any_of(errors.signalled()):
+                store.wait()
+                errors.end()
 
         if restored is None:
             save(state, report.round_zero(setting.judge.untrained()))
         else:
             state = restored
+        if int(state.round) < config.rounds:
+            hosts.on_first(shutil.rmtree)(folder / "merged", ignore_errors=True)  # of a run with fewer rounds
         for number in range(1, int(state.round) + 1):
             if late := RoundRecord(folder, number).late_answers(oracle):
                 print(f"{strategy}, seed {setting.seed}: {late} answers came after round {number} was learnt: not used")
         for number in range(int(state.round) + 1, config.rounds + 1):
             record = RoundRecord(folder, number)
+            saved.enter(number)
             picked = record.picked()
             if picked is None or rounds.one_program:
                 picked = rounds.choose(state)
+                store.wait()  # what is asked comes of a state that is on disk
+                saved.forget_others()
                 record.ask(picked)
             verdicts = record.collect(oracle, picked)
             if isinstance(verdicts, Pending):
                 return verdicts
             labels = [verdicts[question.pair_id].label for question in picked.questions]
-            state, training = rounds.learn(state, picked, as_answers(labels))
+            state, training = rounds.learn(state, picked, as_answers(spec, labels))
             check_learnt(training, state.lora, number)
+            said = {"picks": [q.digest for q in picked.questions], "labels": [str(label) for label in labels]}
+            hosts.agree(f"round {number}", said | {"adapter": state.lora})
 
             folders.write_selected(folder, number, folders.joined(picked, verdicts))
             clock = time.perf_counter()
-            scores = setting.judge(state.lora)
+            scores = setting.judge(state.lora, saved)
             seconds = rounds.seconds | {"evaluation": time.perf_counter() - clock}
             entry = report.round_summary(spec.selection, picked, verdicts, training, scores, seconds)
             save(state, entry)
             print(report.round_line(strategy, setting.seed, config.rounds, entry), flush=True)
-            for kind, note in report.round_notes(spec.selection, entry).items():
+            for kind, note in report.round_notes(spec, entry).items():
                 if kind not in told:
                     print(f"{strategy}, seed {setting.seed}: {note}", flush=True)
                 told.add(kind)
     store.close()
+    saved.forget()
+    saved.close()
     export(setting, state, folder)
     return summary
 
@@ -197,13 +215,17 @@ def described(config: ml_collections.ConfigDict, task: tasks.Task) -> dict[str, 
 
 
 def evaluator(
-    config: ml_collections.ConfigDict, task: tasks.Task, policy: Policy, mesh: Mesh, seed: int
+    config: ml_collections.ConfigDict, task: tasks.Task, policy: Policy, seed: int, folder: pathlib.Path
 ) -> heldout.Evaluator:
     """The judge of a seed's runs: the held-out pairs, with the labels that the data has, without noise."""
     truth = answers(task.heldout, Noise(seed=seed))
-    every = np.arange(task.heldout.num_pairs)
+    every, mesh = np.arange(task.heldout.num_pairs), policy.decoder.mesh
     batches = heldout.Batches(task.heldout, every, task.buckets, config.evaluation.pairs_per_chunk, mesh)
-    return heldout.Evaluator(policy, truth, batches, specs.loss_spec(config))
+    saved = SavedWork(folder / "heldout" / f"seed{seed}", config.checkpoint_minutes)
+    with errors.signals_wait():
+        judge = heldout.Evaluator(policy, truth, batches, specs.loss_spec(config), saved)
+    saved.close()
+    return judge
 
 
 def export(setting: Setting, state: RunState, folder: pathlib.Path) -> None:
@@ -211,16 +233,17 @@ def export(setting: Setting, state: RunState, folder: pathlib.Path) -> None:
     config, decoder, model = setting.config, setting.task.decoder, setting.task.base_model
     revision = config.model.revision if model == config.model.path else ""
     adapters.save_adapter(state.lora, decoder.lora, model, folder / "adapter", revision)
-    if config.export.merged and not (folder / "merged").exists():
-        place = folder / "merged"
+    place = folder / "merged"
+    if config.export.merged and not hosts.on_first(place.exists)():
         merged.save_merged(setting.policy.params, state.lora, decoder.lora, model, revision, place, decoder.dtype)
 
 
 def finish(folder: pathlib.Path, summaries: Sequence[folders.RunSummary]) -> None:
     """The table and the picture of all runs; of several runs their comparison in `summary.json`, too."""
+    hosts.on_first(shutil.rmtree)(folder / "heldout", ignore_errors=True)
     if len(summaries) > 1:
-        files.write_json(folder / "summary.json", {**comparison.compare(summaries), "runs": list(summaries)})
-    report.plot_curves(summaries, folder / "curves.png", folder.resolve().name)
+        folders.write_summary(folder, {**comparison.compare(summaries), "runs": list(summaries)})
+    hosts.on_first(report.plot_curves)(summaries, folder / "curves.png", folder.resolve().name)
     print(f"\n{report.final_table(summaries)}\n\n{folder / 'curves.png'}")
 
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol, Self
 
 from tqdm import tqdm
 
+from activedpo_jax import hosts
+
 _SECONDS = 30.0  # between two lines
 
 
@@ -42,14 +44,14 @@ def progress(
     """Shows the progress of a loop over `iterable`, or of what `update` counts.
 
     On a terminal this is tqdm's bar, which disappears at the end.  Elsewhere it is a line on stderr every 30 seconds,
-    `features: 120/1024 prompt, 2.1/s`, so that short work prints nothing.
+    `features: 120/1024 prompt, 2.1/s`, so that short work prints nothing; of several processes, the first one's.
 
     Args:
       total: number of units; None: the iterable's length, if it has one.
       initial: units done before.
       desc: what is done; unit: what is counted.
     """
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and hosts.is_first():
         return tqdm(iterable, total=total, initial=initial, desc=desc, unit=unit, leave=False)
     return _Lines(iterable, total, initial, desc, unit)
 
@@ -71,7 +73,7 @@ class _Lines:
     def update(self, n: int = 1) -> None:
         self._done += n
         now = time.monotonic()
-        if now - self._shown >= _SECONDS:
+        if now - self._shown >= _SECONDS and hosts.is_first():
             self._shown = now
             print(self._line(now - self._start), file=sys.stderr, flush=True)
 

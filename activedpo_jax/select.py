@@ -50,7 +50,7 @@ _LABELLED = (".jsonl", ".csv", ".tsv", ".json", ".txt")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config, folder = flags.read_plain_run(sys.argv if argv is None else argv, STRATEGIES)
+    config, folder, _ = flags.read_plain_run(sys.argv if argv is None else argv, STRATEGIES)
     with errors.clean_errors():
         check_options(config)
         folders.check_workdir(folder, config, "select")

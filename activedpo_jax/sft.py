@@ -7,12 +7,14 @@ is done, and then the result: a PEFT adapter `adapter/`, or `model/`, a whole Hu
 """
 
 if __name__ == "__main__":  # first, since the imports take seconds
-    from activedpo_jax import errors
+    from activedpo_jax import cluster, errors
 
+    cluster.guard()
     errors.end_at_signals()
 
 import dataclasses
 import functools
+import os
 import pathlib
 import shutil
 import statistics
@@ -26,7 +28,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from activedpo_jax import errors, flags, layout, start
+from activedpo_jax import cluster, errors, flags, hosts, layout, start
 from activedpo_jax.data.completions import Completion, limit, read_completions
 from activedpo_jax.data.groups import Bucket, assign_buckets, check_tokens
 from activedpo_jax.data.preferences import split_by_prompt
@@ -84,7 +86,7 @@ def recipe(config: ml_collections.ConfigDict, mesh: Mesh) -> Recipe:
         sft.epochs,
         sft.batch_size,
         layout.round_up(min(sft.examples_per_chunk, sft.batch_size), mesh),
-        sft.checkpoint_every,
+        config.checkpoint_minutes,
     )
 
 
@@ -130,7 +132,7 @@ def run(
         adapters.save_adapter(lora, decoder.lora, base_model, result, revision)
         policy = dataclasses.replace(policy, reference=lora)
     # The result is whole; what it took to get there is several times as large.
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    hosts.on_first(shutil.rmtree)(folder / "checkpoints", ignore_errors=True)
     print(f"SFT, seed {seed}: {_in_words(metrics.read_metrics(folder / 'metrics.jsonl'))}")
     return policy
 
@@ -160,23 +162,28 @@ def fit(recipe: Recipe, trainee: Trainee, examples: Examples, mesh: Mesh, seed: 
         return {"sft/heldout_loss": finetune.mean_loss(*arguments)}
 
     first, total = done or 0, recipe.epochs * per_epoch
-    with metrics.MetricsWriter(folder, first + 1 if first else 0) as writer:
+    clock = checkpoints.Clock(recipe.checkpoint_minutes)
+    with errors.signals_wait(), metrics.MetricsWriter(folder, first + 1 if first else 0) as writer:
         if not first and examples.heldout is not None:
             writer.write(0, 0, heldout_loss(weights))
-        clock = time.perf_counter()
+        begun = time.perf_counter()
         work = Work("SFT", first, total, "config.sft.learning_rate")
         advance = finetune.steps(recipe, trainee, examples, mesh, seed)
         for step in descend(work, weights, opt_state, advance):
             weights, number = step.weights, step.number
-            speed = step.report.tokens / (time.perf_counter() - clock)
+            speed = step.report.tokens / (time.perf_counter() - begun)
             figures = {"sft/loss": float(step.report.loss), "sft/learning_rate": float(step.report.rate)}
             figures["sft/tokens_per_second"] = speed
             if number % per_epoch == 0:
                 figures |= heldout_loss(weights)
             writer.write(number, number, figures)
-            if number % recipe.checkpoint_every == 0 and number < total:
+            if clock.is_due() and number < total:
                 store.save(number, (weights, step.opt_state))  # after its figures: whatever is saved is on record
-            clock = time.perf_counter()
+                clock.restart()
+                if hosts.any_of(errors.signalled()):
+                    store.wait()
+                    errors.end()
+            begun = time.perf_counter()
     store.close()
     return weights
 
@@ -186,6 +193,7 @@ def result_folder(config: ml_collections.ConfigDict, folder: pathlib.Path) -> pa
     return folder / ("model" if config.sft.weights == "full" else "adapter")
 
 
+@hosts.on_first
 def is_done(config: ml_collections.ConfigDict, folder: pathlib.Path) -> bool:
     """Whether the stage has left its whole result there, which `run` then only reads."""
     last_written = "config.json" if config.sft.weights == "full" else "adapter_config.json"
@@ -208,8 +216,9 @@ def _in_words(records: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: the stage alone, once for every seed."""
-    config, folder = flags.read_plain_run(sys.argv if argv is None else argv, STRATEGIES)
+    config, folder, address = flags.read_plain_run(sys.argv if argv is None else argv, STRATEGIES)
     with errors.clean_errors():
+        hosts.start(address, cluster.detected(sys.argv[1:], os.environ))
         if not config.sft.data:
             raise ValueError("config.sft.data is empty; expected a file or a `datasets` name to learn from: set it")
         folders.check_workdir(folder, config, "sft")

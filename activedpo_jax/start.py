@@ -79,7 +79,7 @@ def initial_lora(config: ml_collections.ConfigDict, decoder: Decoder, mesh: Mesh
     if config.lora.path:
         return adapters.load_adapter(config.lora.path, config.lora.revision, decoder.config, decoder.lora, shardings)
     lora = fresh_lora(decoder, seed)
-    return jax.device_put(lora, shardings(lora))
+    return layout.put(lora, shardings(lora))
 
 
 def template_kwargs(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from activedpo_jax import layout, start
+from activedpo_jax import hosts, layout, start
 from activedpo_jax.data.groups import Bucket, Groups, PairPool, Texts, check_tokens, pad_groups, shared_prompts
 from activedpo_jax.data.preferences import limit, read_records, split_by_prompt
 from activedpo_jax.data.prompts import prompts_of, read_prompts
@@ -214,11 +214,11 @@ def _synthetic(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: 
 
     def quantised(params: Params) -> Params:
         shardings = jax.tree.map(lambda x: x.sharding, shape)
-        return jax.device_put(quantise_params(params, config.model.quantisation), shardings)
+        return layout.put(quantise_params(params, config.model.quantisation), shardings)
 
     def load_params() -> Params:
         path = None if cache is None else cache / "base" / f"seed{seed}"
-        if path is not None and path.exists():
+        if path is not None and hosts.on_first(path.exists)():
             return quantised(checkpoints.restore_tree(path, trained))
         params = _train_from_scratch(config, task, decoder, mesh, seed)
         if path is not None:
@@ -261,7 +261,7 @@ def _train_from_scratch(
     texts = task.language(seed, scratch.examples)
     groups = pad_groups(texts, np.arange(texts.num_groups), task.bucket)
     init = init_params(decoder, jax.random.key(seed))
-    params = jax.device_put(init, layout.weight_shardings(mesh, init))
+    params = layout.put(init, layout.weight_shardings(mesh, init))
     rng = np.random.default_rng(seed)
     size = layout.round_up(scratch.batch_size, mesh)
 
@@ -276,4 +276,4 @@ def _train_from_scratch(
     for step in descend(work, params, optimiser.init_optimiser(spec, params), advance):
         params, (loss,) = step.weights, step.report
     print(f"base model of seed {seed}: {float(loss):.3f} nats a token after {scratch.steps} steps")
-    return jax.device_put(params, layout.weight_shardings(mesh, params))
+    return layout.put(params, layout.weight_shardings(mesh, params))

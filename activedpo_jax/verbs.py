@@ -16,6 +16,7 @@ from activedpo_jax.oracles.labels import Oracle
 from activedpo_jax.oracles.noise import Noise
 from activedpo_jax.oracles.people import PeopleOracle
 from activedpo_jax.oracles.reward import Reward, RewardOracle
+from activedpo_jax.resumable import NOTHING_SAVED, SavedWork
 from activedpo_jax.rounds import fresh, fused, staged
 from activedpo_jax.rounds.choose import DeviceCandidates
 from activedpo_jax.rounds.spec import RoundSpec
@@ -25,8 +26,18 @@ from activedpo_jax.tasks import Task
 Rounds = fused.FusedRound | staged.StagedRound
 
 
-def make(config: ml_collections.ConfigDict, spec: RoundSpec, task: Task, policy: Policy, seed: int) -> Rounds:
+def make(
+    config: ml_collections.ConfigDict,
+    spec: RoundSpec,
+    task: Task,
+    policy: Policy,
+    seed: int,
+    saved: SavedWork = NOTHING_SAVED,
+) -> Rounds:
     """The rounds of a run, fused or staged.
+
+    Args:
+      saved: what is kept of a staged round under way.
 
     Raises:
       ValueError: as of `specs.is_fused`, or the data has no labels where they are asked for.
@@ -40,10 +51,10 @@ def make(config: ml_collections.ConfigDict, spec: RoundSpec, task: Task, policy:
             return task.pool
         widths = [bucket.prompt for bucket in task.buckets]
         drawn = _drawn(config, task, seed, int(state.round) + 1)
-        found = fresh.fresh_candidates(spec, policy, state, drawn, widths)
+        found = fresh.fresh_candidates(spec, policy, state, drawn, widths, saved)
         return found if task.pool is None else fresh.merged(task.pool, found)
 
-    return staged.StagedRound(spec, policy, candidates, task.buckets)
+    return staged.StagedRound(spec, policy, candidates, task.buckets, saved)
 
 
 def _drawn(config: ml_collections.ConfigDict, task: Task, seed: int, number: int) -> fresh.PromptSet:

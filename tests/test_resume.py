@@ -28,9 +28,9 @@ OPTIONS = {
 }
 
 
-def start(folder: pathlib.Path, cache: pathlib.Path, mode: str) -> subprocess.Popen[str]:
+def start(folder: pathlib.Path, cache: pathlib.Path, mode: str, **more: Any) -> subprocess.Popen[str]:
     """The command line, as a user types it; programs that one process compiled the next ones find in `cache`."""
-    flags = [f"--config.{name}={value}" for name, value in (OPTIONS | {"round.mode": mode}).items()]
+    flags = [f"--config.{name}={value}" for name, value in (OPTIONS | {"round.mode": mode} | more).items()]
     environment = os.environ | {
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -87,8 +87,12 @@ def test_killed_runs_equal_the_uninterrupted_one_bit_for_bit(tmp_path: pathlib.P
     whole, killed, cache = tmp_path / "whole", tmp_path / "killed", tmp_path / "cache"
     finish(start(whole, cache, "staged"))
 
-    # While the first round is on its way: only the state before it is there.
-    kill_when(start(killed, cache, "staged"), (killed / "checkpoints" / "0").exists)
+    # While the features of the first round are computed, and again while it trains.
+    partial = killed / "partial" / "001"
+    everything = {"checkpoint_minutes": 0}
+    kill_when(start(killed, cache, "staged", **everything), lambda: len(list(partial.glob("evidence*/0*-0*"))) > 1)
+    kill_when(start(killed, cache, "staged", **everything), lambda: len(list(partial.glob("training/0*-0*"))) > 0)
+    assert not (killed / "checkpoints" / "1").exists()
     # After the labels of round 2 have come in, before anything was learnt from them.
     files = [killed / "rounds" / "002" / name for name in ("asked.jsonl", "labels.jsonl")]
     kill_when(start(killed, cache, "staged"), files[1].exists)
@@ -103,6 +107,15 @@ def test_killed_runs_equal_the_uninterrupted_one_bit_for_bit(tmp_path: pathlib.P
     before = record(killed)
     finish(start(killed, cache, "staged"))
     assert record(killed) == before
+
+    # A finished run goes on where there are to be more rounds.
+    longer = tmp_path / "longer"
+    finish(start(longer, cache, "staged", rounds=2))
+    finish(start(longer, cache, "staged", rounds=3))
+    assert record(longer)["selected"] == record(whole)["selected"]
+    assert record(longer)["adapter"] == record(whole)["adapter"]
+    refused = start(longer, cache, "staged", rounds=2)
+    assert "rounds (was 3, now 2)" in refused.communicate(timeout=120)[0] and refused.returncode == 2
 
 
 @pytest.mark.slow

@@ -216,7 +216,7 @@ def trained(
         return update_program(*args)
 
     update_program = finetune.update_program
-    recipe = Recipe(OptimiserSpec(RATE), 1, batch_size, microbatch, checkpoint_every=100)
+    recipe = Recipe(OptimiserSpec(RATE), 1, batch_size, microbatch, checkpoint_minutes=5)
     base, weights = (None, place(params)) if full else (place(params), place(lora))
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "update_program", update)
@@ -287,7 +287,7 @@ def test_divergence_stops_before_anything_is_saved(tmp_path: pathlib.Path) -> No
     decoder, params, _ = tiny.model()
     broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
     mesh = layout.make_mesh(default().mesh, jax.devices()[:1])
-    recipe = Recipe(OptimiserSpec(1e-3), epochs=1, batch_size=2, microbatch=2, checkpoint_every=1)
+    recipe = Recipe(OptimiserSpec(1e-3), epochs=1, batch_size=2, microbatch=2, checkpoint_minutes=0)
     with pytest.raises(FloatingPointError, match="step 1 of 2: the loss is nan; lower config.sft.learning_rate"):
         sft.fit(recipe, Trainee(decoder, None, broken), Examples(random_texts(0, 4), None, BUCKETS), mesh, 0, tmp_path)
     assert not any((tmp_path / "checkpoints").iterdir())
@@ -323,7 +323,7 @@ def start(base: pathlib.Path, data: pathlib.Path, folder: pathlib.Path, cache: p
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     set_to = {"model.path": base, "sft.data": data, "data.buckets": "((16,16),(32,32))", "sft.heldout_fraction": 0.1}
-    set_to |= {"sft.batch_size": 4, "sft.epochs": 2, "sft.checkpoint_every": 2, "sft.learning_rate": 1e-2}
+    set_to |= {"sft.batch_size": 4, "sft.epochs": 2, "checkpoint_minutes": 0, "sft.learning_rate": 1e-2}
     command = [sys.executable, "-m", "activedpo_jax.sft", "--config", "configs/sft_smollm2.py", f"--workdir={folder}"]
     arguments = [f"--config.{name}={value}" for name, value in set_to.items()]
     root = pathlib.Path(__file__).parents[1]

@@ -12,6 +12,7 @@ from activedpo_jax.data.groups import Bucket, Groups, PairPool
 from activedpo_jax.evaluation import heldout
 from activedpo_jax.evidence.gradients import FeatureSpec, pair_features
 from activedpo_jax.models.policy import Policy
+from activedpo_jax.resumable import NOTHING_SAVED
 from activedpo_jax.rounds import staged
 from activedpo_jax.rounds.state import initial_state
 from activedpo_jax.tasks import Task
@@ -86,8 +87,8 @@ def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown() -> None:
     judge = heldout.Evaluator(policy, data.preferences, batches, loss)
     got = judge(lora)
 
-    gains = heldout.log_probs(decoder, params, lora, batches, data.num_pairs, "").astype(np.float64)
-    gains -= heldout.log_probs(decoder, params, policy.reference, batches, data.num_pairs, "")
+    gains = heldout.log_probs(policy, lora, batches, "", NOTHING_SAVED).astype(np.float64)
+    gains -= heldout.log_probs(policy, policy.reference, batches, "", NOTHING_SAVED)
     preferred = data.preferences.astype(int)
     margins = beta * (gains[every, preferred] - gains[every, 1 - preferred])
     assert np.isclose(got["accuracy"], np.mean(margins > 0))

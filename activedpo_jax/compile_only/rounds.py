@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from activedpo_jax import layout, specs, tasks, verbs
 from activedpo_jax.compile_only import shapes
@@ -89,7 +88,7 @@ class RoundPrograms:
             yield Program(
                 name=f"responses {(width, spec.sampling.length)}",
                 function=fresh.chunk_program,
-                arguments=(spec, copy, self.state.seed, shapes.from_host(jnp.int32(0)), prompts),
+                arguments=(spec, copy, self.state.seed, self.state.round, prompts),
                 weights=(held, copy),
                 data=(labelled, prompts),
                 stage="generation",
@@ -123,6 +122,18 @@ class RoundPrograms:
                 runs=self._if_largest(bucket, chunks(self.groups + self.drawn, spec.chunk)),
                 pairs=spec.chunk * self.per_group,
             )
+        if spec.needs:
+            rows = shapes.replicated(self.mesh, np.zeros(spec.chunk * self.per_group, np.int32))
+            new = self._chunk_evidence()
+            yield Program(
+                name=f"{' and '.join(spec.needs)} kept, {self.strategy}",
+                function=staged.write_program,
+                arguments=(self.mesh, whole, new, rows),
+                weights=self.held,
+                data=(labelled, whole, new, rows),
+                stage=stage,
+                runs=chunks(self.groups + self.drawn, spec.chunk),
+            )
         for bucket in self.task.buckets if choose.needs_known(spec) else ():
             groups = shapes.groups(self.mesh, bucket, spec.chunk, 2)
             before = [n - spec.selection.labels_per_round for n in self.labels]
@@ -138,7 +149,7 @@ class RoundPrograms:
             )
 
     def _selection(self) -> Program:
-        evidence, known, count = self._pool_evidence(), self._known(), self.candidates
+        evidence, known, count = self._pool_evidence(), self._known(), staged.padded(self.candidates, self.mesh)
         empty = np.zeros((count, 3), np.int32), np.zeros((count, 4), np.uint32), np.zeros(count, bool)
         rows = choose.Rows(*shapes.replicated(self.mesh, empty))
         return Program(
@@ -149,7 +160,7 @@ class RoundPrograms:
             data=(self.state.labelled, rows, evidence, known),
             stage="selection",
             runs=1,
-            pairs=count,
+            pairs=self.candidates,
         )
 
     def _training(self) -> Iterator[Program]:
@@ -170,7 +181,7 @@ class RoundPrograms:
         yield self._append()
         schedule = spec.schedule(np.arange(count), 1, 0)
         part = (schedule.slots[0][: training.microbatch], schedule.weight[0][: training.microbatch])
-        share = shapes.from_host(part)
+        share = shapes.replicated(mesh, part)
         gradient = (
             shapes.lora(self.task, mesh),
             shapes.replicated(mesh, jax.eval_shape(optimiser.no_gradient, lora)[1]),
@@ -196,7 +207,7 @@ class RoundPrograms:
         yield Program(
             name=f"training update, {self.strategy}",
             function=staged.update_program,
-            arguments=(spec, lora, opt_state, gradient[0], *shapes.from_host((jnp.int32(0), jnp.int32(0)))),
+            arguments=(spec, lora, opt_state, gradient[0], state.round, state.round),
             weights=weights,
             data=state.labelled,
             stage=stage,
@@ -226,15 +237,20 @@ class RoundPrograms:
         )
 
     def _pool_evidence(self) -> dict[str, Any]:
-        """The evidence of all candidates, cut by rows where the devices divide them."""
-        spec = self.spec
-        if not spec.needs:
+        """The evidence of all candidates."""
+        if not self.spec.needs:
             return {}
-        groups = shapes.groups(self.mesh, self.task.buckets[0], spec.chunk, self.responses)
-        chunk = functools.partial(choose.chunk_evidence, spec)
+        total, cut = staged.padded(self.candidates, self.mesh), layout.rows(self.mesh)
+        rows = self._chunk_evidence()
+        return {n: jax.ShapeDtypeStruct((total, *x.shape[1:]), x.dtype, sharding=cut) for n, x in rows.items()}
+
+    def _chunk_evidence(self) -> dict[str, Any]:
+        """That of one chunk."""
+        groups = shapes.groups(self.mesh, self.task.buckets[0], self.spec.chunk, self.responses)
+        chunk = functools.partial(choose.chunk_evidence, self.spec)
         rows = jax.eval_shape(chunk, self.policy, self.state.lora, groups, self.state.seed)
-        whole = {n: jax.ShapeDtypeStruct((self.candidates, *x.shape[1:]), x.dtype) for n, x in rows.items()}
-        return shapes.laid_out(whole, {n: layout.fit(self.mesh, P(layout.AXES), x.shape) for n, x in whole.items()})
+        cut = layout.batch(self.mesh)
+        return {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut) for n, x in rows.items()}
 
     def _known(self) -> Any:
         """The vectors of the labelled pairs, where the candidates do not include them."""

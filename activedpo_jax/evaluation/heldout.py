@@ -13,6 +13,7 @@ from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.models.policy import Policy, response_logps
 from activedpo_jax.progress import progress
+from activedpo_jax.resumable import NOTHING_SAVED, SavedWork, pieces
 from activedpo_jax.training import losses
 
 
@@ -23,38 +24,52 @@ def score(decoder: Decoder, params: Params, lora: Lora, groups: Groups) -> jax.A
 
 
 class Batches:
-    """Rows of a pool as padded batches of pairs, bucket by bucket; shapes repeat, so programs are compiled once each.
-
-    Iterating yields (rows [≤ size], batch of pairs on the mesh); rows come bucket by bucket.
-    """
+    """Rows of a pool as padded batches of pairs on the mesh, bucket by bucket; shapes repeat, so programs are compiled
+    once each."""
 
     def __init__(self, pool: PairPool, rows: np.ndarray, buckets: Sequence[Bucket], size: int, mesh: jax.sharding.Mesh):
         self._pool, self._buckets, self._sharding = pool, buckets, layout.batch(mesh)
         self._size = layout.round_up(size, mesh)
         bucket_of_group = assign_buckets(pool, buckets)
-        self._chunks = [(b, rows[part]) for b, part in microbatches(bucket_of_group[pool.pairs[rows, 0]], self._size)]
+        self._chunks: list[tuple[int, np.ndarray]] = [
+            (b, rows[part]) for b, part in microbatches(bucket_of_group[pool.pairs[rows, 0]], self._size)
+        ]
 
     def __len__(self) -> int:
         return len(self._chunks)
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        for b, rows in self._chunks:
-            groups = pad_pairs(self._pool, rows, self._buckets[b], self._size)
-            yield rows, layout.put(groups, self._sharding)
+    def rows(self, number: int) -> np.ndarray:
+        """The rows of a batch, [≤ size]."""
+        return self._chunks[number][1]
+
+    def __getitem__(self, number: int) -> Groups:
+        b, rows = self._chunks[number]
+
+        def part(own: slice) -> Groups:
+            return pad_pairs(self._pool, rows[own], self._buckets[b], len(range(*own.indices(self._size))))
+
+        return layout.put_rows(part, self._size, self._sharding)
+
+    @property
+    def like(self) -> jax.ShapeDtypeStruct:
+        """Of a batch's log-probs."""
+        return jax.ShapeDtypeStruct((self._size, 2), jnp.float32, sharding=self._sharding)
 
 
-def log_probs(
-    decoder: Decoder,
-    params: Params,
-    lora: Lora,
-    batches: Batches,
-    num_rows: int,
-    label: str,
-) -> np.ndarray:
-    """log π(y|x) of both responses of every row in `batches`: [num_rows, 2] float32, indexed by row."""
-    out = np.zeros((num_rows, 2), np.float32)
-    for rows, groups in progress(batches, desc=label, unit="batch"):
-        out[rows] = np.asarray(score(decoder, params, lora, groups))[: len(rows)]
+def log_probs(policy: Policy, lora: Lora, batches: Batches, label: str, saved: SavedWork) -> np.ndarray:
+    """log π(y|x) of both responses of every row in `batches`: [rows, 2] float32, indexed by row."""
+    found = pieces(
+        saved,
+        label.replace(" ", "_"),
+        len(batches),
+        lambda i: score(policy.decoder, policy.params, lora, batches[i]),
+        lambda _: batches.like,
+    )
+    count = sum(len(batches.rows(i)) for i in range(len(batches)))
+    out = np.zeros((count, 2), np.float32)
+    for i, logps in enumerate(progress(found, total=len(batches), desc=label, unit="batch")):
+        rows = batches.rows(i)
+        out[rows] = layout.get(logps)[: len(rows)]
     return out
 
 
@@ -64,27 +79,31 @@ class Evaluator:
     Args:
       preferences: [N], one for every pair of the set: 0 the first shown is preferred, 1 the second.
       batches: of all pairs of the set.
+      saved: what is kept of the reference's log-probabilities.
     """
 
-    def __init__(self, policy: Policy, preferences: np.ndarray, batches: Batches, loss: losses.LossSpec):
+    def __init__(
+        self,
+        policy: Policy,
+        preferences: np.ndarray,
+        batches: Batches,
+        loss: losses.LossSpec,
+        saved: SavedWork = NOTHING_SAVED,
+    ) -> None:
         self._policy, self._batches = policy, batches
         self._num_rows, self._loss = len(preferences), loss
-        self._ref = self._log_probs(policy.reference, "held-out reference")
+        self._ref = log_probs(policy, policy.reference, batches, "held-out reference", saved)
         # Each weight is one and sums are divided at the end, so that an accuracy is an exact fraction.
         weight = jnp.ones(self._num_rows, jnp.float32)
         self._pairs = losses.Preferences(jnp.asarray(preferences, jnp.int32), jnp.asarray(self._ref), weight)
 
-    def __call__(self, lora: Lora) -> dict[str, float]:
+    def __call__(self, lora: Lora, saved: SavedWork = NOTHING_SAVED) -> dict[str, float]:
         """Accuracy (ties count half), mean reward margin (nats) and DPO loss (nats) over the held-out pairs."""
-        return self._metrics(self._log_probs(lora, "evaluation"))
+        return self._metrics(log_probs(self._policy, lora, self._batches, "evaluation", saved))
 
     def untrained(self) -> dict[str, float]:
         """The same for the reference model, with which every run starts."""
         return self._metrics(self._ref)
-
-    def _log_probs(self, lora: Lora, label: str) -> np.ndarray:
-        policy = self._policy
-        return log_probs(policy.decoder, policy.params, lora, self._batches, self._num_rows, label)
 
     def _metrics(self, logps: np.ndarray) -> dict[str, float]:
         out = losses.metrics(self._loss, jnp.asarray(logps), self._pairs)

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from activedpo_jax import layout
+from activedpo_jax import hosts, layout
 from activedpo_jax.files import read_json, write_json
 from activedpo_jax.huggingface import hub
 from activedpo_jax.huggingface.families import LINEAR_MAPS
@@ -48,11 +48,17 @@ def save_adapter(
     Raises:
       ValueError: the matrices are not those of `lora_config`.
     """
-    layers = jax.device_get(lora["layers"])
+    layers = layout.get(lora["layers"])
     found = {module: matrices["a"].shape[1] for module, matrices in layers.items()}
     expected = dict.fromkeys(lora_config.target_modules, lora_config.rank)
     if found != expected:
         raise ValueError(f"the adapter has matrices of rank {found}; its config says {expected}")
+    _write(layers, lora_config, (base_model_name, revision), directory)
+
+
+@hosts.on_first
+def _write(layers: Any, lora_config: LoraConfig, base_model: tuple[str, str], directory: pathlib.Path) -> None:
+    base_model_name, revision = base_model
     tensors = {}
     for module, matrices in layers.items():
         name = f"{_PREFIX}{LINEAR_MAPS[module]}"

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from activedpo_jax import hosts, layout
 from activedpo_jax.files import read_json, write_json
 from activedpo_jax.huggingface import hub, loading
 from activedpo_jax.huggingface.families import family
@@ -86,7 +87,7 @@ def save_merged(
     dtype = jnp.dtype(dtype)
     if dtype.name not in _DTYPES:
         raise ValueError(f"dtype: got {dtype.name}, expected one of {', '.join(_DTYPES)}")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if hosts.on_first(_is_taken)(directory):
         raise ValueError(f"{directory}: already there; remove it, or write to another directory")
     decoder = Decoder(loading.load_config(base_model, revision), lora_config)
     _hold_to_shapes(params, lambda: init_params(decoder, jax.random.key(0)), "parameters", base_model)
@@ -103,9 +104,7 @@ def save_merged(
         max_shard_size=max_shard_size,
     )
     partial = directory.with_name(directory.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    hosts.on_first(_made_anew)(partial)
     with progress(total=len(sources), desc=f"writing {directory}", unit="tensor") as bar:
 
         def read(name: str) -> np.ndarray:
@@ -113,12 +112,34 @@ def save_merged(
             if not finite:
                 raise ValueError(f"tensor {name} of {directory} has entries that are not finite in {dtype.name}")
             bar.update()
-            return np.asarray(tensor)
+            return np.asarray(layout.get(tensor))
 
         for file, names in plan.filename_to_tensors.items():
             shapes = {name: sources[name].shape for name in names}
             _write(partial / file, _safetensors(shapes, dtype, read))
 
+    hosts.on_first(_complete)(partial, directory, folder, plan, dtype)
+
+
+def _is_taken(directory: pathlib.Path) -> bool:
+    return directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+
+
+def _made_anew(directory: pathlib.Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+
+
+def _complete(
+    partial: pathlib.Path,
+    directory: pathlib.Path,
+    folder: pathlib.Path,
+    plan: huggingface_hub.StateDictSplit,
+    dtype: Any,
+) -> None:
+    """Writes what belongs to the weights, the base model's files in `folder` among them, and renames the whole."""
+    config = read_json(folder / _CONFIG)
     if plan.is_sharded:
         write_json(partial / _INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
     for source in (path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()):
@@ -208,6 +229,11 @@ def _safetensors(
 
 
 def _write(path: pathlib.Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Several processes make the pieces together, and the first writes them."""
+    if not hosts.is_first():
+        for _ in pieces:
+            pass
+        return
     with open(path, "wb") as file:
         for piece in pieces:
             file.write(piece)

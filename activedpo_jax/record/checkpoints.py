@@ -5,6 +5,7 @@ import functools
 import logging
 import pathlib
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
+
+from activedpo_jax import errors, hosts
 
 
 class Checkpoints:
@@ -21,19 +24,33 @@ class Checkpoints:
     """
 
     def __init__(self, folder: pathlib.Path):
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
         self._folder = folder.absolute() / "checkpoints"
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        handler = ocp.StandardCheckpointHandler()
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handler)
 
     def save(self, round_number: int, state: Any) -> None:
+        """Begins to save, in the background; `wait` for the end before anything is recorded that builds on it."""
         with each_error_once():
+            self._manager.wait_until_finished()
             self._manager.save(round_number, args=ocp.args.StandardSave(state))
+
+    def wait(self) -> None:
+        """Returns once everything is on disk."""
+        with each_error_once():
             self._manager.wait_until_finished()
 
     def restore(self, round_number: int, like: Any) -> Any:
-        """The state of that round, with the shapes, dtypes and shardings of `like`."""
+        """The state of that round, with the shapes, dtypes and shardings of `like`.
+
+        Where an array of `like` has more rows, as in a run that is to have more rounds, what was saved comes first and
+        the rest is that of `like`.
+        """
         with each_error_once():
-            return self._manager.restore(round_number, args=ocp.args.StandardRestore(_abstract(like)))
+            saved = _shapes(self._manager.item_metadata(round_number).tree)
+            shapes = jax.tree.map_with_path(lambda path, x: _less_rows(x, saved.get(_name(path))), abstract(like))
+            state = self._manager.restore(round_number, args=ocp.args.StandardRestore(shapes))
+        return jax.tree.map(lambda x, whole: x if x.shape == whole.shape else _put_first(x, whole), state, like)
 
     def restore_latest(self, like: Any) -> tuple[int | None, Any]:
         """The newest state that can be read, and its round; (None, None) if none was saved.
@@ -59,7 +76,47 @@ class Checkpoints:
         return None, None
 
     def close(self) -> None:
+        self.wait()
         self._manager.close()
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _shapes(metadata: Any) -> dict[str, tuple[int, ...]]:
+    return {_name(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(metadata)}
+
+
+def _less_rows(like: jax.ShapeDtypeStruct, saved: tuple[int, ...] | None) -> jax.ShapeDtypeStruct:
+    """With the number of rows that were saved, if these are fewer and nothing else differs."""
+    if not saved or saved == like.shape or saved[1:] != like.shape[1:] or saved[0] > like.shape[0]:
+        return like
+    return jax.ShapeDtypeStruct(saved, like.dtype, sharding=like.sharding)
+
+
+def _put_first(rows: jax.Array, whole: jax.Array) -> jax.Array:
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=0, axis=0)
+    return jax.jit(write, out_shardings=whole.sharding)(whole, rows)
+
+
+class Clock:
+    """Says when what has been done since the last time should be saved.
+
+    Args:
+      minutes: of work that a kill may cost; 0: it is always time.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self._seconds = 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self._last = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether the time is over, or a signal waits, on any process; all of them have to ask."""
+        return hosts.any_of(time.monotonic() - self._last >= self._seconds or errors.signalled())
 
 
 def save_tree(path: pathlib.Path, tree: Any) -> None:
@@ -71,7 +128,7 @@ def save_tree(path: pathlib.Path, tree: Any) -> None:
 def restore_tree(path: pathlib.Path, like: Any) -> Any:
     """Reads what `save_tree` wrote, with the shapes, dtypes and shardings of `like`."""
     with each_error_once(), ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path.absolute(), _abstract(like))
+        return checkpointer.restore(path.absolute(), abstract(like))
 
 
 @contextlib.contextmanager
@@ -122,5 +179,6 @@ def _drop_late_echoes() -> None:
 _ORBAX = str(pathlib.Path(ocp.__file__).parent)
 
 
-def _abstract(tree: Any) -> Any:
+def abstract(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree of arrays, or of their like."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -14,12 +14,14 @@ import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import ml_collections
 
+from activedpo_jax import __version__
 from activedpo_jax.files import flatten, plain, read_json, write_atomic, write_json
+from activedpo_jax.hosts import on_first
 from activedpo_jax.oracles.labels import PREFERENCES, Preference
 from activedpo_jax.record.labels import Verdict
 from activedpo_jax.rounds.picked import Picked
@@ -68,6 +70,7 @@ class Selected:
     round: int
 
 
+@on_first
 def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: str) -> None:
     """Makes the work directory of a new command, or checks that an old one belongs to the same command and options.
 
@@ -84,10 +87,12 @@ def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, comma
     check_workdir(workdir, config, command)
     _lock(workdir)
     check_workdir(workdir, config, command)
-    if not (workdir / "config.json").exists():
-        write_json(workdir / "config.json", _record(config, command))
+    path, now = workdir / "config.json", _record(config, command)
+    if not path.exists() or read_json(path) != now:  # what differs may differ
+        write_json(path, now)
 
 
+@on_first
 def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, command: str) -> None:
     """Compares the options with those of an existing work directory; writes nothing.
 
@@ -114,16 +119,26 @@ def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, comm
         f"{name} (was {show(before.get(name, absent))}, now {show(now.get(name, absent))})"
         for name in now | before
         if before.get(name, absent) != now.get(name, absent)
+        and not (name in _MAY_CHANGE and name in before and _MAY_CHANGE[name](before[name], now[name]))
     ]
     if differences:
         raise ValueError(
             f"{path}: this work directory belongs to other options: {', '.join(differences)}; "
-            "to resume it give the same options as before, for a new run another --workdir"
+            "to resume it give the same options as before, of which config.rounds alone may be higher, with the same "
+            "version of activedpo_jax, for a new run another --workdir"
         )
 
 
+# Options that may differ when a command resumes, as these functions of the old and the new value say: a finished run
+# can have more rounds.
+_MAY_CHANGE: Mapping[str, Callable[[Any, Any], bool]] = {
+    "checkpoint_minutes": lambda was, now: True,
+    "rounds": lambda was, now: now >= was,
+}
+
+
 def _record(config: ml_collections.ConfigDict, command: str) -> dict[str, Any]:
-    return dict(plain({"command": command, **config.to_dict()}))
+    return dict(plain({"command": command, "version": __version__, **config.to_dict()}))
 
 
 _locks: dict[pathlib.Path, int] = {}  # descriptors that hold a lock until the process ends
@@ -160,10 +175,17 @@ def selected_path(folder: pathlib.Path, round_number: int) -> pathlib.Path:
     return folder / "rounds" / f"{round_number:03d}" / "selected.jsonl"
 
 
+@on_first
 def write_selected(folder: pathlib.Path, round_number: int, rows: Sequence[Selected]) -> None:
     """Writes a round's picks, in pick order, all or nothing."""
     lines = [json.dumps(plain(dataclasses.asdict(row)), ensure_ascii=False, allow_nan=False) for row in rows]
     write_atomic(selected_path(folder, round_number), "".join(line + "\n" for line in lines))
+
+
+@on_first
+def write_summary(folder: pathlib.Path, summary: Mapping[str, Any]) -> None:
+    """Writes `summary.json`, all or nothing."""
+    write_json(folder / "summary.json", summary)
 
 
 def joined(picked: Picked, verdicts: Mapping[str, Verdict]) -> list[Selected]:
@@ -187,6 +209,7 @@ def joined(picked: Picked, verdicts: Mapping[str, Verdict]) -> list[Selected]:
     return rows
 
 
+@on_first
 def resumed_summary(folder: pathlib.Path, strategy: str, seed: int, done: int | None) -> RunSummary:
     """The summary up to the last round that was saved.
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from activedpo_jax.data.groups import PairPool, Texts
 from activedpo_jax.files import plain, read_json, write_json
+from activedpo_jax.hosts import on_first
 
 Inputs = Mapping[str, Any]
 
@@ -42,6 +43,7 @@ def _digest(arrays: Sequence[np.ndarray], label: str) -> str:
     return state.hexdigest()
 
 
+@on_first
 def hold(path: pathlib.Path, now: Mapping[str, Inputs | str]) -> None:
     """Records what a new command begins with, or refuses to resume an old one that began with something else.
 
@@ -56,6 +58,7 @@ def hold(path: pathlib.Path, now: Mapping[str, Inputs | str]) -> None:
         write_json(path, now)
 
 
+@on_first
 def check(path: pathlib.Path, now: Mapping[str, Inputs | str]) -> None:
     """Compares with what was recorded, if anything was.
 

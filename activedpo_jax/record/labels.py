@@ -5,7 +5,8 @@ DIR/rounds/NNN/responses.jsonl   in on-policy rounds, all that the policy respon
 DIR/rounds/NNN/labels.jsonl      the answers, a line each as it comes; only ever appended to
 DIR/rounds/NNN/selected.jsonl    the two joined, once every pick has its label; see `folders.Selected`
 
-A label once received is never asked for again, whatever kills the process: what the files hold is taken up.
+A label once received is never asked for again, whatever kills the process: what the files hold is taken up.  Of
+several processes, the first alone reads, writes and asks.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 from activedpo_jax.data.groups import Candidates
 from activedpo_jax.files import append_lines, plain, read_lines, write_atomic
+from activedpo_jax.hosts import on_first
 from activedpo_jax.oracles.labels import PREFERENCES, Label, Oracle, Pending, Question
 from activedpo_jax.rounds.picked import Picked
 
@@ -43,6 +45,7 @@ class RoundRecord:
         self.number = number
         self._asked, self._labels = self.folder / "asked.jsonl", self.folder / "labels.jsonl"
 
+    @on_first
     def picked(self) -> Picked | None:
         """What was asked before the process was killed; None: nothing yet.
 
@@ -65,6 +68,7 @@ class RoundRecord:
         except KeyError as error:
             raise ValueError(f"{rows[0][0]}: {error} is missing; restore the file") from error
 
+    @on_first
     def ask(self, picked: Picked) -> None:
         """Puts the picks on record, and what the policy responded."""
         if picked.fresh is not None:
@@ -122,6 +126,7 @@ class RoundRecord:
             append_lines(self._labels, lines)
         return overruled
 
+    @on_first
     def collect(self, oracle: Oracle, picked: Picked) -> dict[str, Verdict] | Pending:
         """Asks for what is not on record yet, and puts what comes on record.
 
@@ -154,6 +159,7 @@ class RoundRecord:
                 return Pending(f"round {self.number}: {done} of {len(picked.questions)} pairs are labelled; {message}")
         return verdicts(self.answers())
 
+    @on_first
     def late_answers(self, oracle: Oracle) -> int:
         """How many answers were given or changed after the round was learnt, which nothing comes of any more."""
         picked = self.picked() if oracle.asks_whole_rounds else None

@@ -8,16 +8,25 @@ its checkpoint: every round that a checkpoint contains is then on record.
 import json
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.summary import scalar
-
 from activedpo_jax.files import plain
+from activedpo_jax.hosts import on_first
+
+# tensorboardX imports torch where that is installed, which takes seconds, and nothing here uses it.
+_torch_is_absent = "torch" not in sys.modules
+if _torch_is_absent:
+    sys.modules["torch"] = None  # type: ignore[assignment]
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event  # noqa: E402
+from tensorboardX.summary import scalar  # noqa: E402
+
+if _torch_is_absent:
+    del sys.modules["torch"]
 
 _RESERVED = ("round", "step", "time")
 
@@ -35,6 +44,7 @@ class MetricsWriter:
       ValueError: if a line to be kept is not a record; names file and line.
     """
 
+    @on_first
     def __init__(self, folder: pathlib.Path, from_round: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
@@ -53,6 +63,7 @@ class MetricsWriter:
             self._show(record)
         self._events.flush()
 
+    @on_first
     def write(self, round_number: int, step: int, values: Mapping[str, Any]) -> None:
         """Appends one record, and returns once it is on disk.
 
@@ -74,6 +85,7 @@ class MetricsWriter:
         self._show(record)
         self._events.flush()
 
+    @on_first
     def close(self) -> None:
         self._file.close()
         self._events.close()
@@ -94,6 +106,7 @@ class MetricsWriter:
                 )
 
 
+@on_first
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, in order; a last line that a crash cut short is left out.
 

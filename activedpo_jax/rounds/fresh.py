@@ -29,6 +29,7 @@ from activedpo_jax.models.decoder import unstack
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.models.token_hash import pair_digests, prompt_hash
 from activedpo_jax.progress import progress
+from activedpo_jax.resumable import NOTHING_SAVED, SavedWork, pieces
 from activedpo_jax.rounds.choose import DeviceCandidates, Rows
 from activedpo_jax.rounds.fused import Source
 from activedpo_jax.rounds.spec import RoundSpec
@@ -208,11 +209,13 @@ def fresh_candidates(
     state: RunState,
     prompts: PromptSet,
     widths: Sequence[int],
+    saved: SavedWork = NOTHING_SAVED,
 ) -> Candidates:
     """The pairs of m responses to each prompt.
 
     Args:
       widths: that prompts are padded to, each to the smallest that holds it; one compiled program each.
+      saved: what is kept of the responses.
     """
     assert spec.sampling is not None
     weights = unrolled_program(spec, policy, state)
@@ -221,11 +224,26 @@ def fresh_candidates(
     tokens: list[list[np.ndarray]] = [[] for _ in range(count)]
     pairs = group_pairs(m)
     valid, digests = np.zeros((count, len(pairs)), bool), np.zeros((count, len(pairs), 4), np.uint32)
+    chunks = list(microbatches(assign_buckets(prompts.texts, buckets), spec.chunk))
+
+    def compute(i: int) -> FreshChunk:
+        b, part = chunks[i]
+        padded = pad_groups(prompts.texts, part, buckets[b], spec.chunk)
+        batch = layout.put(Prompts(padded.prompt_ids, padded.prompt_len), layout.batch(spec.mesh))
+        round_number = layout.put(np.int32(number), layout.replicated(spec.mesh))
+        return chunk_program(spec, weights, state.seed, round_number, batch)
+
+    def like(i: int) -> Any:
+        ids = jax.ShapeDtypeStruct((spec.chunk, buckets[chunks[i][0]].prompt), jnp.int32)
+        like_prompts = Prompts(ids, jax.ShapeDtypeStruct((spec.chunk,), jnp.int32))
+        shapes = jax.eval_shape(chunk_program, spec, weights, state.seed, jnp.int32(number), like_prompts)
+        sharding = layout.batch(spec.mesh)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+    results = pieces(saved, f"responses_{len(chunks)}x{spec.chunk}", len(chunks), compute, like)
     with progress(total=count, desc="responses", unit="prompt") as bar:
-        for b, part in microbatches(assign_buckets(prompts.texts, buckets), spec.chunk):
-            padded = pad_groups(prompts.texts, part, buckets[b], spec.chunk)
-            batch = layout.put(Prompts(padded.prompt_ids, padded.prompt_len), layout.batch(spec.mesh))
-            found = jax.device_get(chunk_program(spec, weights, state.seed, jnp.int32(number), batch))
+        for (_, part), result in zip(chunks, results, strict=True):
+            found = layout.get(result)
             for place, row in enumerate(part):
                 lengths = found.responses.length[place]
                 tokens[row] = [found.responses.tokens[place, j, : lengths[j]] for j in range(m)]
@@ -241,13 +259,13 @@ def fresh_candidates(
 def on_host(spec: RoundSpec, state: RunState, prompts: PromptSet, candidates: DeviceCandidates) -> Candidates:
     """The fresh candidates that `fresh_source` or `mixed_source` made on the device from this state."""
     count, per_group = len(prompts.ids), len(group_pairs(spec.responses))
-    ids, length = jax.device_get((candidates.groups.response_ids, candidates.groups.response_len))
+    ids, length = layout.get((candidates.groups.response_ids, candidates.groups.response_len))
     ids, length = ids.reshape(-1, *ids.shape[2:]), length.reshape(-1, length.shape[-1])
     # A pool may stand before them, and padding behind them.
     size = -(-count // spec.chunk) * spec.chunk
     ids, length = ids[-size:][:count], length[-size:][:count]
     tokens = [[ids[g, j, : length[g, j]] for j in range(spec.responses)] for g in range(count)]
-    rows = jax.device_get((candidates.rows.valid, candidates.rows.digests))
+    rows = layout.get((candidates.rows.valid, candidates.rows.digests))
     valid, digests = (x[-size * per_group :][: count * per_group] for x in rows)
     return _candidates(spec, state, prompts, tokens, valid, digests)
 

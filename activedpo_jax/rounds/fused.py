@@ -144,6 +144,7 @@ class FusedRound:
             fused_round(self._spec, self._policy, state, *self.arguments(number, int(state.seed)))
         )
         self.seconds = {"round": time.perf_counter() - clock}
+        result = layout.get(result)
         candidates = self._candidates(state, fresh)
         picks = result.chosen.picks
         check_picks(picks, candidates, np.asarray(state.labelled.digests)[:size], number)

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from activedpo_jax import layout
@@ -66,11 +65,12 @@ def as_chosen(spec: RoundSpec, picks: Picked) -> Chosen:
     return layout.put(chosen, layout.replicated(spec.mesh))
 
 
-def as_answers(labels: Sequence[Label]) -> Answers:
-    """What was said of a round's pairs, in pick order."""
+def as_answers(spec: RoundSpec, labels: Sequence[Label]) -> Answers:
+    """What was said of a round's pairs, in pick order, on the mesh."""
     preference = {"first": 0.0, "second": 1.0}
     known = [label.preference in ("first", "second", "tie") for label in labels]
-    return Answers(
-        jnp.array([preference.get(label.preference, 0.5) for label in labels], jnp.float32),
-        jnp.array([label.weight if k else 0.0 for label, k in zip(labels, known, strict=True)], jnp.float32),
+    answers = Answers(
+        np.array([preference.get(label.preference, 0.5) for label in labels], np.float32),  # type: ignore[arg-type]
+        np.array([label.weight if k else 0.0 for label, k in zip(labels, known, strict=True)], np.float32),  # type: ignore[arg-type]
     )
+    return layout.put(answers, layout.replicated(spec.mesh))

@@ -40,7 +40,7 @@ class Recipe(NamedTuple):
     epochs: int
     batch_size: int  # examples per optimiser step
     microbatch: int  # examples whose activations exist at a time, divided evenly by the mesh
-    checkpoint_every: int  # steps
+    checkpoint_minutes: float  # that a kill may cost
 
     def steps_per_epoch(self, examples: Examples) -> int:
         return -(-examples.train.num_groups // self.batch_size)

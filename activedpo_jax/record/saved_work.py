@@ -1,0 +1,115 @@
+"""Work in progress on disk, so that a kill costs minutes of a stage and not the stage.
+
+DIR/partial/NNN/<stage>/<first>-<end>/    of round NNN, pieces of a stage (features, responses, log-probs), or the state
+                                          after `end` steps of training
+
+Orbax writes them in the background, every process its own shards.  They are deleted once what came of them is saved.
+"""
+
+import pathlib
+import re
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from activedpo_jax import errors, hosts
+from activedpo_jax.record.checkpoints import Clock, abstract, each_error_once
+
+Span = tuple[int, int]
+
+
+class SavedWork:
+    """What is kept of the work in a folder; see `resumable.SavedWork`.
+
+    Args:
+      folder: of a run or a stage.
+      minutes: of work that a kill may cost.
+    """
+
+    def __init__(self, folder: pathlib.Path, minutes: float) -> None:
+        self._root, self._clock = folder.absolute() / "partial", Clock(minutes)
+        self._folder = self._root / "000"
+        self._writer = ocp.StandardCheckpointer()
+        self._obsolete: pathlib.Path | None = None  # replaced by what is being written
+
+    def spans(self, stage: str) -> Sequence[Span]:
+        found: list[Span] = []
+        for first, end in _spans(self._folder / stage):
+            if found and first == 0:
+                found = []  # it stands for all before it
+            if first == (found[-1][1] if found else 0):
+                found.append((first, end))
+        return found
+
+    def restore(self, stage: str, span: Span, like: Any) -> Any | None:
+        path = self._path(stage, span)
+        try:
+            with each_error_once():
+                return self._writer.restore(path, abstract(like))
+        except Exception as error:  # of many kinds: what Orbax raises depends on which of its files is damaged
+            reason = " ".join(str(error).split())[:200]
+            print(f"{path}: cannot be read, and is done again ({type(error).__name__}: {reason})", flush=True)
+            return None
+
+    def save(self, stage: str, span: Span, tree: Any) -> None:
+        with each_error_once():
+            self._finish()
+            self._writer.save(self._path(stage, span), tree, force=True)
+        self._clock.restart()
+        if hosts.any_of(errors.signalled()):
+            self._finish()
+            errors.end()
+
+    def replace(self, stage: str, count: int, tree: Any) -> None:
+        before = self.spans(stage)
+        self.save(stage, (0, count), tree)
+        self._obsolete = self._path(stage, before[-1]) if before else None
+
+    def is_due(self) -> bool:
+        return self._clock.is_due()
+
+    def enter(self, number: int) -> None:
+        """From here on the work is that of round `number`."""
+        self._finish()
+        self._folder = self._root / f"{number:03d}"
+        self._clock.restart()
+
+    def forget_others(self) -> None:
+        """Deletes the work of the other rounds, which has led to a checkpoint."""
+        _delete_but(self._root, self._folder.name)
+
+    def forget(self) -> None:
+        """Deletes all work: what came of it is saved."""
+        self._finish()
+        hosts.on_first(shutil.rmtree)(self._root, ignore_errors=True)
+
+    def close(self) -> None:
+        self._finish()
+        self._writer.close()
+
+    def _finish(self) -> None:
+        self._writer.wait_until_finished()
+        if self._obsolete is not None:
+            hosts.on_first(shutil.rmtree)(self._obsolete, ignore_errors=True)
+            self._obsolete = None
+
+    def _path(self, stage: str, span: Span) -> pathlib.Path:
+        return self._folder / stage / f"{span[0]:06d}-{span[1]:06d}"
+
+
+@hosts.on_first
+def _delete_but(folder: pathlib.Path, kept: str) -> None:
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.name != kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@hosts.on_first
+def _spans(folder: pathlib.Path) -> list[Span]:
+    """The spans in a folder, those that begin first before those that begin later, and of these the shorter first."""
+    if not folder.exists():
+        return []
+    names = [re.fullmatch(r"(\d+)-(\d+)", path.name) for path in folder.iterdir()]
+    return sorted((int(name[1]), int(name[2])) for name in names if name)

@@ -1,0 +1,217 @@
+"""Work kept on disk while it is under way: what a kill costs, and that a resumed run equals an undisturbed one."""
+
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from activedpo_jax import errors, layout, specs
+from activedpo_jax.evaluation import heldout
+from activedpo_jax.models.policy import Policy
+from activedpo_jax.record.saved_work import SavedWork
+from activedpo_jax.resumable import pieces
+from activedpo_jax.rounds import staged
+from activedpo_jax.rounds.state import Answers, Chosen, RunState, initial_state
+from activedpo_jax.selection.greedy import Picks
+from activedpo_jax.tasks import Task
+from activedpo_jax.training import optimiser
+from tests import tiny
+from tests.test_round import options
+from tests.test_stages import BUCKETS, pool
+
+
+class InMemory:
+    """As `SavedWork` on disk, with chosen moments."""
+
+    def __init__(self, due: Iterator[bool]) -> None:
+        self._due, self._kept = due, dict[tuple[int, int], Any]()
+
+    def spans(self, stage: str) -> Sequence[tuple[int, int]]:
+        return sorted(self._kept)
+
+    def restore(self, stage: str, span: tuple[int, int], like: Any) -> Any:
+        assert like == [f"like {i}" for i in range(*span)]
+        return self._kept[span]
+
+    def save(self, stage: str, span: tuple[int, int], tree: Any) -> None:
+        self._kept[span] = tree
+
+    def replace(self, stage: str, count: int, tree: Any) -> None:
+        raise NotImplementedError
+
+    def is_due(self) -> bool:
+        return next(self._due)
+
+
+@given(st.integers(0, 12), st.lists(st.booleans(), min_size=40, max_size=40), st.lists(st.integers(0, 12), max_size=4))
+def test_pieces_come_once_each_and_in_order_whenever_the_process_is_killed(
+    count: int, due: list[bool], kills: list[int]
+) -> None:
+    computed: list[int] = []
+
+    def compute(i: int) -> str:
+        computed.append(i)
+        return f"piece {i}"
+
+    moments = iter(due * 3)
+    saved = InMemory(moments)
+    for kill in kills:
+        for number, found in enumerate(pieces(saved, "", count, compute, lambda i: f"like {i}")):
+            assert found == f"piece {number}"
+            if number == kill:
+                break  # as a kill would: nothing after this point runs
+    kept = max((end for _, end in saved.spans("")), default=0)
+    before = len(computed)
+    assert list(pieces(saved, "", count, compute, lambda i: f"like {i}")) == [f"piece {i}" for i in range(count)]
+    assert computed[before:] == list(range(kept, count))
+
+
+class Kill(Exception):
+    pass
+
+
+@pytest.fixture
+def setting() -> tuple[Any, Policy, RunState, Any]:
+    decoder, params, lora = tiny.model()
+    data, config = pool(), options()
+    config.features.dim, config.features.groups_per_chunk = 64, 2
+    config.dpo.batch_size, config.dpo.epochs = 4, 3
+    mesh = layout.make_mesh(config.mesh, jax.devices()[:2])
+    task = Task(decoder, "tiny", params, lambda: params, data, data, BUCKETS)
+    spec = specs.round_spec(config, "activedpo", task, mesh)
+    params, lora = (layout.put(x, layout.weight_shardings(mesh, x)) for x in (params, lora))
+    return spec, Policy(decoder, params, lora), initial_state(spec, lora, 0), data
+
+
+def dying(function: Callable[..., Any], after: int) -> Callable[..., Any]:
+    """The function, which is killed in its call after so many."""
+    calls = 0
+
+    def run(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise Kill
+        return function(*args)
+
+    return run
+
+
+@pytest.mark.parametrize("minutes", [0, 60])
+def test_features_of_a_killed_pass_are_read_not_computed_again(
+    setting: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, minutes: float
+) -> None:
+    spec, policy, state, data = setting
+    whole = staged.pool_evidence(spec, policy, state, data, BUCKETS)["features"]
+    chunks = len(staged.Chunks(data, BUCKETS, spec.chunk))
+    program, calls = staged.evidence_program, 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal calls
+        calls += not isinstance(args[3].prompt_len, jax.core.Tracer)
+        return program(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Kill):
+        # One call is for the shapes alone.
+        patch.setattr(staged, "evidence_program", dying(program, 4))
+        staged.pool_evidence(spec, policy, state, data, BUCKETS, SavedWork(tmp_path, minutes))
+    saved = SavedWork(tmp_path, minutes)
+    monkeypatch.setattr(staged, "evidence_program", counted)
+    again = staged.pool_evidence(spec, policy, state, data, BUCKETS, saved)["features"]
+    saved.close()
+    np.testing.assert_array_equal(again, whole)
+    # The third was perhaps still being written.
+    assert calls in ((chunks - 3, chunks - 2) if minutes == 0 else (chunks,))
+
+
+def test_a_damaged_piece_is_done_again_and_named(
+    setting: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec, policy, state, data = setting
+    saved = SavedWork(tmp_path, 0)
+    whole = staged.pool_evidence(spec, policy, state, data, BUCKETS, saved)["features"]
+    saved.close()
+    (stage,) = (tmp_path / "partial" / "000").iterdir()
+    damaged = sorted(stage.iterdir())[1]
+    for file in damaged.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    saved = SavedWork(tmp_path, 60)
+    again = staged.pool_evidence(spec, policy, state, data, BUCKETS, saved)["features"]
+    np.testing.assert_array_equal(again, whole)
+    assert f"{damaged}: cannot be read, and is done again" in capsys.readouterr().out
+    saved.enter(7)
+    assert list(saved.spans(stage.name)) == []
+    saved.forget_others()
+    assert not list((tmp_path / "partial").iterdir())
+
+
+def asked(spec: Any, data: Any) -> tuple[Chosen, Answers]:
+    from activedpo_jax.data.groups import pad_pairs
+
+    rows = np.arange(spec.selection.labels_per_round)
+    groups = pad_pairs(data, rows, spec.bucket)
+    picks = Picks(rows.astype(np.int32), np.zeros(len(rows), np.float32), np.bool_(False))  # type: ignore[arg-type]
+    chosen = Chosen(picks, jnp.float32(1), groups, data.digests[rows])
+    return chosen, Answers(jnp.asarray(data.preferences[rows], jnp.float32), jnp.ones(len(rows)))
+
+
+def test_training_resumes_within_an_epoch_bit_for_bit(
+    setting: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, policy, state, data = setting
+    whole, means = staged.train(spec, policy, state, asked(spec, data), BUCKETS)
+    steps = spec.training.epochs * -(-spec.selection.labels_per_round // spec.training.batch_size)
+    with monkeypatch.context() as patch, pytest.raises(Kill):
+        patch.setattr(staged, "update_program", dying(staged.update_program, steps - 1))
+        staged.train(spec, policy, state, asked(spec, data), BUCKETS, SavedWork(tmp_path, 0))
+    saved = SavedWork(tmp_path, 0)
+    taken: list[int] = []
+    program = staged.update_program
+    monkeypatch.setattr(staged, "update_program", lambda *a: taken.append(1) or program(*a))  # type: ignore[func-returns-value]
+    again, means_again = staged.train(spec, policy, state, asked(spec, data), BUCKETS, saved)
+    saved.close()
+    assert len(taken) == 1
+    for a, b in zip(jax.tree.leaves((again, means_again)), jax.tree.leaves((whole, means)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_signal_saves_and_ends(setting: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, policy, state, data = setting
+    monkeypatch.setattr(errors, "signalled", lambda: True)
+
+    def end() -> None:
+        raise Kill
+
+    monkeypatch.setattr(errors, "end", end)
+    saved = SavedWork(tmp_path, 60)
+    with pytest.raises(Kill):
+        staged.pool_evidence(spec, policy, state, data, BUCKETS, saved)
+    (stage,) = (tmp_path / "partial" / "000").iterdir()
+    assert saved.spans(stage.name) == [(0, 1)]  # whole on disk before the end
+
+
+def test_held_out_scores_resume(setting: Any, tmp_path: pathlib.Path) -> None:
+    spec, policy, state, data = setting
+    batches = heldout.Batches(data, np.arange(data.num_pairs), BUCKETS, 4, spec.mesh)
+    saved = SavedWork(tmp_path, 0)
+    whole = heldout.log_probs(policy, state.lora, batches, "evaluation", saved)
+    saved.close()
+    saved = SavedWork(tmp_path, 60)
+    assert saved.spans("evaluation")[-1][1] == len(batches)
+    again = heldout.log_probs(policy, state.lora, batches, "evaluation", saved)
+    np.testing.assert_array_equal(again, whole)
+
+
+def test_moments_are_laid_out_like_their_weights(setting: Any) -> None:
+    spec, policy, state, _ = setting
+    _, learning = staged._resumed(spec, policy, state, SavedWork(pathlib.Path("/nonexistent"), 60))
+    expected = optimiser.optimiser_shardings(spec.training.dpo.optimiser, spec.mesh, state.lora)
+    for leaf, sharding in zip(jax.tree.leaves(learning.opt_state), jax.tree.leaves(expected), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
