@@ -24,7 +24,8 @@ from jax.sharding import Mesh
 from activedpo_jax import flags, layout, specs, start, tasks
 from activedpo_jax.config import OPTIONS, default
 from activedpo_jax.data.groups import Bucket, PairPool, check_tokens
-from activedpo_jax.data.preferences import Record, named_records, read_records
+from activedpo_jax.data.preferences import Record
+from activedpo_jax.data.records import named_records, read_records
 from activedpo_jax.data.sources import fail, kind
 from activedpo_jax.data.tokenize import tokenize
 from activedpo_jax.huggingface import loading
@@ -158,7 +159,7 @@ def read_pool(
     """
     if isinstance(source, str | os.PathLike):
         name = os.fspath(source)
-        records = read_records(name, split)
+        records: Sequence[Record] = read_records(name, split)
     else:
         name, records = "the pool", _records(source)
     pool = tokenized(records, model.config, model.tokenizer)

@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             lora = unstack(start.initial_lora(config, decoder, mesh, config.seeds[0])) if config.lora.path else None
 
         text_of = start.text_of(tokenizer, stop)
-        seeds = np.array([uniform(config.seeds[0], "generation", r.id) * 2**32 for r in records]).astype(np.uint32)
+        draws = [uniform(config.seeds[0], "generation", name) for name in records.ids]
+        seeds = (np.array(draws) * 2**32).astype(np.uint32)
         for results in generate(spec, params, lora, texts.prompt_tokens, seeds, widths, text_of, files.missing):
             files.add(results)
         print(files.finish(options.responses, options.max_new_tokens, options.resamples))

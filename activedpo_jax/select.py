@@ -32,9 +32,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from activedpo_jax import api, errors, files, flags, layout, start
+from activedpo_jax.data.draws import limit
 from activedpo_jax.data.groups import Candidates, PairPool, check_tokens
-from activedpo_jax.data.preferences import Record, limit, read_records, shown_pairs
+from activedpo_jax.data.pairs import shown_pairs
+from activedpo_jax.data.preferences import Record
+from activedpo_jax.data.records import read_records
 from activedpo_jax.data.sources import fail
+from activedpo_jax.data.tokenize import shown_texts
 from activedpo_jax.huggingface import loading
 from activedpo_jax.oracles import formats
 from activedpo_jax.oracles.labels import Question
@@ -128,13 +132,14 @@ def without_tokens(records: Sequence[Record], seed: int) -> Candidates:
       ValueError: two pairs have the same id.
     """
     pairs, pair_ids = shown_pairs(records, seed)
+    prompt_texts, response_texts = shown_texts(records)
     return Candidates(
         prompt_tokens=[],
         response_tokens=[],
-        pairs=np.array(pairs, np.int32),
+        pairs=pairs,
         pair_ids=pair_ids,
-        prompt_texts=[record.prompt for record in records],
-        response_texts=[record.responses for record in records],
+        prompt_texts=prompt_texts,
+        response_texts=response_texts,
     )
 
 
@@ -229,16 +234,14 @@ def described(config: ml_collections.ConfigDict, pool: Candidates) -> dict[str, 
     if isinstance(pool, PairPool):
         found = {"pool": inputs.describe_pool(pool, config.data.train), **start.fingerprints(config)}
     else:
-        digests = [_digest(json.dumps(files.plain(shown(pool, row))).encode()) for row in range(pool.num_pairs)]
-        found["pool"] = {"source": config.data.train, "ids": list(pool.pair_ids), "digests": digests}
+        texts = (json.dumps(files.plain(shown(pool, row))).encode() for row in range(pool.num_pairs))
+        contents = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts)
+        found["pool"] = inputs.describe_records(pool.pair_ids, contents, config.data.train)
     for name in ("features", "labelled"):
         if config.select[name]:
-            found[name] = _digest(pathlib.Path(config.select[name]).read_bytes())
+            content = pathlib.Path(config.select[name]).read_bytes()
+            found[name] = hashlib.blake2b(content, digest_size=8).hexdigest()
     return found
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def shown(pool: Candidates, row: int) -> dict[str, Any]:

@@ -30,8 +30,8 @@ from jax.sharding import Mesh
 
 from activedpo_jax import cluster, errors, flags, hosts, layout, start
 from activedpo_jax.data.completions import Completion, limit, read_completions
+from activedpo_jax.data.draws import split_by_prompt
 from activedpo_jax.data.groups import Bucket, assign_buckets, check_tokens
-from activedpo_jax.data.preferences import split_by_prompt
 from activedpo_jax.data.tokenize import tokenize_texts
 from activedpo_jax.huggingface import adapters, loading, merged
 from activedpo_jax.models.policy import Policy

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from activedpo_jax import layout, start
 from activedpo_jax.data.groups import Bucket, assign_buckets
+from activedpo_jax.data.ragged import sizes_of
 from activedpo_jax.evidence.gradients import FeatureSpec
 from activedpo_jax.evidence.registry import EvidenceSpec
 from activedpo_jax.rounds.spec import RoundSpec, SelectionSpec, TrainingSpec
@@ -90,8 +91,8 @@ def used_buckets(task: Task) -> list[Bucket]:
 
 def fits_one_program(task: Task) -> bool:
     """Whether the candidates are of one shape: one bucket, and as many responses for every prompt."""
-    shapes = {len(r) for r in task.candidate_texts.response_tokens}
-    return len(used_buckets(task)) == 1 and len(shapes) == 1
+    sizes = sizes_of(task.candidate_texts.response_tokens)
+    return len(used_buckets(task)) == 1 and sizes.min() == sizes.max()
 
 
 def one_bucket(task: Task, source: str) -> Bucket:

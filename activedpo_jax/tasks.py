@@ -13,11 +13,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from activedpo_jax import hosts, layout, start
+from activedpo_jax.data.draws import limit, split_by_prompt
+from activedpo_jax.data.encoding import make_encoding
 from activedpo_jax.data.groups import Bucket, Groups, PairPool, Texts, check_tokens, pad_groups, shared_prompts
-from activedpo_jax.data.preferences import limit, read_records, split_by_prompt
-from activedpo_jax.data.prompts import prompts_of, read_prompts
+from activedpo_jax.data.preferences import Record
+from activedpo_jax.data.prompts import PromptRecord, prompts_of, read_prompts
+from activedpo_jax.data.records import Records, read_records
+from activedpo_jax.data.store import ALONE, Hosts
 from activedpo_jax.data.synthetic import STOP, SyntheticReward, SyntheticTask
-from activedpo_jax.data.tokenize import tokenize, tokenize_texts
+from activedpo_jax.data.tokenize import encoded_pool, encoded_texts, shown_texts
 from activedpo_jax.huggingface import loading
 from activedpo_jax.models.config import ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
@@ -55,15 +59,18 @@ class Task:
         return self.prompts.texts
 
 
-def load(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: pathlib.Path | None) -> Task:
+def load(
+    config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: pathlib.Path | None, hosts: Hosts = ALONE
+) -> Task:
     """The task of one seed.
 
     Args:
       cache: where a model trained from nothing is kept for the other runs of the seed and for going on.
+      hosts: each reads and tokenises a share of the data, and all get the whole.
     """
     if config.data.train == SYNTHETIC:
         return _synthetic(config, seed, mesh, cache)
-    return _from_files(config, seed, mesh)
+    return _from_files(config, seed, mesh, hosts)
 
 
 def outline(config: ml_collections.ConfigDict, mesh: Mesh) -> Task:
@@ -134,7 +141,7 @@ def params_shape(decoder: Decoder, mesh: Mesh, dtype: Any, quantisation: str) ->
     )
 
 
-def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> Task:
+def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, hosts: Hosts) -> Task:
     data, path, revision = config.data, config.model.path, config.model.revision
     buckets = tuple(sorted(Bucket(*b) for b in data.buckets))
     source = config.candidates.source
@@ -143,37 +150,20 @@ def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> Tas
             f"config.data.train_limit={data.train_limit} counts pairs, of which there are none with "
             "config.candidates.source='policy'; expected 0: set config.candidates.prompts_per_round instead"
         )
-    records, prompt_records = [], []
-    if source == "policy" and data.heldout:
-        prompt_records = read_prompts(data.train, data.train_split)
-    else:
-        records = read_records(data.train, data.train_split)
-    if data.heldout:
-        heldout_records = read_records(data.heldout, data.heldout_split)
-    else:
-        records, heldout_records = split_by_prompt(records, data.heldout_fraction, seed)
-    if data.train_limit:
-        records = limit(records, data.train_limit, seed)
-    if data.heldout_limit:
-        # Every seed is judged by the same held-out pairs.
-        heldout_records = limit(heldout_records, data.heldout_limit, 0)
-
+    records, prompt_records, heldout_records = _sources(config, seed, hosts)
     tokenizer = loading.load_tokenizer(path, revision)
     longest = max(b.prompt for b in buckets), max(b.response for b in buckets)
-    kwargs = start.template_kwargs(config)
+    encoding = make_encoding(tokenizer, data.template, *longest, start.template_kwargs(config))
     decoder = start.load_decoder(config, mesh)
     stop = start.stop_tokens(path, revision, tokenizer, data.template)
-    pool = prompts = None
-    if source != "policy":
-        pool = tokenize(records, tokenizer, data.template, *longest, seed, kwargs)
-    if source != "pool":
-        prompt_records = prompt_records or prompts_of(records)
-        texts = tokenize_texts(prompt_records, tokenizer, data.template, *longest, kwargs)
+    pool = None if records is None else encoded_pool(records, encoding, seed, hosts)
+    prompts = None
+    if prompt_records is not None:
+        texts = encoded_texts(prompt_records, encoding, hosts)
         texts = dataclasses.replace(texts, response_tokens=[[np.zeros(0, np.int32)]] * len(prompt_records))
-        shown = [record.prompt for record in prompt_records]
-        names = [record.id for record in prompt_records]
-        prompts = PromptSet(names, texts, shown, start.text_of(tokenizer, stop)).distinct()
-    heldout = tokenize(heldout_records, tokenizer, data.template, *longest, seed, kwargs)
+        shown, _ = shown_texts(prompt_records)
+        prompts = PromptSet(prompt_records.ids, texts, shown, start.text_of(tokenizer, stop)).distinct()
+    heldout = encoded_pool(heldout_records, encoding, seed, hosts)
     load_params = functools.partial(start.load_params, config, mesh, decoder.dtype)
     shape = params_shape(decoder, mesh, decoder.dtype, config.model.quantisation)
     task = Task(decoder, path, shape, load_params, pool, heldout, buckets, stop, prompts)
@@ -183,6 +173,34 @@ def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> Tas
     for texts, name in ((task.candidate_texts, data.train), (heldout, data.heldout or data.train)):
         check_tokens(texts, decoder.config.vocab_size, name)
     return dataclasses.replace(task, heldout=heldout)
+
+
+def _sources(
+    config: ml_collections.ConfigDict, seed: int, hosts: Hosts
+) -> tuple[Records[Record] | None, Records[PromptRecord] | None, Records[Record]]:
+    """The records of the pool and the prompts to respond to, None where there is no such source; the held-out records.
+
+    Every seed is judged by the same held-out pairs, where there is a limit on them.
+    """
+    data, source = config.data, config.candidates.source
+    records: Records[Record] | None = None
+    prompts: Records[PromptRecord] | None = None
+    if source == "policy" and data.heldout:
+        prompts = read_prompts(data.train, data.train_split, hosts)
+        heldout = read_records(data.heldout, data.heldout_split, hosts)
+    else:
+        everything = read_records(data.train, data.train_split, hosts)
+        if data.heldout:
+            heldout = read_records(data.heldout, data.heldout_split, hosts)
+        else:
+            everything, heldout = split_by_prompt(everything, data.heldout_fraction, seed)
+        if data.train_limit:
+            everything = limit(everything, data.train_limit, seed)
+        records = None if source == "policy" else everything
+        prompts = None if source == "pool" else prompts_of(everything)
+    if data.heldout_limit:
+        heldout = limit(heldout, data.heldout_limit, 0)
+    return records, prompts, heldout
 
 
 def _synthetic(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: pathlib.Path | None) -> Task:

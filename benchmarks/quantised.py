@@ -30,8 +30,9 @@ import scipy.stats
 
 from activedpo_jax import layout
 from activedpo_jax.compile_only import tpu_devices
+from activedpo_jax.data.draws import limit
 from activedpo_jax.data.groups import Bucket, Groups, pad_groups
-from activedpo_jax.data.preferences import limit, read_records
+from activedpo_jax.data.records import read_records
 from activedpo_jax.data.tokenize import tokenize
 from activedpo_jax.evidence.gradients import FeatureSpec, pair_features
 from activedpo_jax.huggingface import loading

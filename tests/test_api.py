@@ -15,7 +15,7 @@ import pytest
 
 import activedpo_jax
 from activedpo_jax import api, main
-from activedpo_jax.data.preferences import read_records
+from activedpo_jax.data.records import read_records
 from activedpo_jax.data.tokenize import tokenize
 from tests.tiny_hf import tiny_llama
 from tests.tiny_tokenizer import CHATML, make_tokenizer

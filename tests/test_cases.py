@@ -12,8 +12,8 @@ import pytest
 
 from activedpo_jax.data.completions import read_completions
 from activedpo_jax.data.groups import PairPool, Texts, check_tokens
-from activedpo_jax.data.preferences import read_records
 from activedpo_jax.data.prompts import read_prompts
+from activedpo_jax.data.records import read_records
 from activedpo_jax.data.tokenize import tokenize, tokenize_texts
 from tests.tiny_tokenizer import CHATML, make_tokenizer
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activedpo_jax.data.completions import Completion, limit, read_completions
-from activedpo_jax.data.preferences import split_by_prompt
+from activedpo_jax.data.draws import split_by_prompt
 from activedpo_jax.data.tokenize import tokenize_texts
 from tests.test_preferences import BLUE, GREEN, SYSTEM, USER, write
 from tests.tiny_tokenizer import CHATML, make_tokenizer

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogi
 from activedpo_jax import layout
 from activedpo_jax.data.groups import Groups
 from activedpo_jax.data.pool_files import PoolFiles
-from activedpo_jax.data.preferences import read_records
 from activedpo_jax.data.prompts import PromptRecord, read_prompts
+from activedpo_jax.data.records import read_records
 from activedpo_jax.generation.decoding import DecodingSpec, Requests, respond
 from activedpo_jax.generation.responses import GenerationSpec, generate
 from activedpo_jax.generation.sampling import Sampling, truncate

@@ -1,18 +1,22 @@
 """A run resumes on the inputs that it began with, and on no others; a work directory belongs to one process."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from activedpo_jax import main
-from activedpo_jax.record import folders
+from activedpo_jax.record import folders, inputs
 from activedpo_jax.rounds.checks import check_learnt, check_picks
 from activedpo_jax.selection.greedy import Picks
 from activedpo_jax.training import losses
@@ -199,3 +203,57 @@ def test_a_run_that_diverges_records_nothing(half_done: pathlib.Path, capsys: py
         message = capsys.readouterr().err
         assert "lower config.dpo.learning_rate" in message and "Traceback" not in message
         assert not (place / mode / "checkpoints" / "1").exists()
+
+
+def described(records: Mapping[str, int]) -> inputs.Inputs:
+    contents = b"".join(content.to_bytes(8, "little") for content in records.values())
+    return inputs.describe_records(list(records), contents, "pairs.jsonl")
+
+
+@given(*[st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 2), max_size=6)] * 2)
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_has_changed_is_counted(tmp_path: pathlib.Path, before: dict[str, int], now: dict[str, int]) -> None:
+    file = tmp_path / "run" / "inputs" / "pool.json"
+    file.unlink(missing_ok=True)
+    inputs.hold(file, {"pool": described(before)})
+    if list(before.items()) == list(now.items()):
+        inputs.check(file, {"pool": described(now)})
+        return
+    shared = [name for name in before if name in now]
+    words = {
+        "added": len(now.keys() - before.keys()),
+        "removed": len(before.keys() - now.keys()),
+        "with other text, tokens or label": sum(before[name] != now[name] for name in shared),
+    }
+    expected = [f"{count} {word}" for word, count in words.items() if count]
+    expected += ["in another order"] * (shared != [name for name in now if name in before])
+    with pytest.raises(ValueError) as caught:
+        inputs.check(file, {"pool": described(now)})
+    said = f"pool: pairs.jsonl had {len(before)} records, now {len(now)}: {', '.join(expected)}; to resume it"
+    assert said in str(caught.value)
+
+
+def test_a_pool_is_described_in_few_bytes_and_by_all_that_matters() -> None:
+    pool = make_pool([0] * 500, [[1.0, 2.0]] * 500)
+    whole = inputs.describe_pool(pool, "pairs.jsonl")
+    assert len(json.dumps(whole)) < 500 * 22 + 200
+    tokens = [[np.array([2], np.int32), np.array([9], np.int32)], *pool.response_tokens[1:]]
+    changes: list[dict[str, Any]] = [
+        {"preferences": np.array([1, *[0] * 499], np.int8)},
+        {"rewards": np.array([[1.0, 3.0], *[[1.0, 2.0]] * 499], np.float32)},
+        {"pairs": np.concatenate([pool.pairs[:1, [0, 2, 1]], pool.pairs[1:]])},
+        {"response_tokens": tokens},
+        {"prompt_tokens": [np.array([1, 1], np.int32), *pool.prompt_tokens[1:]]},
+        {"pair_ids": ["other", *pool.pair_ids[1:]]},
+    ]
+    for change in changes:
+        assert inputs.describe_pool(dataclasses.replace(pool, **change), "pairs.jsonl") != whole, change.keys()
+    assert inputs.describe_pool(dataclasses.replace(pool), "pairs.jsonl") == whole
+
+
+def test_a_record_of_another_version_is_refused_in_words(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "run" / "inputs" / "pool.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"pool": {"source": "pairs.jsonl", "ids": ["a"], "digests": ["0"]}}))
+    with pytest.raises(ValueError, match="pool: what it began with was recorded by another version.*another --workdir"):
+        inputs.check(file, {"pool": described({"a": 1})})

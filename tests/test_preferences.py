@@ -2,13 +2,16 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from activedpo_jax.data.preferences import Record, limit, read_records, split_by_prompt, uniform
+from activedpo_jax.data.draws import limit, split_by_prompt
+from activedpo_jax.data.preferences import Record, uniform
+from activedpo_jax.data.records import read_records
 
 USER = {"role": "user", "content": "What colour is the sky?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -193,7 +196,7 @@ def test_all_sources_give_the_same_records(tmp_path: pathlib.Path, monkeypatch: 
     data.save_to_disk(str(tmp_path / "saved"))
     datasets.DatasetDict({"train": data, "other": data.select([1])}).save_to_disk(str(tmp_path / "splits"))
 
-    def content(records: list[Record]) -> list[Any]:
+    def content(records: Sequence[Record]) -> list[Any]:
         return [(r.id, r.prompt, r.responses, r.preferred, r.rewards) for r in records]
 
     for name in ("data.parquet", "saved", "splits", "folder"):

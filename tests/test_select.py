@@ -15,7 +15,7 @@ from safetensors.flax import save_file
 from safetensors.numpy import save_file as save_numpy
 
 from activedpo_jax import main, select
-from activedpo_jax.data.preferences import read_records
+from activedpo_jax.data.records import read_records
 from activedpo_jax.data.tokenize import tokenize
 from activedpo_jax.oracles import formats
 from tests.test_api import CONFIG, ROWS, greedy, save_model

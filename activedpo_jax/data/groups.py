@@ -6,12 +6,16 @@ padding id may be any token, the end-of-sequence token included.
 """
 
 import dataclasses
-import hashlib
+import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+from activedpo_jax.data.digests import digests_of
+from activedpo_jax.data.ragged import Nested, largest, lengths_of, longest_of, sizes_of
 
 Array = jax.Array | np.ndarray[Any, Any]
 
@@ -48,10 +52,10 @@ class Texts:
     def num_groups(self) -> int:
         return len(self.prompt_tokens)
 
-    @property
+    @functools.cached_property
     def responses_per_group(self) -> int:
         """m: the largest number of responses of any group."""
-        return max(len(r) for r in self.response_tokens)
+        return int(sizes_of(self.response_tokens).max())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,7 @@ class Candidates(Texts):
     def num_pairs(self) -> int:
         return len(self.pairs)
 
-    @property
+    @functools.cached_property
     def digests(self) -> np.ndarray:
         """What identifies a labelled pair in later rounds: [N, 4] uint32."""
         return digests_of(self.pair_ids) if self.content is None else self.content
@@ -87,36 +91,30 @@ class PairPool(Candidates):
     rewards: np.ndarray | None  # [N, 2] float32: given rewards of (first, second), NaN where there are none
 
 
-def digests_of(pair_ids: Sequence[str]) -> np.ndarray:
-    """128 bits of each name: [N, 4] uint32."""
-    digests = b"".join(hashlib.blake2b(name.encode(), digest_size=16).digest() for name in pair_ids)
-    return np.frombuffer(digests, "<u4").reshape(-1, 4).astype(np.uint32)
-
-
 def check_tokens(texts: Texts, vocab_size: int, source: str) -> None:
     """Checks that the embedding has a row for every token id; for others it would give NaN, or another token's row.
 
     Raises:
       ValueError: an id is `vocab_size` or more: tokenizer and model do not belong together.
     """
-    largest = max(int(tokens.max()) for tokens in _every_text(texts) if len(tokens))
-    if largest >= vocab_size:
+    responses = texts.response_tokens
+    found = max(
+        largest(texts.prompt_tokens),
+        largest(responses.arrays if isinstance(responses, Nested) else [r for several in responses for r in several]),
+    )
+    if found >= vocab_size:
         raise ValueError(
-            f"{source}: the tokenizer makes token {largest} of it, but the model's embedding has {vocab_size} rows; "
+            f"{source}: the tokenizer makes token {found} of it, but the model's embedding has {vocab_size} rows; "
             "expected a tokenizer and a model that belong together: check config.model.path and tokens added to it"
         )
 
 
 def shared_prompts(texts: Texts, others: Texts) -> int:
     """The number of groups in `texts` whose prompt, as the model sees it, is also in `others`."""
-    known = {prompt.tobytes() for prompt in others.prompt_tokens}
-    return sum(prompt.tobytes() in known for prompt in texts.prompt_tokens)
-
-
-def _every_text(texts: Texts) -> Iterator[np.ndarray]:
-    yield from texts.prompt_tokens
-    for several in texts.response_tokens:
-        yield from several
+    counts = Counter(prompt.tobytes() for prompt in texts.prompt_tokens)
+    for prompt in others.prompt_tokens:  # which may be many more, and need not be held
+        counts.pop(prompt.tobytes(), None)
+    return texts.num_groups - sum(counts.values())
 
 
 def group_pairs(m: int) -> np.ndarray:
@@ -143,8 +141,7 @@ def assign_buckets(texts: Texts, buckets: Sequence[Bucket]) -> np.ndarray:
                 f"buckets (prompt, response): {tuple(large)} after {tuple(small)}; expected each to be at "
                 "least as large as the one before in both, and larger in one: change config.data.buckets"
             )
-    prompt = np.array([len(p) for p in texts.prompt_tokens])
-    response = np.array([max(map(len, r)) for r in texts.response_tokens])
+    prompt, response = lengths_of(texts.prompt_tokens), longest_of(texts.response_tokens)
     holds = np.array([(prompt <= b.prompt) & (response <= b.response) for b in buckets])
     homeless = np.flatnonzero(~holds.any(axis=0))
     if len(homeless):

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from activedpo_jax.data.prompts import PromptRecord
+from activedpo_jax.data.records import ids_of
+from activedpo_jax.data.tokenize import shown_texts
 from activedpo_jax.files import append_lines, read_lines, write_atomic
 
 if TYPE_CHECKING:
@@ -32,9 +34,9 @@ class PoolFiles:
     """
 
     def __init__(self, folder: pathlib.Path, records: Sequence[PromptRecord]) -> None:
-        self.records = records
+        self._ids, (self._prompts, _) = ids_of(records), shown_texts(records)
         self.paths = {True: folder / "responses.jsonl", False: folder / "too_few.jsonl"}
-        row_of = {record.id: i for i, record in enumerate(records)}
+        row_of = {name: i for i, name in enumerate(self._ids)}
         self.missing = set(range(len(records)))  # rows of the data that are in neither file
         for path in self.paths.values():
             for number, line in enumerate(read_lines(path), start=1):
@@ -51,12 +53,12 @@ class PoolFiles:
         for usable, path in self.paths.items():
             lines = []
             for row in new:
-                record, result = self.records[row], results[row]
+                result = results[row]
                 kept = [j for j in range(len(result.texts)) if j not in result.flawed]
                 if (len(kept) >= 2) == usable:
                     fields: dict[str, Any] = {
-                        "id": record.id,
-                        "prompt": record.prompt,
+                        "id": self._ids[row],
+                        "prompt": self._prompts[row],
                         "responses": [result.texts[j] for j in kept],
                     }
                     fields |= {"ended": [result.ended[j] for j in kept]}
@@ -68,7 +70,7 @@ class PoolFiles:
 
     def finish(self, responses: int, max_new_tokens: int, resamples: int) -> str:
         """Puts the lines into the order of the data; returns a report."""
-        place = {record.id: i for i, record in enumerate(self.records)}
+        place = {name: i for i, name in enumerate(self._ids)}
         rows: dict[bool, list[dict[str, Any]]] = {}
         for usable, path in self.paths.items():
             lines = sorted(read_lines(path), key=lambda line: place[json.loads(line)["id"]])

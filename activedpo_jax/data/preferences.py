@@ -12,16 +12,15 @@ fields are ignored.  https://huggingface.co/docs/trl/dataset_formats
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from activedpo_jax.data.fields import (
     Extras,
     Prompt,
+    check_encodable,
     check_number,
     check_prompt,
     check_response,
@@ -29,7 +28,7 @@ from activedpo_jax.data.fields import (
     refuse_unread,
     require,
 )
-from activedpo_jax.data.sources import fail, kind, read_rows
+from activedpo_jax.data.sources import fail, kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,121 +49,10 @@ class Record:
         return math.comb(len(self.responses), 2)
 
 
-class HasPrompt(Protocol):
-    @property
-    def prompt(self) -> Prompt: ...
-
-
-_Record = TypeVar("_Record", bound=HasPrompt)
-
-
 def uniform(seed: int, *names: str) -> float:
     """A number in [0, 1) that depends on the seed and the names alone, not on other draws or their order."""
     digest = hashlib.blake2b(json.dumps([seed, *names]).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
-
-
-def read_records(source: str, split: str = "train") -> list[Record]:
-    """All records of a data set, in order.
-
-    Args:
-      source: a `.jsonl` or `.parquet` file, or a directory or name for `datasets`.
-      split: of a `datasets` directory or name; a file is one split.
-
-    Raises:
-      ValueError: the source cannot be read, or a record is malformed; says which line (from 1) or row
-        (from 0), what was expected, and what to change.  Nothing is dropped or repaired.
-    """
-    records = named_records(read_rows(source, split))
-    if not records:
-        raise ValueError(f"{source}: there is no record in it; expected one at least: check config.data")
-    return records
-
-
-def named_records(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Record]:
-    """The records of rows, each given with its location; a record without an id gets a hash of its content.
-
-    Raises:
-      ValueError: a record is malformed, or an id is there twice.
-    """
-    records, seen, copies = [], dict[str, str](), Counter[str]()
-    for location, row in rows:
-        record = parse_record(row, location)
-        if not record.id:
-            content = _content_hash(record)
-            copies[content] += 1
-            count = copies[content]
-            record = dataclasses.replace(record, id=content if count == 1 else f"{content}#{count}")
-        if record.id in seen:
-            fail(location, f"id {record.id!r} was given to {seen[record.id]} already", "every id once")
-        seen[record.id] = location
-        records.append(record)
-    return records
-
-
-def shown_pairs(records: Sequence[Record], seed: int) -> tuple[list[tuple[int, int, int]], list[str]]:
-    """All pairs of every record's responses: (record, response shown first, response shown second), and their ids.
-
-    Which of the two is shown first depends on the seed and the pair's id alone.
-
-    Raises:
-      ValueError: two pairs have the same id.
-    """
-    pairs, locations = [], dict[str, str]()
-    for row, record in enumerate(records):
-        for low, high in itertools.combinations(range(len(record.responses)), 2):
-            name = f"{record.id}/{low}-{high}" if record.num_pairs > 1 else record.id
-            if name in locations:
-                problem = f"the pair id {name!r} is that of a pair of {locations[name]} already"
-                fail(record.location, problem, "every pair id once", "change the `id` of one of the records")
-            locations[name] = record.location
-            pairs.append((row, low, high) if uniform(seed, "side", name) < 0.5 else (row, high, low))
-    return pairs, list(locations)
-
-
-def split_by_prompt(records: Sequence[_Record], fraction: float, seed: int) -> tuple[list[_Record], list[_Record]]:
-    """Training and held-out records, each in the given order, with no prompt on both sides.
-
-    Args:
-      fraction: share of the different prompts to hold out, rounded; each side gets at least one prompt.
-
-    Raises:
-      ValueError: there are fewer than two different prompts.
-    """
-    keys = [prompt_key(r.prompt) for r in records]
-    prompts = sorted(set(keys), key=lambda key: (uniform(seed, "split", key), key))
-    if len(prompts) < 2:
-        raise ValueError(
-            f"cannot hold out prompts: all {len(records)} records have the same one; "
-            "expected two different prompts or more: add data, name a held-out set in config.data.heldout, or for "
-            "SFT set config.sft.heldout_fraction=0"
-        )
-    count = min(max(round(fraction * len(prompts)), 1), len(prompts) - 1)
-    held_out = set(prompts[:count])
-    train = [r for r, key in zip(records, keys, strict=True) if key not in held_out]
-    return train, [r for r, key in zip(records, keys, strict=True) if key in held_out]
-
-
-def limit(records: Sequence[Record], num_pairs: int, seed: int) -> list[Record]:
-    """Records drawn by the seed that have at most `num_pairs` pairs between them, in the given order.
-
-    What a lower limit draws is part of what a higher one draws.
-
-    Raises:
-      ValueError: the first record drawn alone has more pairs than that.
-    """
-    drawn, total = set(), 0
-    for record in sorted(records, key=lambda r: (uniform(seed, "limit", r.id), r.id)):
-        total += record.num_pairs
-        if total > num_pairs:
-            break
-        drawn.add(record.id)
-    if not drawn:
-        raise ValueError(
-            f"a limit of {num_pairs} pairs leaves nothing: {record.location} alone has {record.num_pairs}; "
-            "raise config.data.train_limit or heldout_limit"
-        )
-    return [r for r in records if r.id in drawn]
 
 
 _SCORES = ("score_chosen", "score_rejected")
@@ -182,6 +70,7 @@ def parse_record(row: Mapping[str, Any], location: str) -> Record:
     id_ = row.get("id", "")
     if "id" in row and (isinstance(id_, bool) or not isinstance(id_, str | int) or id_ == ""):
         fail(location, f"id is {kind(id_)}", "a non-empty string or an integer, or no id")
+    check_encodable(id_, "id", location)
     labelled, unlabelled = "chosen" in row or "rejected" in row, "responses" in row
     if labelled == unlabelled:
         problem = f"the fields are {', '.join(sorted(row)) or 'none'}"
@@ -268,7 +157,26 @@ def prompt_key(prompt: Prompt) -> str:
     return json.dumps([{**m, "content": m["content"].strip()} for m in messages], sort_keys=True)
 
 
-def _content_hash(record: Record) -> str:
-    """A hash of prompt and responses, not of the label: an id survives a new annotation, and reveals nothing."""
+def content_hash(record: Record) -> int:
+    """64 bits of prompt and responses, not of the label: an id survives a new annotation, and reveals nothing."""
     content = json.dumps([record.prompt, sorted(record.responses)], sort_keys=True)
-    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+    return _hash(content)
+
+
+def prompt_hash(prompt: Prompt) -> int:
+    """64 bits of `prompt_key`."""
+    return _hash(prompt_key(prompt))
+
+
+def copy_hash(record: Record, pair: tuple[int, int]) -> tuple[int, int]:
+    """64 bits of a prompt and two of its responses, in either order, and which of the two texts in alphabetical order
+    the data prefers, −1 if it does not say."""
+    texts = [record.responses[j].strip() for j in pair]
+    better = texts[pair.index(record.preferred)] if record.preferred in pair else None
+    texts.sort()
+    content = _hash(json.dumps([prompt_key(record.prompt), *texts]))
+    return content, -1 if better is None else texts.index(better)
+
+
+def _hash(content: str) -> int:
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")

@@ -1,13 +1,14 @@
 """Prompts to respond to: the different prompts of any data set that a run can read."""
 
 import dataclasses
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from activedpo_jax.data.fields import Extras, Prompt, check_prompt, read_extras, refuse_unread
-from activedpo_jax.data.preferences import Record, parse_record, prompt_key
-from activedpo_jax.data.sources import fail, kind, read_rows
+from activedpo_jax.data.fields import Extras, Prompt, check_encodable, check_prompt, read_extras, refuse_unread
+from activedpo_jax.data.preferences import Record, parse_record, prompt_hash
+from activedpo_jax.data.records import Records, check_ids, read_all, shared_rows
+from activedpo_jax.data.sources import fail, kind, open_rows
+from activedpo_jax.data.store import ALONE, Hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class PromptRecord:
         return ()
 
 
-def read_prompts(source: str, split: str = "train") -> list[PromptRecord]:
+def read_prompts(source: str, split: str = "train", hosts: Hosts = ALONE) -> Records[PromptRecord]:
     """The different prompts of a data set, in order.
 
     A row is a `prompt` (a string, or a list of chat messages) with an optional `id`, or a preference in any of the
@@ -35,44 +36,48 @@ def read_prompts(source: str, split: str = "train") -> list[PromptRecord]:
     Args:
       source: a `.jsonl` or `.parquet` file, or a directory or name for `datasets`.
       split: of a `datasets` directory or name; a file is one split.
+      hosts: each reads its share.
 
     Raises:
       ValueError: the source cannot be read, a row is malformed, or two prompts have the same id.
     """
-    found: dict[str, PromptRecord] = {}
-    ids: dict[str, str] = {}
-    for location, row in read_rows(source, split, "config.generation.prompts and config.generation.split"):
-        id_: Any = None
-        if row.get("chosen") is not None or row.get("rejected") is not None or row.get("responses") is not None:
-            record = parse_record(row, location)
-            prompt, implicit = record.prompt, record.implicit  # an `id` here is the pair's
-        elif row.get("prompt") is not None:
-            refuse_unread(row, location)
-            prompt, id_, implicit = check_prompt(row["prompt"], location), row.get("id"), False
-            if id_ is not None and (isinstance(id_, bool) or not isinstance(id_, str | int) or id_ == ""):
-                fail(location, f"id is {kind(id_)}", "a non-empty string or an integer, or no id")
-        else:
-            fail(location, f"the fields are {', '.join(sorted(row)) or 'none'}", "`prompt`, or those of a preference")
-        key = prompt_key(prompt)
-        if key in found:
-            continue
-        name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest() if id_ is None else str(id_)
-        if name in ids:
-            fail(location, f"id {name!r} was given to {ids[name]} already", "every id once")
-        ids[name] = location
-        extras = read_extras({n: row[n] for n in ("tools", "chat_template_kwargs") if n in row}, (), location)
-        found[key] = PromptRecord(name, prompt, location, extras, implicit)
-    if not found:
+    options = "config.generation.prompts and config.generation.split"
+    rows = shared_rows(lambda: open_rows(source, split, options), source, hosts)
+    if not len(rows):
         raise ValueError(f"{source}: there is no prompt in it; expected one at least: check config.generation.prompts")
-    return list(found.values())
+    prompts = read_all(rows, parse_prompt, lambda record: prompt_hash(record.prompt), hosts).distinct()
+    check_ids(prompts.ids, prompts.location)
+    return prompts
 
 
-def prompts_of(records: Sequence[Record]) -> list[PromptRecord]:
+def parse_prompt(row: Mapping[str, Any], location: str) -> PromptRecord:
+    """The prompt in a row, with an empty id if the row gives none.
+
+    Raises:
+      ValueError: the row is malformed.
+    """
+    if row.get("chosen") is not None or row.get("rejected") is not None or row.get("responses") is not None:
+        return _prompt_of(row, location)  # an `id` here is the pair's
+    if row.get("prompt") is None:
+        fail(location, f"the fields are {', '.join(sorted(row)) or 'none'}", "`prompt`, or those of a preference")
+    refuse_unread(row, location)
+    prompt, id_ = check_prompt(row["prompt"], location), row.get("id")
+    if id_ is not None and (isinstance(id_, bool) or not isinstance(id_, str | int) or id_ == ""):
+        fail(location, f"id is {kind(id_)}", "a non-empty string or an integer, or no id")
+    check_encodable(id_, "id", location)
+    return PromptRecord("" if id_ is None else str(id_), prompt, location, _extras(row, location))
+
+
+def prompts_of(records: Records[Record]) -> Records[PromptRecord]:
     """The different prompts of preference records, in their order; each has a hash of its content as its id."""
-    found: dict[str, PromptRecord] = {}
-    for record in records:
-        key = prompt_key(record.prompt)
-        extras = Extras(tools=record.extras.tools, template_kwargs=record.extras.template_kwargs)
-        name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-        found.setdefault(key, PromptRecord(name, record.prompt, record.location, extras, record.implicit))
-    return list(found.values())
+    return records.distinct().seen_as(_prompt_of)
+
+
+def _prompt_of(row: Mapping[str, Any], location: str) -> PromptRecord:
+    record = parse_record(row, location)
+    return PromptRecord("", record.prompt, location, _extras(row, location), record.implicit)
+
+
+def _extras(row: Mapping[str, Any], location: str) -> Extras:
+    fields = {name: row[name] for name in ("tools", "chat_template_kwargs") if name in row}
+    return read_extras(fields, (), location)

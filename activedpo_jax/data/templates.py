@@ -6,6 +6,7 @@ and nothing that the template puts after that (`...<|im_end|>`, without the newl
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -115,12 +116,22 @@ class Template:
         """A string without the BOS and the end of turn that the chat template writes itself."""
         if not self.chat or not isinstance(content, str):
             return content
-        begin = str(self.tokenizer.bos_token or "")
-        content = content.removeprefix(begin) if begin else content
-        for end in sorted({self.end.strip(), str(self.tokenizer.eos_token or "")} - {""}):
+        content = content.removeprefix(self.begin)
+        for end in self.ends:
             if content.rstrip().endswith(end):
                 content = content.rstrip().removesuffix(end)
         return content
+
+    # The tokenizer's attributes are slow to read, and there may be millions of texts.
+    @functools.cached_property
+    def begin(self) -> str:
+        """How the beginning of a sequence is written, if there is a token for it."""
+        return str(self.tokenizer.bos_token or "")
+
+    @functools.cached_property
+    def ends(self) -> tuple[str, ...]:
+        """How the end of a sequence or of a turn is written."""
+        return tuple(sorted({self.end.strip(), str(self.tokenizer.eos_token or "")} - {""}))
 
     def unwritten(self, record: Exchange, text: str) -> list[str]:
         """What the chat template silently leaves out: `tools`, `tool_calls`, ..., or the text of a message.
@@ -136,9 +147,10 @@ class Template:
             missing.append("the whole text of every message of the prompt")
         if extras.tools and self._render(record, messages, True, dataclasses.replace(extras, tools=None)) == text:
             missing.append("tools")
-        bare_options = dataclasses.replace(extras, template_kwargs={})
-        if extras.template_kwargs and self._render(record, messages, True, bare_options) == text:
-            missing.append("chat_template_kwargs")
+        if extras.template_kwargs:
+            bare_options = dataclasses.replace(extras, template_kwargs={})
+            if self._render(record, messages, True, bare_options) == text:
+                missing.append("chat_template_kwargs")
         answers = [
             [*messages, {"role": "assistant", "content": response, **extras.message(j)}]
             for j, response in enumerate(record.responses)

@@ -1,16 +1,30 @@
-"""From records to token ids: texts to learn from, and the pool of pairs that everything downstream works on."""
+"""From records to token ids: texts to learn from, and the pool of pairs that everything downstream works on.
 
-from collections.abc import Mapping, Sequence
+Records are read, templated and tokenised in batches of bounded size, and only tokens, lengths and counts are kept.
+Several hosts take a share of the records each and exchange the results, so that each has the whole.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from activedpo_jax.data.encoding import Encoding, encode, make_encoding
 from activedpo_jax.data.groups import PairPool, Texts
-from activedpo_jax.data.preferences import Record, prompt_key, shown_pairs
-from activedpo_jax.data.templates import Exchange, Template, make_template
+from activedpo_jax.data.notes import copies_note, notes
+from activedpo_jax.data.pairs import shown_pairs
+from activedpo_jax.data.preferences import Record, copy_hash
+from activedpo_jax.data.ragged import Lazy, Nested, Ragged, starts_of
+from activedpo_jax.data.records import batches
+from activedpo_jax.data.store import ALONE, Column, Hosts
+from activedpo_jax.data.tally import Tally
+from activedpo_jax.data.templates import Exchange
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_BATCH, _OVERHEAD = 1_000_000, 1000  # characters in a batch; what a record counts beside its own
 
 
 def tokenize_texts(
@@ -21,37 +35,8 @@ def tokenize_texts(
     max_response: int,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> Texts:
-    """One group per record, in order.
-
-    A prompt of more than `max_prompt` tokens loses its beginning, except for BOS, on which models depend; it
-    keeps its end, including the header of the assistant's turn.  A response of more than `max_response`
-    tokens loses its end, including EOS.  Both are counted in the `notes`.
-
-    Args:
-      template: `auto`, `chat` or `plain`; see `templates`.
-      template_kwargs: options for the chat template.
-
-    Raises:
-      ValueError: the template does not suit the tokenizer or a prompt; `max_prompt` cannot hold the
-        assistant's header; a prompt has no tokens.
-    """
-    writer = make_template(template, tokenizer, template_kwargs)
-    prompts, responses, notes = _encode(records, writer)
-    header = len(_ids(writer, [writer.header])[0])
-    if max_prompt <= header + 1:
-        raise ValueError(
-            f"the longest prompt in config.data.buckets is {max_prompt} tokens; expected more than "
-            f"{header + 1}, which BOS and the header of the assistant's turn take: give a larger one"
-        )
-    notes += _truncation("prompts", "beginning", [len(p) for p in prompts], max_prompt)
-    notes += _truncation("responses", "end, EOS included", [len(r) for rs in responses for r in rs], max_response)
-    prompts = [_last(p, max_prompt, tokenizer.bos_token_id) for p in prompts]
-    for prompt, record in zip(prompts, records, strict=True):
-        if not len(prompt):
-            raise ValueError(f"{record.location}: the tokenizer makes no token of the prompt; expected some: change it")
-    return Texts(
-        prompt_tokens=prompts, response_tokens=[[r[:max_response] for r in rs] for rs in responses], notes=notes
-    )
+    """`encoded_texts` with the encoding that `make_encoding` makes of the arguments."""
+    return encoded_texts(records, make_encoding(tokenizer, template, max_prompt, max_response, template_kwargs))
 
 
 def tokenize(
@@ -63,157 +48,139 @@ def tokenize(
     seed: int,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> PairPool:
-    """`tokenize_texts`, and all pairs of a record's responses in the order of `group_pairs`.
+    """`encoded_pool` with the encoding that `make_encoding` makes of the arguments."""
+    return encoded_pool(records, make_encoding(tokenizer, template, max_prompt, max_response, template_kwargs), seed)
+
+
+def encoded_texts(records: Sequence[Exchange], encoding: Encoding, hosts: Hosts = ALONE) -> Texts:
+    """One group per record, in order.
+
+    Raises:
+      ValueError: the template does not suit a prompt; a prompt has no tokens.
+    """
+    share = hosts.share(len(records))
+    tokens = hosts.together(lambda: _Tokens(encoding, records[share.start : share.stop]))
+    prompts, responses = tokens.joined(hosts)
+    return Texts(prompt_tokens=prompts, response_tokens=responses, notes=notes(tokens.tally.joined(hosts), encoding))
+
+
+def encoded_pool(records: Sequence[Record], encoding: Encoding, seed: int, hosts: Hosts = ALONE) -> PairPool:
+    """`encoded_texts`, and all pairs of a record's responses in the order of `group_pairs`.
 
     Which response is shown first depends on the seed and the pair's id alone.
 
     Raises:
-      ValueError: see `tokenize_texts`; or two pairs have the same id.
+      ValueError: see `encoded_texts`; or two pairs have the same id.
     """
-    texts = tokenize_texts(records, tokenizer, template, max_prompt, max_response, template_kwargs)
-    responses, notes = texts.response_tokens, list(texts.notes)
     pairs, pair_ids = shown_pairs(records, seed)
-    preferences, rewards = [], []
-    same = ties = 0
-    for g, first, second in pairs:
-        record, given = records[g], records[g].rewards
-        preferences.append(-1 if record.preferred is None else int(record.preferred == second))
-        rewards.append((given[first], given[second]) if given else (np.nan, np.nan))
-        same += np.array_equal(responses[g][first], responses[g][second])
-        ties += record.preferred is None and given is not None and given[first] == given[second]
-    notes += _copies(records, pairs, preferences)
-    if same:
-        notes.append(f"{same} of {len(pairs)} pairs have two responses of the same tokens: nothing can be learnt there")
-    if ties:
-        notes.append(f"{ties} of {len(pairs)} pairs have equal rewards and no preference: a coin decides, by their id")
+    share = hosts.share(len(records))
+    part = hosts.together(lambda: _PoolPart(encoding, records, pairs, share))
+    prompts, responses = part.tokens.joined(hosts)
+    prompt_texts, response_texts = part.shown.joined(hosts)
+    preferences, rewards = hosts.joined(part.preferences), hosts.joined(part.rewards).reshape(-1, 2)
+    copies = copies_note(hosts.joined(part.copies), hosts.joined(part.sides))
     return PairPool(
-        prompt_tokens=texts.prompt_tokens,
+        prompt_tokens=prompts,
         response_tokens=responses,
-        pairs=np.array(pairs, np.int32),
+        pairs=pairs,
         pair_ids=pair_ids,
-        preferences=np.array(preferences, np.int8),
-        rewards=None if np.all(np.isnan(rewards)) else np.array(rewards, np.float32),
-        prompt_texts=[r.prompt for r in records],
-        response_texts=[r.responses for r in records],
-        notes=notes,
+        preferences=preferences,
+        rewards=None if np.all(np.isnan(rewards)) else rewards,
+        prompt_texts=prompt_texts,
+        response_texts=response_texts,
+        notes=notes(part.tokens.tally.joined(hosts), encoding, len(pairs), copies),
     )
 
 
-def _encode(
-    records: Sequence[Exchange], template: Template
-) -> tuple[list[np.ndarray], list[list[np.ndarray]], list[str]]:
-    """Token ids of every prompt and every response, and notes.
+def shown_texts(records: Sequence[Exchange]) -> tuple[Sequence[Any], Sequence[Sequence[str]]]:
+    """What a person reads of each record: the prompts, and the responses to each."""
+    shown = _Shown()
+    for batch in batches(records, _BATCH, characters):
+        shown.add(batch)
+    return shown.joined(ALONE)
 
-    The ids of a response are those that follow the prompt's in the whole text.  Where a token of the whole
-    text spans the border, the response is tokenised on its own, as a model that continues from the
-    prompt's tokens would have to write it.
-    """
-    texts = [template.prompt(r) for r in records]
-    notes = _left_out(records, texts, template)
-    answers = [
-        [template.response(r, t, j) for j in range(len(r.responses))] for r, t in zip(records, texts, strict=True)
-    ]
-    notes += _markers(records, template)
-    flat = [(t, a) for t, several in zip(texts, answers, strict=True) for a in several]
-    prompts = _ids(template, texts, [r.location for r in records])
-    whole = iter(_ids(template, [t + a for t, a in flat], [r.location for r in records for _ in r.responses]))
-    leading, trailing = list(template.leading), list(template.trailing)
-    responses, across = [], 0
-    for record, prompt, several in zip(records, prompts, answers, strict=True):
-        group = []
-        for j, answer in enumerate(several):
-            text_ids = next(whole)
-            joined = text_ids[: len(prompt)] == prompt
-            across += not joined
-            ids = text_ids[len(prompt) :] if joined else _ids(template, [answer])[0]
-            ends = record.extras.is_cut(j) or (trailing and ids[-len(trailing) :] == trailing)
-            group.append(np.array(ids if ends else ids + trailing, np.int32))
-        responses.append(group)
-    if across:
-        notes.append(
-            f"{across} of {len(flat)} responses were tokenised apart from their prompts, since a token would "
-            "have lain across the border"
+
+class _Shown:
+    """The texts of some records."""
+
+    def __init__(self) -> None:
+        self._texts, self._lengths = Column(np.uint8), Column(np.int32)
+
+    def add(self, records: Sequence[Exchange]) -> None:
+        texts = [json.dumps([r.prompt, *r.responses], ensure_ascii=False).encode() for r in records]
+        self._texts.append(np.frombuffer(b"".join(texts), np.uint8))
+        self._lengths.append([len(text) for text in texts])
+
+    def joined(self, hosts: Hosts) -> tuple[Sequence[Any], Sequence[Sequence[str]]]:
+        """The prompts and the responses of all hosts."""
+        texts = Ragged(hosts.joined(self._texts), starts_of(hosts.joined(self._lengths)))
+        return (
+            Lazy(len(texts), lambda group: json.loads(texts[group].tobytes())[0]),
+            Lazy(len(texts), lambda group: tuple(json.loads(texts[group].tobytes())[1:])),
         )
-    begun = [bool(leading) and p[: len(leading)] == leading for p in prompts]
-    return [np.array(p if b else leading + p, np.int32) for p, b in zip(prompts, begun, strict=True)], responses, notes
 
 
-def _left_out(records: Sequence[Exchange], texts: Sequence[str], template: Template) -> list[str]:
-    """Counts what the chat template does not write: nothing is dropped in silence."""
-    missing: dict[str, list[str]] = {}
-    for record, text in zip(records, texts, strict=True):
-        for name in template.unwritten(record, text):
-            missing.setdefault(name, []).append(record.location)
-    return [
-        f"{len(places)} of {len(records)} records have {name}, which the chat template leaves out (first: {places[0]})"
-        for name, places in missing.items()
-    ]
+class _Tokens:
+    """The tokens of some records, and what happened to them."""
+
+    def __init__(self, encoding: Encoding, records: Iterable[Exchange] = ()) -> None:
+        self._encoding = encoding
+        self._prompts, self._responses = Column(np.int32), Column(np.int32)
+        self._prompt_lengths, self._response_lengths, self._sizes = (Column(np.int32) for _ in range(3))
+        self.tally = Tally()
+        for batch in batches(records, _BATCH, characters):
+            self.add(batch)
+
+    def add(self, records: Sequence[Exchange]) -> list[list[np.ndarray]]:
+        """Adds a batch; returns the tokens of its responses."""
+        prompts, responses, tally = encode(records, self._encoding)
+        self.tally.add(tally)
+        flat = [r for several in responses for r in several]
+        self._prompts.append(np.concatenate(prompts))
+        self._prompt_lengths.append([len(p) for p in prompts])
+        self._responses.append(np.concatenate([np.zeros(0, np.int32), *flat]))
+        self._response_lengths.append([len(r) for r in flat])
+        self._sizes.append([len(several) for several in responses])
+        return responses
+
+    def joined(self, hosts: Hosts) -> tuple[Ragged, Nested]:
+        """The prompts and the responses of all hosts."""
+        prompts = Ragged(hosts.joined(self._prompts), starts_of(hosts.joined(self._prompt_lengths)))
+        responses = Ragged(hosts.joined(self._responses), starts_of(hosts.joined(self._response_lengths)))
+        return prompts, Nested(responses, starts_of(hosts.joined(self._sizes)))
 
 
-def _markers(records: Sequence[Exchange], template: Template) -> list[str]:
-    """Counts texts with a beginning or end of sequence of their own, which is not written a second time."""
-    bos, eos = (str(token or "") for token in (template.tokenizer.bos_token, template.tokenizer.eos_token))
-    begun = sum(isinstance(r.prompt, str) and bool(bos) and r.prompt.startswith(bos) for r in records)
-    ends = tuple({eos, template.end.strip()} - {""})
-    ended = sum(bool(ends) and text.rstrip().endswith(ends) for r in records for text in r.responses)
-    notes = [f"{begun} of {len(records)} prompts begin with {bos!r} themselves: it is not added again"] if begun else []
-    if ended:
-        total = sum(len(r.responses) for r in records)
-        notes.append(f"{ended} of {total} responses end in {' or '.join(ends)} themselves: it is not added again")
-    return notes
+class _PoolPart:
+    """The part of a pool that comes from a range of the records."""
+
+    def __init__(self, encoding: Encoding, records: Sequence[Record], pairs: np.ndarray, share: range) -> None:
+        self.tokens = _Tokens(encoding)
+        self.shown = _Shown()
+        self.preferences, self.rewards = Column(np.int8), Column(np.float32)
+        self.copies, self.sides = Column(np.uint64), Column(np.int8)
+        start = share.start
+        for batch in batches(records[share.start : share.stop], _BATCH, characters):
+            first, last = np.searchsorted(pairs[:, 0], [start, start + len(batch)])
+            self._add(batch, pairs[first:last] - np.array([start, 0, 0], np.int32))
+            start += len(batch)
+
+    def _add(self, records: Sequence[Record], pairs: np.ndarray) -> None:
+        responses, tally = self.tokens.add(records), self.tokens.tally
+        self.shown.add(records)
+        preferences, rewards, copies = [], [], []
+        for g, first, second in pairs.tolist():
+            record, given = records[g], records[g].rewards
+            preferences.append(-1 if record.preferred is None else int(record.preferred == second))
+            rewards.append((given[first], given[second]) if given else (np.nan, np.nan))
+            copies.append(copy_hash(record, (first, second)))
+            tally.same += np.array_equal(responses[g][first], responses[g][second])
+            tally.ties += record.preferred is None and given is not None and given[first] == given[second]
+        self.preferences.append(preferences)
+        self.rewards.append(rewards)
+        self.copies.append([content for content, _ in copies])
+        self.sides.append([side for _, side in copies])
 
 
-def _ids(template: Template, texts: list[str], locations: Sequence[str] = ("",)) -> list[list[int]]:
-    """Token ids of texts; `locations` are for errors that the tokenizer raises."""
-    if not texts:
-        return []
-    try:
-        return template.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    except Exception as error:  # tokenizers raise errors of any type
-        for text, location in zip(texts, locations, strict=False):
-            try:
-                template.tokenizer([text], add_special_tokens=False, verbose=False)
-            except Exception as cause:
-                raise ValueError(
-                    f"{location}: the tokenizer does not take this text ({type(cause).__name__}: {cause}); change it"
-                ) from error
-        raise
-
-
-def _last(prompt: np.ndarray, size: int, bos: int | None) -> np.ndarray:
-    if len(prompt) <= size:
-        return prompt
-    keep_bos = int(bos is not None and prompt[0] == bos)
-    return np.concatenate([prompt[:keep_bos], prompt[len(prompt) - size + keep_bos :]])
-
-
-def _truncation(kind: str, lost: str, lengths: list[int], size: int) -> list[str]:
-    """A note on what was cut, if anything was."""
-    longer = sum(n > size for n in lengths)
-    if not longer:
-        return []
-    return [
-        f"{longer} of {len(lengths)} {kind} ({longer / len(lengths):.1%}) are longer than {size} tokens "
-        f"(up to {max(lengths)}) and lost their {lost}: see config.data.buckets"
-    ]
-
-
-def _copies(records: Sequence[Record], pairs: Sequence[tuple[int, int, int]], preferences: Sequence[int]) -> list[str]:
-    """Counts pairs of texts that occur again, in either order, and those of them with another label."""
-    first: dict[tuple[str, ...], str | None] = {}
-    again = opposite = 0
-    for (group, *shown), preference in zip(pairs, preferences, strict=True):
-        record = records[group]
-        texts = [record.responses[j].strip() for j in shown]
-        better = texts[preference] if preference >= 0 else None
-        key = (prompt_key(record.prompt), *sorted(texts))
-        if key in first:
-            again += 1
-            opposite += None not in (better, first[key]) and better != first[key]
-        else:
-            first[key] = better
-    if not again:
-        return []
-    return [
-        f"{again} of {len(pairs)} pairs are there a second time, {opposite} with the opposite label: each costs a label"
-    ]
+def characters(record: Exchange) -> int:
+    prompt = record.prompt if isinstance(record.prompt, str) else "".join(m["content"] for m in record.prompt)
+    return _OVERHEAD + len(prompt) + sum(map(len, record.responses))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from activedpo_jax.data.digests import rows_of
 from activedpo_jax.data.groups import PairPool
 from activedpo_jax.oracles.labels import Label, Question
 from activedpo_jax.oracles.noise import Noise
@@ -23,7 +24,6 @@ class DatasetOracle:
 
     def __init__(self, pool: PairPool, noise: Noise) -> None:
         self._pool, self._noise = pool, noise
-        self._row_of = {name: row for row, name in enumerate(pool.pair_ids)}
 
     def ask(self, questions: Sequence[Question]) -> list[Label]:
         """The answers, in the order of the questions.
@@ -31,7 +31,7 @@ class DatasetOracle:
         Raises:
           ValueError: the data lacks the preference, or the rewards, of a pair.
         """
-        rows = np.array([self._row_of[q.pair_id] for q in questions], np.int64)
+        rows = rows_of([q.pair_id for q in questions], self._pool.digests)
         preferences = answers(self._pool, self._noise, rows)
         source = f"dataset ({self._noise.kind} noise)"
         return [

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from activedpo_jax import layout
+from activedpo_jax.data.digests import digests_of_bytes
 from activedpo_jax.data.groups import (
     Bucket,
     Candidates,
@@ -23,6 +24,7 @@ from activedpo_jax.data.groups import (
     microbatches,
     pad_groups,
 )
+from activedpo_jax.data.ragged import Chained, Taken
 from activedpo_jax.generation.decoding import Requests, Responses, respond
 from activedpo_jax.generation.responses import flawed
 from activedpo_jax.models.decoder import unstack
@@ -53,21 +55,18 @@ class PromptSet:
 
     def distinct(self) -> "PromptSet":
         """Without the prompts whose tokens are those of one before, of which the same responses would be sampled."""
-        first: dict[bytes, int] = {}
-        for i, prompt in enumerate(self.texts.prompt_tokens):
-            first.setdefault(prompt.tobytes(), i)
-        return self.taken(np.array(list(first.values())))
+        digests = digests_of_bytes(prompt.tobytes() for prompt in self.texts.prompt_tokens)
+        return self.taken(np.sort(np.unique(digests, axis=0, return_index=True)[1]))
 
     def taken(self, rows: np.ndarray) -> "PromptSet":
         """The prompts of these rows."""
         texts = dataclasses.replace(
             self.texts,
-            prompt_tokens=[self.texts.prompt_tokens[i] for i in rows],
-            response_tokens=[self.texts.response_tokens[i] for i in rows],
+            prompt_tokens=Taken(self.texts.prompt_tokens, rows),
+            response_tokens=Taken(self.texts.response_tokens, rows),
         )
-        return dataclasses.replace(
-            self, ids=[self.ids[i] for i in rows], texts=texts, prompt_texts=[self.prompt_texts[i] for i in rows]
-        )
+        ids, prompt_texts = Taken(self.ids, rows), Taken(self.prompt_texts, rows)
+        return dataclasses.replace(self, ids=ids, texts=texts, prompt_texts=prompt_texts)
 
 
 class Prompts(NamedTuple):
@@ -274,12 +273,12 @@ def merged(pool: Candidates, fresh: Candidates) -> Candidates:
     """The pairs of a pool, then fresh ones."""
     valid = [np.ones(c.num_pairs, bool) if c.valid is None else c.valid for c in (pool, fresh)]
     return Candidates(
-        prompt_tokens=[*pool.prompt_tokens, *fresh.prompt_tokens],
-        response_tokens=[*pool.response_tokens, *fresh.response_tokens],
+        prompt_tokens=Chained(pool.prompt_tokens, fresh.prompt_tokens),
+        response_tokens=Chained(pool.response_tokens, fresh.response_tokens),
         pairs=np.concatenate([pool.pairs, fresh.pairs + np.array([pool.num_groups, 0, 0], np.int32)]),
-        pair_ids=[*pool.pair_ids, *fresh.pair_ids],
-        prompt_texts=[*pool.prompt_texts, *fresh.prompt_texts],
-        response_texts=[*pool.response_texts, *fresh.response_texts],
+        pair_ids=Chained(pool.pair_ids, fresh.pair_ids),
+        prompt_texts=Chained(pool.prompt_texts, fresh.prompt_texts),
+        response_texts=Chained(pool.response_texts, fresh.response_texts),
         content=np.concatenate([pool.digests, fresh.digests]),
         valid=np.concatenate(valid),
         fresh=fresh.fresh,

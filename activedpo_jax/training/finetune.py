@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from activedpo_jax import layout
 from activedpo_jax.data.groups import Bucket, Groups, Texts, assign_buckets, microbatches, pad_groups
+from activedpo_jax.data.ragged import lengths_of, longest_of
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.progress import progress
@@ -66,8 +67,8 @@ def steps(recipe: Recipe, trainee: Trainee, examples: Examples, mesh: Mesh, seed
     """The optimiser steps of the whole stage, as `loop.descend` takes them."""
     texts, buckets = examples.train, examples.buckets
     bucket_of = assign_buckets(texts, buckets)
-    useful = np.array([len(p) + len(r) for p, (r,) in zip(texts.prompt_tokens, texts.response_tokens, strict=True)])
-    learnt = np.array([len(r) for (r,) in texts.response_tokens])
+    learnt = longest_of(texts.response_tokens)  # of the only response
+    useful = lengths_of(texts.prompt_tokens) + learnt
     total_steps = recipe.epochs * recipe.steps_per_epoch(examples)
     every = np.arange(texts.num_groups)
     size = recipe.batch_size
@@ -164,7 +165,7 @@ def mean_loss(
     for b, rows in progress(parts, desc="held-out loss", unit="batch"):
         groups = layout.put(pad_groups(texts, rows, buckets[b], size), layout.batch(mesh))
         total += float(loss_program(decoder, params, lora, groups))
-    return total / sum(len(r) for (r,) in texts.response_tokens)
+    return total / int(longest_of(texts.response_tokens).sum())
 
 
 def _laid_out(mesh: Mesh, tree: Any) -> Any:

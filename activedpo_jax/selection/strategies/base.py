@@ -12,7 +12,7 @@ from activedpo_jax.selection.posterior import condition, resolved_lam
 
 # What strategies may look at, about each of N pairs; a pytree.  By name:
 #   each kind of evidence that the strategy needs: [N, ...] float32, as `evidence.registry` computes it; the rows of
-#     features and embeddings are cut over all devices
+#     features and embeddings are cut over all devices, and these two may be bfloat16
 #   groups: [N] int32, which prompt the pair belongs to
 #   posterior: W [n, D] float32 of the labelled pairs' features or embeddings, where the strategy has a `design`
 #   lam: λ, scalar
@@ -68,7 +68,7 @@ def conditioned(
     Args:
       available: [N] bool, rows that may be picked.
       lam: λ as set; see `posterior.resolved_lam`.
-      known: [n, D] float32, the vectors of labelled pairs; None where the strategy has no design.
+      known: [n, D] float32 or bfloat16, the vectors of labelled pairs; None where the strategy has no design.
       counts: [n] bool, which of these are there and count in V.
     """
     if strategy.design is None:
