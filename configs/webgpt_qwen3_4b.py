@@ -13,7 +13,7 @@ without the comparisons whose scores are equal.  SFT learns the chosen answers; 
 policy's own answers.  Recipe and oracle are those of `tldr_llama2_7b.py`, in batches of 8; answers are as long as 256
 tokens, without thinking.
 
-Estimate: see README, "What a run needs".  Expected result: not run.
+Estimate: the command above prints it.  Expected result: not run.
 """
 
 import ml_collections
