@@ -120,6 +120,12 @@ OPTIONS: dict[str, Option] = {
     ),
     "data.train_limit": Option(0, "use this many pairs of the pool, drawn by seed; 0: all", NOT_NEGATIVE),
     "data.heldout_limit": Option(0, "likewise of the held-out pairs, the same for every seed", NOT_NEGATIVE),
+    "data.assumed_records": Option(
+        10_000,
+        "--compile_only reads no data: records that data.train, heldout and sft.data are taken to have unless their "
+        "limits say it",
+        EXAMPLES,
+    ),
     "data.template": Option(
         "auto", "auto: the tokenizer's chat template if it has one, else plain", choices=("auto", "chat", "plain")
     ),

@@ -29,6 +29,8 @@ from activedpo_jax.errors import UsageError
 from activedpo_jax.files import flatten
 from activedpo_jax.option_checks import wrong
 
+TOPOLOGY = r"(\d+\*)?[a-z]\w*:\d+(x\d+)*"  # of --compile_only: slices, platform, shape in chips
+
 
 class Usage(NamedTuple):
     """What `--help` says of a command."""
@@ -82,7 +84,7 @@ COMMANDS: dict[str, Usage] = {
 class Command(NamedTuple):
     config: ml_collections.ConfigDict  # locked, and valid
     workdir: pathlib.Path | None  # None only with `compile_only`
-    compile_only: str  # empty, or platform and topology to compile the programs of the run for, and stop
+    compile_only: str  # empty, or the topology to compile the programs of the run for, and stop
     address: Address = Address()  # of the other processes of the run
 
 
@@ -135,7 +137,7 @@ def help_text(command: str) -> str:
     ]
     if command == "main":
         compiling = "python -m activedpo_jax.main --config FILE --compile_only=PLATFORM:TOPOLOGY"
-        lines.append(f"{compiling}    (v5e:4x4, for instance)")
+        lines.append(f"{compiling}    what the run would need there (v5e:4x4, 2*v5e:4x4, cpu:8)")
     if command in ("main", "sft"):
         lines.append(
             "several processes find each other on Cloud TPU, GKE, Slurm and under Open MPI; elsewhere each gets "
@@ -184,8 +186,11 @@ def parse(argv: Sequence[str], strategies: Collection[str]) -> Command:
     config = values.config
     _tidy_tuples(config)
     validate(config, strategies, _command(argv))
-    if values.compile_only and not re.fullmatch(r"\w+:\d+(x\d+)*", values.compile_only):
-        raise UsageError(f"--compile_only: got {values.compile_only!r}, expected PLATFORM:TOPOLOGY such as v5e:4x4")
+    if values.compile_only and not re.fullmatch(TOPOLOGY, values.compile_only):
+        raise UsageError(
+            f"--compile_only: got {values.compile_only!r}, expected PLATFORM:TOPOLOGY such as v5e:4x4, several slices "
+            "2*v5e:4x4, cpu:8, or gpu:1"
+        )
     if not values.workdir and not values.compile_only:
         raise UsageError("--workdir is missing: the directory that the run is written to, and goes on from")
     address = Address(values.coordinator, values.num_processes, values.process_id)

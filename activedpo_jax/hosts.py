@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from activedpo_jax.cluster import Address
+from activedpo_jax.data.store import ALONE, Hosts
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -123,6 +124,11 @@ def exchange(part: np.ndarray) -> list[np.ndarray]:
     padded[: len(part)] = part
     parts = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
     return [row[:size] for row, size in zip(parts, sizes, strict=True)]
+
+
+def readers() -> Hosts:
+    """The processes, for preparing data together."""
+    return Hosts(jax.process_index(), jax.process_count(), exchange) if several() else ALONE
 
 
 def any_of(flag: bool) -> bool:

@@ -67,8 +67,29 @@ def make_mesh(sizes: ml_collections.ConfigDict, devices: Sequence[Any] | None = 
             f"config.mesh ({got}) does not cover the {len(devices)} devices: the sizes must multiply to "
             f"{len(devices)}, and one of them may be -1 for all that are left"
         )
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices > 1:
+        return _mesh_of_slices(shape, slices, devices)
     # Each axis need not be one of the machine's own: on a v5p of 8x8x8, none has 128 devices.
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _mesh_of_slices(shape: Sequence[int], slices: int, devices: Sequence[Any]) -> Mesh:
+    """A mesh over several TPU slices: only `data` goes from one to another, over the slow network between them.
+
+    Raises:
+      ValueError: `data` cannot be cut so.
+    """
+    data, *within = shape
+    if data % slices:
+        raise ValueError(
+            f"config.mesh.data={data} on {slices} slices: expected a multiple of {slices}, since only examples are cut "
+            "over slices; fsdp and tensor stay within one"
+        )
+    grid = mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *within), (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 

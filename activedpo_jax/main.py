@@ -3,7 +3,7 @@
     python -m activedpo_jax.main --config configs/quickstart.py --workdir runs/quickstart [--config.dpo.beta=0.2]
 
 The same command on the same work directory resumes.  With `--compile_only=v5e:4x4` it compiles the programs of the run
-for that TPU topology, prints what they need, and stops.
+for that topology, prints what they need and whether they fit, and stops; see `compile_only`.
 """
 
 if __name__ == "__main__":  # first, since the imports take seconds
@@ -26,7 +26,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from activedpo_jax import cluster, errors, files, flags, hosts, layout, sft, specs, start, tasks, verbs
+from activedpo_jax import cluster, compile_only, errors, files, flags, hosts, layout, sft, specs, start, tasks, verbs
 from activedpo_jax.data.groups import shared_prompts
 from activedpo_jax.evaluation import heldout
 from activedpo_jax.huggingface import adapters, merged
@@ -60,15 +60,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, folder = command.config, command.workdir
     with errors.clean_errors():
         if command.compile_only:
-            from activedpo_jax import compile_only  # needs libtpu, an extra
-
-            compile_only.compile_for(config, command.compile_only)
+            compile_only.compile_for(config, command.compile_only, folder)
             return
         assert folder is not None
         hosts.start(command.address, cluster.detected(sys.argv[1:], os.environ))
         folders.check_workdir(folder, config, "main")
         mesh = layout.make_mesh(config.mesh)
-        first = tasks.load(config, config.seeds[0], mesh, folder)  # nothing is claimed before the inputs are valid
+        first = tasks.load(
+            config, config.seeds[0], mesh, folder, hosts.readers()
+        )  # nothing is claimed before the inputs are valid
         inputs.check(folder / "inputs" / f"seed{config.seeds[0]}.json", described(config, first))
         for strategy in config.strategies:
             specs.round_spec(config, strategy, first, mesh)
@@ -80,7 +80,7 @@ def compete(config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh,
     """Every strategy on every seed, and their comparison."""
     summaries, pending = [], []
     for seed in config.seeds:
-        task = first if seed == config.seeds[0] else tasks.load(config, seed, mesh, folder)
+        task = first if seed == config.seeds[0] else tasks.load(config, seed, mesh, folder, hosts.readers())
         inputs.hold(folder / "inputs" / f"seed{seed}.json", described(config, task))
         for name, texts in (("pool", task.candidate_texts), ("held-out set", task.heldout)):
             for note in texts.notes:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -60,17 +60,70 @@ class Task:
 
 
 def load(
-    config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: pathlib.Path | None, hosts: Hosts = ALONE
+    config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: pathlib.Path | None, readers: Hosts = ALONE
 ) -> Task:
     """The task of one seed.
 
     Args:
       cache: where a model trained from nothing is kept for the other runs of the seed and for going on.
-      hosts: each reads and tokenises a share of the data, and all get the whole.
+      readers: each reads and tokenises a share of the data, and all get the whole.
     """
     if config.data.train == SYNTHETIC:
         return _synthetic(config, seed, mesh, cache)
-    return _from_files(config, seed, mesh, hosts)
+    return _from_files(config, seed, mesh, readers)
+
+
+def outline(config: ml_collections.ConfigDict, mesh: Mesh) -> Task:
+    """The task for compiling, from the model's `config.json` and the options: without weights, tokenizer and data.
+
+    Texts are placeholders, as many as the options say and as long as the buckets, which they share evenly.
+
+    Raises:
+      ValueError: there is no such model, or it is not supported.
+    """
+    if config.data.train == SYNTHETIC:
+        return _synthetic(config, config.seeds[0], mesh, None)
+    data, path, revision = config.data, config.model.path, config.model.revision
+    buckets = tuple(sorted(Bucket(*b) for b in data.buckets))
+    decoder = start.load_decoder(config, mesh)
+    source, records = config.candidates.source, data.assumed_records
+    held_out = data.heldout_limit or (records if data.heldout else max(1, round(records * data.heldout_fraction)))
+    prompts = None
+    if source != "pool":
+        count = max(records, config.candidates.prompts_per_round)
+        texts = Texts(
+            prompt_tokens=[np.zeros(buckets[i % len(buckets)].prompt, np.int32) for i in range(count)],
+            response_tokens=[[np.zeros(0, np.int32)]] * count,
+        )
+        prompts = PromptSet([f"prompt-{i}" for i in range(count)], texts, [""] * count, lambda tokens: "")
+    return Task(
+        decoder=decoder,
+        base_model=path,
+        params_shape=params_shape(decoder, mesh, decoder.dtype, config.model.quantisation),
+        load_params=functools.partial(start.load_params, config, mesh, decoder.dtype),
+        pool=None if source == "policy" else _placeholders(data.train_limit or records, buckets),
+        heldout=_placeholders(held_out, buckets),
+        buckets=buckets,
+        stop=loading.eos_token_ids(path, revision),
+        prompts=prompts,
+    )
+
+
+def _placeholders(count: int, buckets: Sequence[Bucket]) -> PairPool:
+    """Pairs of empty texts, one to a prompt."""
+    prompts = [np.zeros(bucket.prompt, np.int32) for bucket in buckets]
+    responses = [[np.zeros(bucket.response, np.int32)] * 2 for bucket in buckets]
+    rows = np.arange(count, dtype=np.int32)
+    return PairPool(
+        prompt_tokens=[prompts[i % len(buckets)] for i in rows],
+        response_tokens=[responses[i % len(buckets)] for i in rows],
+        pairs=np.stack([rows, np.zeros_like(rows), np.ones_like(rows)], axis=1),
+        pair_ids=[f"pair-{i}" for i in rows],
+        prompt_texts=[""] * count,
+        response_texts=[("", "")] * count,
+        preferences=np.zeros(count, np.int8),
+        rewards=None,
+    )
 
 
 def params_shape(decoder: Decoder, mesh: Mesh, dtype: Any, quantisation: str) -> Params:
@@ -88,7 +141,7 @@ def params_shape(decoder: Decoder, mesh: Mesh, dtype: Any, quantisation: str) ->
     )
 
 
-def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, hosts: Hosts) -> Task:
+def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, readers: Hosts) -> Task:
     data, path, revision = config.data, config.model.path, config.model.revision
     buckets = tuple(sorted(Bucket(*b) for b in data.buckets))
     source = config.candidates.source
@@ -97,20 +150,20 @@ def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, hosts:
             f"config.data.train_limit={data.train_limit} counts pairs, of which there are none with "
             "config.candidates.source='policy'; expected 0: set config.candidates.prompts_per_round instead"
         )
-    records, prompt_records, heldout_records = _sources(config, seed, hosts)
+    records, prompt_records, heldout_records = _sources(config, seed, readers)
     tokenizer = loading.load_tokenizer(path, revision)
     longest = max(b.prompt for b in buckets), max(b.response for b in buckets)
     encoding = make_encoding(tokenizer, data.template, *longest, start.template_kwargs(config))
     decoder = start.load_decoder(config, mesh)
     stop = start.stop_tokens(path, revision, tokenizer, data.template)
-    pool = None if records is None else encoded_pool(records, encoding, seed, hosts)
+    pool = None if records is None else encoded_pool(records, encoding, seed, readers)
     prompts = None
     if prompt_records is not None:
-        texts = encoded_texts(prompt_records, encoding, hosts)
+        texts = encoded_texts(prompt_records, encoding, readers)
         texts = dataclasses.replace(texts, response_tokens=[[np.zeros(0, np.int32)]] * len(prompt_records))
         shown, _ = shown_texts(prompt_records)
         prompts = PromptSet(prompt_records.ids, texts, shown, start.text_of(tokenizer, stop)).distinct()
-    heldout = encoded_pool(heldout_records, encoding, seed, hosts)
+    heldout = encoded_pool(heldout_records, encoding, seed, readers)
     load_params = functools.partial(start.load_params, config, mesh, decoder.dtype)
     shape = params_shape(decoder, mesh, decoder.dtype, config.model.quantisation)
     task = Task(decoder, path, shape, load_params, pool, heldout, buckets, stop, prompts)
@@ -123,7 +176,7 @@ def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, hosts:
 
 
 def _sources(
-    config: ml_collections.ConfigDict, seed: int, hosts: Hosts
+    config: ml_collections.ConfigDict, seed: int, readers: Hosts
 ) -> tuple[Records[Record] | None, Records[PromptRecord] | None, Records[Record]]:
     """The records of the pool and the prompts to respond to, None where there is no such source; the held-out records.
 
@@ -133,12 +186,12 @@ def _sources(
     records: Records[Record] | None = None
     prompts: Records[PromptRecord] | None = None
     if source == "policy" and data.heldout:
-        prompts = read_prompts(data.train, data.train_split, hosts)
-        heldout = read_records(data.heldout, data.heldout_split, hosts)
+        prompts = read_prompts(data.train, data.train_split, readers)
+        heldout = read_records(data.heldout, data.heldout_split, readers)
     else:
-        everything = read_records(data.train, data.train_split, hosts)
+        everything = read_records(data.train, data.train_split, readers)
         if data.heldout:
-            heldout = read_records(data.heldout, data.heldout_split, hosts)
+            heldout = read_records(data.heldout, data.heldout_split, readers)
         else:
             everything, heldout = split_by_prompt(everything, data.heldout_fraction, seed)
         if data.train_limit:

@@ -371,7 +371,7 @@ def test_the_last_line_of_a_command_is_not_read(
 
 
 def test_the_figures_of_compiling_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_only, "compile_for", lambda options, topology: print("bytes"))
+    monkeypatch.setattr(compile_only, "compile_for", lambda options, topology, folder: print("bytes"))
     with ends_unread():
         main.main(["main", "--config=configs/quickstart.py", "--compile_only=v5e:4x4"])
 

@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from activedpo_jax import compile_only, hlo, layout, specs, tasks
+from activedpo_jax import hlo, layout, specs, tasks
+from activedpo_jax.compile_only.topology import tpu_devices
 from activedpo_jax.data.groups import Groups
 from activedpo_jax.evidence.gradients import FeatureSpec, pair_features
 from activedpo_jax.models.config import LoraConfig, ModelConfig
@@ -328,6 +329,6 @@ def test_no_shard_of_a_large_model_is_less_than_a_tile(fsdp: int, tensor: int) -
 
 def test_an_axis_need_not_be_one_of_the_machines_own() -> None:
     pytest.importorskip("libtpu", reason="needs libtpu: pip install '.[tpu]'")
-    devices = compile_only.tpu_devices("v5p:8x8x8")
+    devices = tpu_devices("v5p:8x8x8")
     mesh = layout.make_mesh(ml_collections.ConfigDict({"data": 1, "fsdp": 128, "tensor": 4}), devices)
     assert dict(mesh.shape) == {"data": 1, "fsdp": 128, "tensor": 4}

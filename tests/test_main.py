@@ -111,9 +111,9 @@ def test_every_program_of_such_a_run_can_be_made_from_shapes_alone(command: list
     config = flags.read_config(argv, STRATEGIES).config
     mesh = layout.make_mesh(config.mesh)
     names = []
-    for name, program, arguments in programs(config, tasks.load(config, 0, mesh, None), mesh):
-        program.lower(*arguments)
-        names.append(name)
+    for program in programs(config, tasks.load(config, 0, mesh, None), mesh):
+        program.function.lower(*program.arguments)
+        names.append(program.name)
     assert "SFT gradient (32, 16)" in names and "SFT update" in names
     assert "features (32, 16)" in names and "training update, activedpo" in names
 

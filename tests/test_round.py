@@ -66,7 +66,7 @@ def execute(
     params = jax.device_put(params, layout.weight_shardings(mesh, params))
     reference = start.initial_lora(config, task.decoder, mesh, 0) if first is None else first(task.decoder, mesh)
     policy = Policy(task.decoder, params, reference)
-    judge = main.evaluator(config, task, policy, mesh, 0)
+    judge = main.evaluator(config, task, policy, 0, folder)
     setting = main.Setting(config, mesh, 0, task, policy, judge)
     summary = main.run(setting, config.strategies[0], folder)
     assert not isinstance(summary, Pending)

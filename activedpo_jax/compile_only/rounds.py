@@ -1,0 +1,263 @@
+"""The programs of a strategy's rounds, fused or staged."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from activedpo_jax import layout, specs, tasks, verbs
+from activedpo_jax.compile_only import shapes
+from activedpo_jax.compile_only.program import Program, chunks, mean, parts
+from activedpo_jax.data.groups import Bucket
+from activedpo_jax.models.policy import Policy
+from activedpo_jax.rounds import choose, fresh, fused, learn, staged
+from activedpo_jax.rounds.spec import RoundSpec
+from activedpo_jax.rounds.state import Answers, Chosen, RunState, empty_labelled, vector_size
+from activedpo_jax.selection.greedy import Picks
+from activedpo_jax.training import optimiser
+
+
+class RoundPrograms:
+    """The programs of the rounds of one strategy."""
+
+    def __init__(self, config: ml_collections.ConfigDict, task: tasks.Task, spec: RoundSpec) -> None:
+        self.config, self.task, self.spec, self.mesh = config, task, spec, spec.mesh
+        self.strategy = spec.selection.strategy
+        self.policy = Policy(task.decoder, task.params_shape, shapes.lora(task, self.mesh))
+        seed, number = shapes.replicated(self.mesh, (jnp.uint32(0), jnp.int32(0)))
+        labelled = shapes.replicated(self.mesh, jax.eval_shape(lambda: empty_labelled(spec)))
+        self.state = RunState(shapes.lora(task, self.mesh), labelled, seed, number)
+        self.held = (self.policy, self.state.lora)  # the weights that are always there
+        m = 2 if task.pool is None else task.pool.responses_per_group
+        self.responses = m if spec.sampling is None else max(m, spec.responses)
+        self.groups = 0 if task.pool is None else task.pool.num_groups
+        self.drawn = 0
+        if task.prompts is not None:
+            prompts = len(task.prompts.ids)
+            self.drawn = min(config.candidates.prompts_per_round or prompts, prompts)
+        self.per_group = self.responses * (self.responses - 1) // 2
+        known = 0 if task.pool is None else task.pool.num_pairs
+        self.candidates = known + self.drawn * (spec.responses * (spec.responses - 1) // 2)
+        self.labels = [t * spec.selection.labels_per_round for t in range(1, config.rounds + 1)]  # after each round
+
+    def all(self) -> Iterator[Program]:
+        if specs.is_fused(self.config, self.task):
+            yield self._fused()
+            return
+        if self.spec.sampling is not None:
+            yield from self._generation()
+        yield from self._evidence()
+        yield self._selection()
+        yield from self._training()
+
+    def _fused(self) -> Program:
+        rounds = verbs.make(self.config, self.spec, self.task, self.policy, self.config.seeds[0])
+        assert isinstance(rounds, fused.FusedRound)
+        source, ask, schedule = shapes.replicated(self.mesh, rounds.arguments(1, self.config.seeds[0]))
+        return Program(
+            name=f"round, {self.strategy}",
+            function=fused.fused_round,
+            arguments=(self.spec, self.policy, self.state, source, ask, schedule),
+            weights=self.held,
+            data=(self.state.labelled, source, ask, schedule),
+            stage="round",
+            runs=1,
+            pairs=self.candidates,
+        )
+
+    def _generation(self) -> Iterator[Program]:
+        spec, held = self.spec, self.held
+        assert spec.sampling is not None
+        arguments = (spec, self.policy, self.state)
+        turned = jax.eval_shape(functools.partial(fresh.unrolled, spec), self.policy, self.state)
+        try:  # nobody but the compiler decides how the copy is laid out
+            shardings = fresh.unrolled_program.lower(*arguments).compile().output_shardings
+            copy = shapes.laid_out(turned, shardings)
+        except jax.errors.JaxRuntimeError:  # it does not fit, which the row of this program will say
+            copy = shapes.replicated(self.mesh, turned)
+        labelled = self.state.labelled
+        yield Program("weights for sampling", fresh.unrolled_program, arguments, held, labelled, "generation", runs=1)
+        widths = sorted({bucket.prompt for bucket in self.task.buckets})
+        for width in widths:
+            ids, length, _, _ = shapes.groups(self.mesh, Bucket(width, 1), spec.chunk, 1)
+            prompts = fresh.Prompts(ids, length)
+            yield Program(
+                name=f"responses {(width, spec.sampling.length)}",
+                function=fresh.chunk_program,
+                arguments=(spec, copy, self.state.seed, self.state.round, prompts),
+                weights=(held, copy),
+                data=(labelled, prompts),
+                stage="generation",
+                runs=chunks(self.drawn, spec.chunk) if width == widths[-1] else 0,
+                pairs=spec.chunk * (spec.responses * (spec.responses - 1) // 2),
+                iterations=spec.sampling.length - 1,
+                reread=shapes.device_bytes(copy) + self._cache_bytes(width),
+            )
+
+    def _cache_bytes(self, width: int) -> float:
+        """Keys and values that a token of every response attends to on one device, half of the responses' places."""
+        spec, model, decoder = self.spec, self.task.decoder.config, self.task.decoder
+        assert spec.sampling is not None
+        tokens = spec.chunk * (width + spec.responses * spec.sampling.length / 2)
+        heads = 2 * model.num_kv_heads * model.head_dim * np.dtype(decoder.dtype).itemsize
+        return tokens * heads * model.num_layers / self.mesh.size
+
+    def _evidence(self) -> Iterator[Program]:
+        spec, labelled = self.spec, self.state.labelled
+        whole = self._pool_evidence()
+        stage = "features"
+        for bucket in self.task.buckets if spec.needs else ():
+            groups = shapes.groups(self.mesh, bucket, spec.chunk, self.responses)
+            yield Program(
+                name=f"{' and '.join(spec.needs)} {tuple(bucket)}",
+                function=staged.evidence_program,
+                arguments=(spec, self.policy, self.state.lora, groups, self.state.seed),
+                weights=self.held,
+                data=(labelled, groups, whole),
+                stage=stage,
+                runs=self._if_largest(bucket, chunks(self.groups + self.drawn, spec.chunk)),
+                pairs=spec.chunk * self.per_group,
+            )
+        if spec.needs:
+            rows = shapes.replicated(self.mesh, np.zeros(spec.chunk * self.per_group, np.int32))
+            new = self._chunk_evidence()
+            yield Program(
+                name=f"{' and '.join(spec.needs)} kept, {self.strategy}",
+                function=staged.write_program,
+                arguments=(self.mesh, whole, new, rows),
+                weights=self.held,
+                data=(labelled, whole, new, rows),
+                stage=stage,
+                runs=chunks(self.groups + self.drawn, spec.chunk),
+            )
+        for bucket in self.task.buckets if choose.needs_known(spec) else ():
+            groups = shapes.groups(self.mesh, bucket, spec.chunk, 2)
+            before = [n - spec.selection.labels_per_round for n in self.labels]
+            yield Program(
+                name=f"{spec.selection.rule.design} of labelled pairs {tuple(bucket)}",
+                function=staged.vectors_program,
+                arguments=(spec, self.policy, self.state.lora, groups, self.state.seed),
+                weights=self.held,
+                data=(labelled, groups, whole, self._known()),
+                stage=stage,
+                runs=self._if_largest(bucket, mean(chunks(n, spec.chunk) for n in before)),
+                pairs=spec.chunk,
+            )
+
+    def _selection(self) -> Program:
+        evidence, known, count = self._pool_evidence(), self._known(), staged.padded(self.candidates, self.mesh)
+        empty = np.zeros((count, 3), np.int32), np.zeros((count, 4), np.uint32), np.zeros(count, bool)
+        rows = choose.Rows(*shapes.replicated(self.mesh, empty))
+        return Program(
+            name=f"selection, {self.strategy}",
+            function=staged.select_program,
+            arguments=(self.spec, self.state, rows, evidence, known),
+            weights=self.held,
+            data=(self.state.labelled, rows, evidence, known),
+            stage="selection",
+            runs=1,
+            pairs=self.candidates,
+        )
+
+    def _training(self) -> Iterator[Program]:
+        spec, state, mesh, training = self.spec, self.state, self.mesh, self.spec.training
+        count, lora, stage = spec.selection.labels_per_round, shapes.lora(self.task, self.mesh), "training"
+        for bucket in self.task.buckets:
+            groups = shapes.groups(mesh, bucket, spec.chunk, 2)
+            yield Program(
+                name=f"reference {tuple(bucket)}, {self.strategy}",
+                function=staged.measure_program,
+                arguments=(spec, self.policy, state, groups),
+                weights=self.held,
+                data=(state.labelled, groups),
+                stage=stage,
+                runs=self._if_largest(bucket, chunks(count, spec.chunk)),
+                pairs=spec.chunk,
+            )
+        yield self._append()
+        schedule = spec.schedule(np.arange(count), 1, 0)
+        part = (schedule.slots[0][: training.microbatch], schedule.weight[0][: training.microbatch])
+        share = shapes.replicated(mesh, part)
+        gradient = (
+            shapes.lora(self.task, mesh),
+            shapes.replicated(mesh, jax.eval_shape(optimiser.no_gradient, lora)[1]),
+        )
+        opt_state = shapes.laid_out(
+            jax.eval_shape(lambda w: optimiser.init_optimiser(training.dpo.optimiser, w), lora),
+            optimiser.optimiser_shardings(training.dpo.optimiser, mesh, lora),
+        )
+        weights = (self.held, lora, gradient, opt_state)
+        learnt = [count] * len(self.labels) if training.on_newest else self.labels
+        for bucket in self.task.buckets:
+            microbatches = mean(parts(n, training.batch_size, training.microbatch) for n in learnt)
+            yield Program(
+                name=f"training gradient {tuple(bucket)}, {self.strategy}",
+                function=staged.gradient_program,
+                arguments=(spec, self.policy, lora, gradient, state.labelled, share, bucket),
+                weights=weights,
+                data=(state.labelled, share),
+                stage=stage,
+                runs=self._if_largest(bucket, training.epochs * microbatches),
+                pairs=training.microbatch,
+            )
+        yield Program(
+            name=f"training update, {self.strategy}",
+            function=staged.update_program,
+            arguments=(spec, lora, opt_state, gradient[0], state.round, state.round),
+            weights=weights,
+            data=state.labelled,
+            stage=stage,
+            runs=training.epochs * mean(chunks(n, training.batch_size) for n in learnt),
+        )
+
+    def _append(self) -> Program:
+        spec, state, count = self.spec, self.state, self.spec.selection.labels_per_round
+        picks = Picks(np.zeros(count, np.int32), np.zeros(count, np.float32))  # type: ignore[arg-type]
+        groups = shapes.groups(None, spec.bucket, count, 2)
+        chosen = Chosen(picks, np.float32(0), groups, np.zeros((count, 4), np.uint32))  # type: ignore[arg-type]
+        answers = Answers(np.zeros(count, np.float32), np.zeros(count, np.float32))  # type: ignore[arg-type]
+        vectors = vector_size(spec) if spec.selection.frozen else None
+        measured = learn.Measured(
+            np.zeros((count, 2), np.float32),  # type: ignore[arg-type]
+            None if vectors is None else np.zeros((count, vectors), np.float32),  # type: ignore[arg-type]
+        )
+        new = shapes.from_host((chosen, answers, measured))
+        return Program(
+            name=f"labels kept, {self.strategy}",
+            function=staged.append_program,
+            arguments=(spec, state.labelled, *new),
+            weights=self.held,
+            data=(state.labelled, new),
+            stage="training",
+            runs=1,
+        )
+
+    def _pool_evidence(self) -> dict[str, Any]:
+        """The evidence of all candidates."""
+        if not self.spec.needs:
+            return {}
+        total, cut = staged.padded(self.candidates, self.mesh), layout.rows(self.mesh)
+        rows = self._chunk_evidence()
+        return {n: jax.ShapeDtypeStruct((total, *x.shape[1:]), x.dtype, sharding=cut) for n, x in rows.items()}
+
+    def _chunk_evidence(self) -> dict[str, Any]:
+        """That of one chunk."""
+        groups = shapes.groups(self.mesh, self.task.buckets[0], self.spec.chunk, self.responses)
+        chunk = functools.partial(choose.chunk_evidence, self.spec)
+        rows = jax.eval_shape(chunk, self.policy, self.state.lora, groups, self.state.seed)
+        cut = layout.batch(self.mesh)
+        return {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut) for n, x in rows.items()}
+
+    def _known(self) -> Any:
+        """The vectors of the labelled pairs, where the candidates do not include them."""
+        size = vector_size(self.spec) if choose.needs_known(self.spec) else None
+        if size is None:
+            return None
+        return shapes.replicated(self.mesh, jax.eval_shape(lambda: jnp.zeros((self.spec.capacity, size))))
+
+    def _if_largest(self, bucket: Bucket, runs: float) -> float:
+        return runs if bucket == self.task.buckets[-1] else 0.0
