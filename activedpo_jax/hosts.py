@@ -94,9 +94,9 @@ def on_first(function: Callable[_P, _T]) -> Callable[_P, _T]:
                 outcome = None, error
             finally:
                 _inside.first = False
-        result, error = _broadcast(outcome)
-        if error is not None:
-            raise error
+        result, raised = _broadcast(outcome)
+        if raised is not None:
+            raise raised
         return result
 
     return run

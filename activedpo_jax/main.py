@@ -222,6 +222,7 @@ def evaluator(
     """The judge of a seed's runs: the held-out pairs, with the labels that the data has, without noise."""
     truth = answers(task.heldout, Noise(seed=seed))
     every, mesh = np.arange(task.heldout.num_pairs), policy.decoder.mesh
+    assert mesh is not None
     batches = heldout.Batches(task.heldout, every, task.buckets, config.evaluation.pairs_per_chunk, mesh)
     saved = SavedWork(folder / "heldout" / f"seed{seed}", config.checkpoint_minutes)
     with errors.signals_wait():

@@ -274,7 +274,7 @@ def test_a_whole_round(form: str, tmp_path: pathlib.Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, task.load_params(), params)  # kept as trained, quantised anew
     lora = start.initial_lora(config, task.decoder, mesh, 0)
     policy = Policy(task.decoder, params, lora)
-    setting = main.Setting(config, mesh, 0, task, policy, main.evaluator(config, task, policy, mesh, 0))
+    setting = main.Setting(config, mesh, 0, task, policy, main.evaluator(config, task, policy, 0, tmp_path))
     summary = main.run(setting, "activedpo", tmp_path)
     assert not isinstance(summary, Pending)
     assert [r["labels"] for r in summary["rounds"]] == [0, 6]

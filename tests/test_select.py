@@ -156,7 +156,7 @@ def test_several_annotators_have_one_vote_each(command: list[str], tmp_path: pat
     answers = [{"pair_id": names[0], "preference": said, "annotator": who} for who, said in votes]
     answers += [{"pair_id": names[1], "preference": "both_bad", "annotator": who} for who, _ in votes]
     path.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
-    config, _ = select.flags.read_plain_run([*command, f"--config.select.labelled={path}"], select.STRATEGIES)
+    config, *_ = select.flags.read_plain_run([*command, f"--config.select.labelled={path}"], select.STRATEGIES)
     pool = select.without_tokens(read_records(config.data.train), 3)
     assert select.read_labelled(config, pool) == {names[0]: True, names[1]: False}
 

@@ -293,7 +293,7 @@ def _resumed(spec: RoundSpec, policy: Policy, state: RunState, saved: SavedWork)
     fresh = Learning(
         jax.tree.map(jnp.copy, start),
         init_program(spec, start),
-        layout.put(losses.DpoMetrics(*(np.float32(0),) * 3), layout.replicated(spec.mesh)),
+        layout.put(losses.DpoMetrics(*(jnp.float32(0),) * 3), layout.replicated(spec.mesh)),
     )
     for span in saved.spans(_TRAINING)[-1:]:
         if (kept := saved.restore(_TRAINING, span, fresh)) is not None:
