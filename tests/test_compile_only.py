@@ -71,6 +71,8 @@ def test_programs_run_as_often_as_said_and_on_what_is_said(
         program = getattr(module, name)
 
         def called(*arguments: Any) -> Any:
+            if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments)):
+                return program(*arguments)  # only its shapes are asked for
             calls[program].append(_shapes(arguments))
             if program in cached and program not in texts:
                 texts[program] = program.lower(*arguments).as_text()
