@@ -94,16 +94,18 @@ class _Pool:
         sharding = NamedSharding(self.mesh, P(self.mesh.axis_names))
         return layout.put(tuple(padded(x[numbers]) for x in (self.features, *of_rows)), sharding)
 
-    def blocks(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
-        """Row numbers, block by block, of those blocks that hold a wanted row."""
-        for start in range(0, len(self.features), self.held):
-            numbers = np.arange(start, min(start + self.held, len(self.features)))
-            if np.any(wanted[numbers]):
-                yield numbers
+    def blocks(self, values: np.ndarray) -> Iterator[np.ndarray]:
+        """Row numbers, block by block; those blocks first that hold the largest values."""
+        blocks = np.split(np.arange(len(values)), range(self.held, len(values), self.held))
+        return iter(sorted(blocks, key=lambda numbers: -float(values[numbers].max())))
 
     def first_pass(self, available: np.ndarray, posterior: jax.Array, lam: jax.Array) -> Rows:
         scores, prior = np.zeros((2, len(self.features)), np.float32)
-        work = ((n, _variances(self.mesh, *self.place(n), posterior, lam)) for n in self.blocks(available))
+        work = (
+            (n, _variances(self.mesh, *self.place(n), posterior, lam))
+            for n in self.blocks(available)
+            if np.any(available[n])
+        )
         for numbers, found in _one_ahead(work):
             scores[numbers], prior[numbers] = (x[: len(numbers)] for x in found)
         tolerance = np.where(available, np.float32(TIE) * prior, np.float32(0))
@@ -123,11 +125,12 @@ class _Pool:
 
     def one_pass(self, progress: Progress, rows: Rows, lam: jax.Array) -> Progress:
         """Brings the blocks up to date that have a row within reach, and makes one pick."""
-        due = np.asarray(in_reach(rows, int(progress.made)))
-        work = ((n, _refreshed(self.mesh, *self.place(n, *rows), progress)) for n in self.blocks(due))
+        made = int(progress.made)
+        due = (n for n in self.blocks(rows.scores) if np.any(in_reach(rows, made)[n]))  # by what is known when asked
+        work = ((n, _refreshed(self.mesh, *self.place(n, *rows), progress)) for n in due)
         for numbers, found in _one_ahead(work):
             _store(rows, numbers, found)
-        scores = np.where(rows.ages == int(progress.made), rows.scores, -np.inf)
+        scores = np.where(rows.ages == made, rows.scores, -np.inf)
         row = int(np.argmax(scores + rows.tolerance >= scores.max()))  # the first of the tied rows
         rows.scores[row] = -np.inf
         return _append(progress, jnp.int32(row), layout.put(np.asarray(self.features[row], np.float32)), lam)
