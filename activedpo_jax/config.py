@@ -179,6 +179,9 @@ OPTIONS: dict[str, Option] = {
     ),
     # Gradient features
     "features.dim": Option(8192, "D", between(1, 2**30)),
+    "features.dtype": Option(
+        "float32", "of the pool's features in memory; selection computes in float32", choices=("float32", "bfloat16")
+    ),
     "features.normalisation": Option(
         "response", "whether the gradient of each response is scaled to unit length", choices=("response", "none")
     ),

@@ -48,7 +48,7 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: Task, mes
     return RoundSpec(
         mesh=mesh,
         evidence=EvidenceSpec(
-            features=FeatureSpec(config.features.dim, config.features.normalisation),
+            features=FeatureSpec(config.features.dim, config.features.normalisation, config.features.dtype),
             beta=dpo.beta,
             mesh=mesh,
             entropy_samples=config.selection.entropy_samples,

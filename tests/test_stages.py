@@ -74,6 +74,14 @@ def test_pool_features_are_in_pool_order() -> None:
     assert got.shape == (data.num_pairs, 64)
     assert tiny.relative_error(got, np.stack(rows)) < 1e-5
 
+    config.features.dtype = "bfloat16"
+    narrow = specs.round_spec(config, "activedpo", task, mesh)
+    rounded = staged.pool_evidence(narrow, policy, state, data, BUCKETS)["features"]
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(rounded, got.astype(jnp.bfloat16))
+    picks, _ = staged.pick(narrow, policy, state, data, BUCKETS)
+    assert len(set(np.asarray(picks.rows).tolist())) == config.labels_per_round
+
 
 def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown() -> None:
     decoder, params, lora = tiny.model()

@@ -86,8 +86,9 @@ def pair_features(
 
 
 def features(spec: EvidenceSpec, policy: Policy, lora: Lora, groups: Groups, seed: jax.Array) -> jax.Array:
-    """`pair_features` as a kind of evidence: [G, m(m−1)/2, D] float32."""
-    return pair_features(policy.decoder, policy.params, lora, groups, spec.features, seed)
+    """`pair_features` as a kind of evidence: [G, m(m−1)/2, D] of the dtype in which they are stored."""
+    found = pair_features(policy.decoder, policy.params, lora, groups, spec.features, seed)
+    return found.astype(spec.features.dtype)
 
 
 def reference_gradients(decoder: Decoder, params: Params, lora: Lora, groups: Groups) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def compute(
       seed: scalar uint32.
 
     Returns:
-      By name: [G · m(m−1)/2, ...] float32, group by group, pairs in the order of `data.groups.group_pairs`.
+      By name: [G · m(m−1)/2, ...], group by group, pairs in the order of `data.groups.group_pairs`.
 
     Raises:
       ValueError: there is no such kind; lists all kinds.

@@ -15,7 +15,7 @@ NORMALISATIONS = ("response", "none")
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec:
-    """D, and how a response's sketch is scaled.
+    """D, how a response's sketch is scaled, and what features are stored in.
 
     Raises:
       ValueError: there is no such normalisation.
@@ -23,6 +23,7 @@ class FeatureSpec:
 
     dim: int
     normalisation: str = "response"
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.normalisation not in NORMALISATIONS:
@@ -53,7 +54,7 @@ class EvidenceFunction(Protocol):
           seed: scalar uint32, for everything random.
 
         Returns:
-          [G, m(m−1)/2, ...] float32, pairs in the order of `data.groups.group_pairs`.  A pair's value does not
-          depend on its batch, bucket or padding.
+          [G, m(m−1)/2, ...] float32 (features: of `spec.features.dtype`), pairs in the order of
+          `data.groups.group_pairs`.  A pair's value does not depend on its batch, bucket or padding.
         """
         ...
