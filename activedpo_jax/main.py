@@ -41,6 +41,7 @@ from activedpo_jax.rounds.checks import check_learnt
 from activedpo_jax.rounds.picked import as_answers
 from activedpo_jax.rounds.state import RunState, initial_state
 from activedpo_jax.selection.strategies import STRATEGIES
+from activedpo_jax.training.loop import Diverged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,10 @@ def run(setting: Setting, strategy: str, folder: pathlib.Path) -> folders.RunSum
             if isinstance(verdicts, Pending):
                 return verdicts
             labels = [verdicts[question.pair_id].label for question in picked.questions]
-            state, training = rounds.learn(state, picked, as_answers(spec, labels))
+            try:
+                state, training = rounds.learn(state, picked, as_answers(spec, labels))
+            except Diverged as error:
+                raise FloatingPointError(f"{error}.  {report.where_diverged(folder, spec, number, error)}") from error
             check_learnt(training, state.lora, number)
             said = {"picks": [q.digest for q in picked.questions], "labels": [str(label) for label in labels]}
             hosts.agree(f"round {number}", said | {"adapter": state.lora})

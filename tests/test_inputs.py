@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -202,6 +203,11 @@ def test_a_run_that_diverges_records_nothing(half_done: pathlib.Path, capsys: py
         assert stop.value.code == 1
         message = capsys.readouterr().err
         assert "lower config.dpo.learning_rate" in message and "Traceback" not in message
+        asked = [json.loads(line) for line in (place / mode / "rounds/001/asked.jsonl").read_text().splitlines()[1:]]
+        step = re.search(r"training, round 1, step (\d+) of \d+: the loss is (nan|inf)", message)
+        named = re.search(r"Its pairs: ([^;]*); the last good checkpoint: .*/checkpoints/0\n", message)
+        assert step and named, message
+        assert set(named[1].split(", ")) - {"..."} <= {row["pair_id"] for row in asked}
         assert not (place / mode / "checkpoints" / "1").exists()
 
 

@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 
 from activedpo_jax.record.comparison import CONFIDENCE, Curves, compare, learning_curves, mean_interval, table
 from activedpo_jax.record.folders import RoundSummary, RunSummary
-from activedpo_jax.record.labels import Verdict
+from activedpo_jax.record.labels import RoundRecord, Verdict
 from activedpo_jax.rounds.picked import Picked
 from activedpo_jax.rounds.spec import RoundSpec, SelectionSpec
 from activedpo_jax.selection.posterior import information_gain
+from activedpo_jax.training.loop import Diverged
 from activedpo_jax.training.losses import DpoMetrics
 
 # Okabe and Ito's palette, which people of every kind of colour vision can tell apart, without its yellow,
@@ -98,6 +99,17 @@ def round_notes(spec: RoundSpec, entry: RoundSummary) -> dict[str, str]:
             f"{entry['unlearnt']} pairs of round {entry['round']} have no preference, and are not learnt"
         )
     return notes
+
+
+def where_diverged(folder: pathlib.Path, spec: RoundSpec, number: int, error: Diverged) -> str:
+    """The pairs of the step whose loss was not finite, and the last good checkpoint of the run in `folder`."""
+    per_round, names = spec.selection.labels_per_round, []
+    for slot in error.slots[:8]:
+        picked = RoundRecord(folder, slot // per_round + 1).picked()
+        assert picked is not None
+        names.append(picked.questions[slot % per_round].pair_id)
+    more = ", ..." if len(error.slots) > len(names) else ""
+    return f"Its pairs: {', '.join(names)}{more}; the last good checkpoint: {folder / 'checkpoints' / str(number - 1)}"
 
 
 def round_line(strategy: str, seed: int, rounds: int, record: RoundSummary) -> str:

@@ -23,6 +23,7 @@ from activedpo_jax.rounds.picked import Picked, picked
 from activedpo_jax.rounds.spec import RoundSpec
 from activedpo_jax.rounds.state import Answers, Chosen, RoundResult, RunState
 from activedpo_jax.training import losses, optimiser
+from activedpo_jax.training.loop import Work, diverged
 
 Ask = Callable[[Chosen], Answers]  # a `jax.tree_util.Partial`, so that arrays in it are arguments of the program
 Source = Callable[[RoundSpec, Policy, RunState], DeviceCandidates]  # likewise
@@ -52,9 +53,9 @@ def fused_round(
     candidates = source(spec, policy, state)
     chosen = choose(spec, policy, state, candidates)
     answers = ask(chosen)
-    state, training = learn(spec, policy, state, chosen, answers, schedule)
+    state, training, good_steps = learn(spec, policy, state, chosen, answers, schedule)
     fresh = None if spec.sampling is None else candidates
-    return state, RoundResult(chosen, answers, training), fresh
+    return state, RoundResult(chosen, answers, training, good_steps), fresh
 
 
 def place(spec: RoundSpec, candidates: Candidates, bucket: Bucket) -> DeviceCandidates:
@@ -129,8 +130,10 @@ class FusedRound:
 
     def arguments(self, number: int, seed: int) -> tuple[Source, Ask, optimiser.BatchSchedule]:
         """What `fused_round` takes beside policy and state in round `number`."""
-        labels = number * self._spec.selection.labels_per_round
-        return self._source(number), self._ask, self._spec.schedule(np.arange(labels), number, seed)
+        return self._source(number), self._ask, self._schedule(number, seed)
+
+    def _schedule(self, number: int, seed: int) -> optimiser.BatchSchedule:
+        return self._spec.schedule(np.arange(number * self._spec.selection.labels_per_round), number, seed)
 
     def choose(self, state: RunState) -> Picked:
         """Runs the round, and returns its picks.
@@ -168,8 +171,19 @@ class FusedRound:
         return [Label(q.pair_id, said[q.pair_id], self._name) for q in questions]
 
     def learn(self, state: RunState, picks: Picked, answers: Answers) -> tuple[RunState, losses.DpoMetrics | None]:
-        """The state after the round, and the means over the last epoch."""
+        """The state after the round, and the means over the last epoch.
+
+        Raises:
+          Diverged: a loss is not finite; names the step.
+        """
         assert self._after is not None
         after, result, _ = self._after
         self._after = None
+        number, step = int(after.round), int(result.good_steps)
+        schedule = self._schedule(number, int(after.seed))
+        if step < schedule.num_steps:
+            work = Work(f"training, round {number}", 0, schedule.num_steps, "config.dpo.learning_rate")
+            error = diverged(work, step, float(result.training.loss))
+            error.slots = schedule.slots[step][schedule.weight[step] > 0].tolist()
+            raise error
         return after, result.training

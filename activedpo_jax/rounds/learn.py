@@ -100,14 +100,14 @@ def learn(
     chosen: Chosen,
     answers: Answers,
     schedule: optimiser.BatchSchedule,
-) -> tuple[RunState, losses.DpoMetrics]:
+) -> tuple[RunState, losses.DpoMetrics, jax.Array]:
     """DPO on all labels so far, from the labels of a round to the state after it.  Traceable.
 
     Args:
       schedule: for the number of labels after this round.
 
     Returns:
-      the state, and the means over the last epoch.
+      the state, the means over the last epoch, and the first step whose loss is not finite, or the number of steps.
     """
     labelled = append(spec, state.labelled, chosen, answers, _measure_all(spec, policy, state, chosen.groups))
     dpo = spec.training.dpo
@@ -115,7 +115,7 @@ def learn(
     total = jnp.asarray(schedule.num_steps)
 
     def step(i: jax.Array, carry):  # type: ignore[no-untyped-def]
-        lora, opt_state, sums = carry
+        lora, opt_state, sums, good = carry
 
         def add(total, share):  # type: ignore[no-untyped-def]
             new = microbatch_gradient(spec, policy, lora, labelled, share, spec.bucket)
@@ -127,16 +127,17 @@ def learn(
         lora, opt_state = optimiser.update(dpo.optimiser, lora, opt_state, gradient, rate)
         lora, opt_state = layout.like_weights(spec.mesh, lora), like_moments(spec, opt_state, lora)
         last_epoch = i >= total - schedule.steps_per_epoch
-        return lora, opt_state, jax.tree.map(lambda s, x: s + jnp.where(last_epoch, x, 0.0), sums, metrics)
+        sums = jax.tree.map(lambda s, x: s + jnp.where(last_epoch, x, 0.0), sums, metrics)
+        return lora, opt_state, sums, jnp.where(jnp.isfinite(metrics.loss), good, jnp.minimum(good, i))
 
     zeros = losses.DpoMetrics(*(jnp.float32(0),) * 3)
     opt_state = like_moments(spec, optimiser.init_optimiser(dpo.optimiser, start), start)
-    lora, _, sums = jax.lax.fori_loop(0, total, step, (start, opt_state, zeros))
+    lora, _, sums, good = jax.lax.fori_loop(0, total, step, (start, opt_state, zeros, total.astype(jnp.int32)))
     # Laid out as they came in, or the next round would be compiled anew.
     lora = layout.like_weights(spec.mesh, lora)
     rest = (labelled, state.seed, state.round + 1)
     rest = jax.lax.with_sharding_constraint(rest, layout.replicated(spec.mesh))
-    return RunState(lora, *rest), jax.tree.map(lambda s: s / schedule.steps_per_epoch, sums)
+    return RunState(lora, *rest), jax.tree.map(lambda s: s / schedule.steps_per_epoch, sums), good
 
 
 def _measure_all(spec: RoundSpec, policy: Policy, state: RunState, groups: Groups) -> Measured:

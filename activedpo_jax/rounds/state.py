@@ -60,6 +60,7 @@ class RoundResult(NamedTuple):
     chosen: Chosen
     answers: Answers
     training: losses.DpoMetrics  # means over the last epoch
+    good_steps: jax.Array  # scalar int32, of training, before the first whose loss is not finite
 
 
 def vector_size(spec: RoundSpec) -> int | None:

@@ -1,6 +1,6 @@
 """The one training loop, for the synthetic task's base model, SFT and DPO."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,21 +31,39 @@ class Step(NamedTuple):
     report: Any
 
 
+class Diverged(FloatingPointError):
+    """A loss is not finite.
+
+    Args:
+      step: from 0.
+      slots: the examples of that step, places among those that are learnt.
+    """
+
+    def __init__(self, message: str, step: int, slots: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.step, self.slots = step, list(slots)
+
+
+def diverged(work: Work, step: int, loss: float) -> Diverged:
+    return Diverged(
+        f"{work.label}, step {step + 1} of {work.total}: the loss is {loss}; lower {work.rate_option}.  Nothing of "
+        "this step was saved",
+        step,
+    )
+
+
 def descend(work: Work, weights: Any, opt_state: optax.OptState, advance: Advance) -> Iterator[Step]:
     """Takes the steps one by one, with progress.
 
     Raises:
-      FloatingPointError: a loss is not finite; names the step and the option to change.
+      Diverged: a loss is not finite; names the step and the option to change.
     """
     with progress(total=work.total, initial=work.first, desc=work.label, unit="step") as bar:
         for step in range(work.first, work.total):
             weights, opt_state, report = advance(step, weights, opt_state)
             loss = float(report[0])
             if not np.isfinite(loss):
-                raise FloatingPointError(
-                    f"{work.label}, step {step + 1} of {work.total}: the loss is {loss}; lower {work.rate_option}.  "
-                    "Nothing of this step was saved"
-                )
+                raise diverged(work, step, loss)
             yield Step(step + 1, weights, opt_state, report)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
