@@ -12,7 +12,7 @@ three responses each from the current policy, 50 of the 3,000 pairs to people, D
 so far.  LoRA of rank 128 on all linear maps, features of 8,192 numbers.  The paper names neither the number of rounds
 nor a batch size: 10 rounds, and batches of 16, so that every chip has a pair.
 
-People answer through files: each round writes its questions and ends with exit code 75 until they are answered
+People answer through files: each round writes its questions and ends, and the same command takes up the answers
 (README, "People").  `--config.oracle.kind=function --config.oracle.function=MODULE:FUNCTION` asks a Python function
 instead.  meta-llama/Llama-2-7b-hf needs its licence to be accepted; trl-lib/tldr comes through `datasets`.
 

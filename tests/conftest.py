@@ -1,6 +1,12 @@
-"""Gives every test eight simulated devices; has to run before JAX is imported."""
+"""Gives every test eight simulated devices, and all processes of a session one cache of compiled programs.
 
+Has to run before JAX is imported.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = " ".join(
     [
@@ -9,6 +15,13 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_optimization_level=0",  # tests compile much and compute little: three times faster
     ]
 ).strip()
+# The workers of pytest-xdist, and the commands that tests start, inherit the cache from the process that makes it.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+if _CACHE not in os.environ:
+    os.environ[_CACHE] = tempfile.mkdtemp(prefix="activedpo_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ[_CACHE], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ["JAX_PLATFORMS"] = "cpu"  # elsewhere an installed libtpu looks for its TPU first
 
 from collections.abc import Iterator  # noqa: E402
