@@ -157,10 +157,12 @@ def resident() -> int:
 
 
 class Peak:
-    """The most that the process held more than at the start, in bytes."""
+    """The most that the process holds beyond `start`, in bytes."""
+
+    def __init__(self, start: int) -> None:
+        self.start = self.most = start
 
     def __enter__(self) -> "Peak":
-        self.start = self.most = resident()
         self.over = threading.Event()
         self.watch = threading.Thread(target=self.look, daemon=True)
         self.watch.start()
@@ -192,14 +194,15 @@ def large(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
         picks = {}
         for name in ("streamed", "on the device"):
             on_device = name == "on the device"
+            start = resident() + size * on_device
             features = jax.block_until_ready(layout.put(np.array(stored))) if on_device else stored
             select = greedy if on_device else streamed
             walls, used = [], []
-            with Peak() as peak:
+            with Peak(start) as peak:
                 for _ in range(1 + args.few_repeats):  # the first compiles
-                    start, processor = time.perf_counter(), time.process_time()
+                    began, processor = time.perf_counter(), time.process_time()
                     picks[name] = np.asarray(select(features, available, nothing, LAM, **static).rows)
-                    walls.append(time.perf_counter() - start)
+                    walls.append(time.perf_counter() - began)
                     used.append(time.process_time() - processor)
             found[name] = {
                 "seconds": walls[1:],
