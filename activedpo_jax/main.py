@@ -165,7 +165,7 @@ def run(setting: Setting, strategy: str, folder: pathlib.Path) -> folders.RunSum
             entry = report.round_summary(spec.selection, picked, verdicts, training, scores, seconds)
             save(state, entry)
             print(report.round_line(strategy, setting.seed, config.rounds, entry), flush=True)
-            for kind, note in report.round_notes(spec.selection, entry).items():
+            for kind, note in report.round_notes(spec, entry).items():
                 if kind not in told:
                     print(f"{strategy}, seed {setting.seed}: {note}", flush=True)
                 told.add(kind)

@@ -29,6 +29,7 @@ from tests.test_resume import record
 from tests.tiny_hf import tiny_llama
 from tests.tiny_tokenizer import CHATML, make_tokenizer
 
+SAVING = "interrupted: the work under way is saved at its next step; a second signal ends it at once\n"
 ROOT = pathlib.Path(errors.__file__).parents[1]
 INTERRUPTED = "error: interrupted; what is in the work directory is whole, and the same command resumes it\n"
 
@@ -121,14 +122,18 @@ def test_signals_end_in_one_line_and_the_same_command_goes_on(whole: Whole, tmp_
         (signal.SIGTERM, lambda pid: catches(signal.SIGTERM, pid)),  # the imports begin
         (signal.SIGINT, lambda pid: "jaxlib" in pathlib.Path(f"/proc/{pid}/maps").read_text()),
         (signal.SIGTERM, lambda pid: (folder / "inputs" / "seed0.json").exists()),  # the base model is trained
-        (signal.SIGINT, lambda pid: (folder / "checkpoints" / "0").exists()),  # the first round
     ]
     for number, ready in moments:
         process = start(folder, whole.cache)
         wait_for(process, functools.partial(ready, process.pid))
         process.send_signal(number)
         assert end(process, code=75) == INTERRUPTED
-    assert not (folder / "checkpoints" / "1").exists()
+    # The first round, one program, is waited for and saved.
+    process = start(folder, whole.cache)
+    wait_for(process, (folder / "checkpoints" / "0").exists)
+    process.send_signal(signal.SIGINT)
+    assert end(process, code=75) == SAVING + INTERRUPTED
+    assert (folder / "checkpoints" / "1").exists() and not (folder / "checkpoints" / "2").exists()
     end(start(folder, whole.cache), code=0)
     assert record(folder) == record(whole.folder)
 
@@ -248,6 +253,30 @@ def test_a_full_disk_ends_a_command_before_its_exit_handlers_meet_it() -> None:
     done = run_script(script)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "before\n", 1)
     assert done.stderr.startswith("error: x: No space left on device; ")
+
+
+@pytest.mark.parametrize(
+    ("work", "expected"),
+    [
+        (
+            "os.kill(os.getpid(), 15); assert errors.signalled(); print('saved', flush=True)",
+            (SAVING + INTERRUPTED, "saved\n"),
+        ),
+        ("os.kill(os.getpid(), 15); os.kill(os.getpid(), 2); print('not reached')", (SAVING + INTERRUPTED, "")),
+    ],
+    ids=["one", "two"],
+)
+def test_a_signal_waits_for_work_to_be_saved_and_a_second_does_not(work: str, expected: tuple[str, str]) -> None:
+    code = f"""
+import os
+from activedpo_jax import errors
+errors.end_at_signals()
+with errors.signals_wait():
+    {work}
+print("not reached")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (75, *expected)
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

@@ -8,17 +8,25 @@ its checkpoint: every round that a checkpoint contains is then on record.
 import json
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.summary import scalar
-
 from activedpo_jax.files import plain
 from activedpo_jax.hosts import on_first
+
+# tensorboardX imports torch where that is installed, which takes seconds, and nothing here uses it.
+_torch_is_absent = "torch" not in sys.modules
+if _torch_is_absent:
+    sys.modules["torch"] = None  # type: ignore[assignment]
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event  # noqa: E402
+from tensorboardX.summary import scalar  # noqa: E402
+
+if _torch_is_absent:
+    del sys.modules["torch"]
 
 _RESERVED = ("round", "step", "time")
 

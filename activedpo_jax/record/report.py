@@ -14,7 +14,7 @@ from activedpo_jax.record.comparison import CONFIDENCE, Curves, compare, learnin
 from activedpo_jax.record.folders import RoundSummary, RunSummary
 from activedpo_jax.record.labels import Verdict
 from activedpo_jax.rounds.picked import Picked
-from activedpo_jax.rounds.spec import SelectionSpec
+from activedpo_jax.rounds.spec import RoundSpec, SelectionSpec
 from activedpo_jax.selection.posterior import information_gain
 from activedpo_jax.training.losses import DpoMetrics
 
@@ -76,9 +76,15 @@ def _heldout(scores: Mapping[str, float]) -> Any:
     return {name if name in plain_names else f"heldout_{name}": value for name, value in scores.items()}
 
 
-def round_notes(selection: SelectionSpec, entry: RoundSummary) -> dict[str, str]:
+def round_notes(spec: RoundSpec, entry: RoundSummary) -> dict[str, str]:
     """What a person should know of a round, by kind; a run says each kind once."""
-    notes = {}
+    selection, dim, notes = spec.selection, spec.evidence.features.dim, {}
+    if selection.rule.design == "features" and entry["labels"] > dim / 10:
+        # The sketch keeps inner products to about 1/√D, which n of them add up to √(n/D).
+        notes["dim"] = (
+            f"from round {entry['round']} on there are more labels than a tenth of config.features.dim={dim}: the "
+            "noise of the sketch begins to count in the scores; a larger one costs memory in proportion"
+        )
     if "lam" in entry:
         notes["lam"] = (
             f"config.selection.lam={selection.lam} is below what float32 resolves for these features; "
