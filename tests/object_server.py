@@ -112,7 +112,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = re.sub(r"^/(upload|download)(?=/)", "", url.path)
         try:
             with store.lock:
-                match = re.fullmatch(r"/storage/v1/b/([^/]+)(?:/o(?:/([^/]+)(?:/(?:rewriteTo|copyTo)/b/([^/]+)/o/(.+))?)?)?", path)
+                match = re.fullmatch(
+                    r"/storage/v1/b/([^/]+)(?:/o(?:/([^/]+)(?:/(?:rewriteTo|copyTo)/b/([^/]+)/o/(.+))?)?)?", path
+                )
                 if match is None:
                     raise _Refused(400)
                 if match[1] != BUCKET or match[3] not in (None, BUCKET):
@@ -185,7 +187,9 @@ class _Handler(BaseHTTPRequestHandler):
             name = name or json.loads(body)["name"]
             upload = str(len(store.uploads))
             store.uploads[upload] = name, query, b""
-            return self._send(200, b"{}", {"Location": f"{store.url}/upload/storage/v1/b/{BUCKET}/o?upload_id={upload}"})
+            return self._send(
+                200, b"{}", {"Location": f"{store.url}/upload/storage/v1/b/{BUCKET}/o?upload_id={upload}"}
+            )
         elif query["uploadType"] == "multipart":
             boundary = re.search(r"boundary=['\"]?([^'\";]+)", self.headers["Content-Type"])
             assert boundary is not None
