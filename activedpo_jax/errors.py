@@ -144,8 +144,9 @@ def clean_errors() -> Iterator[None]:
 
 def _leave() -> None:
     """Several processes part only when all of them are done, with the same result or the same error."""
-    from activedpo_jax import hosts  # not at the top, see there
+    from activedpo_jax import hosts, remote  # not at the top, see there
 
+    remote.release_locks()
     hosts.leave()
 
 

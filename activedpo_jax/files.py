@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from activedpo_jax.remote import RemotePath, is_remote, local_copy
+from activedpo_jax.remote import RemotePath, in_store, is_remote, local_copy
 
 
 def plain(value: Any) -> Any:
@@ -39,7 +39,7 @@ def plain(value: Any) -> Any:
 
 
 def folder_at(path: str) -> pathlib.Path:
-    """A folder on disk or in an object store; what has to know which asks whether it is a `RemotePath`."""
+    """A folder on disk or in an object store; what has to know which asks `remote.in_store`."""
     # A RemotePath has those methods of a Path that are called here.
     return RemotePath(path) if is_remote(path) else pathlib.Path(path)  # type: ignore[return-value]
 
@@ -52,8 +52,8 @@ def on_disk(folder: str | os.PathLike[str]) -> pathlib.Path:
 def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
     """Writes a file so that `path` is unchanged or complete, whatever kills the process; makes its folders."""
     data = content.encode() if isinstance(content, str) else content
-    if isinstance(path, RemotePath):
-        path.write_bytes(data)
+    if there := in_store(path):
+        there.write_bytes(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -79,8 +79,8 @@ def append_lines(path: pathlib.Path, lines: Sequence[str]) -> None:
     A line that a crash cut short, which `read_lines` leaves out, is removed first.  In an object store the whole file
     is written anew.
     """
-    if isinstance(path, RemotePath):
-        path.write_bytes("".join([*(f"{line}\n" for line in read_lines(path)), *lines]).encode())
+    if there := in_store(path):
+        there.write_bytes("".join([*(f"{line}\n" for line in read_lines(path)), *lines]).encode())
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -106,8 +106,8 @@ def read_lines(path: pathlib.Path) -> Iterator[str]:
 
 def remove_folder(path: pathlib.Path) -> None:
     """Deletes a folder with all that is in it, if there is one."""
-    if isinstance(path, RemotePath):
-        path.remove()
+    if there := in_store(path):
+        there.remove()
     else:
         shutil.rmtree(path, ignore_errors=True)
 

@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
-from activedpo_jax.errors import StoreError, store_error
+from activedpo_jax.errors import StoreError, UsageError, store_error
 
 SCHEMES = ("gs", "s3")
 RENEWAL_SECONDS = 15
@@ -37,6 +37,11 @@ STALE_SECONDS = 60
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Whether a path is in an object store."""
     return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
+
+
+def in_store(path: object) -> "RemotePath | None":
+    """The path itself if it is in an object store."""
+    return path if isinstance(path, RemotePath) else None
 
 
 class Status(NamedTuple):
@@ -156,7 +161,7 @@ def _file_system(scheme: str) -> Any:
     try:
         return fsspec.filesystem(scheme, use_listings_cache=False)  # others write here, too: people their answers
     except ImportError as error:
-        raise ValueError(
+        raise UsageError(
             f"{scheme}://: {error}; a directory in an object store needs packages of its own: "
             "pip install 'activedpo_jax[remote]'"
         ) from error
@@ -166,7 +171,7 @@ def _file_system(scheme: str) -> Any:
 def _asking(path: RemotePath) -> Iterator[Any]:
     try:
         yield _file_system(str(path).partition(":")[0])
-    except (FileNotFoundError, FileExistsError, StoreError):
+    except (FileNotFoundError, FileExistsError, StoreError, UsageError):
         raise
     except Exception as error:
         if found := store_error(error, str(path)):
@@ -203,7 +208,6 @@ class _Lock:
         self._renewed = time.monotonic()
         self._mutex = threading.Lock()
         threading.Thread(target=self._renew_for_ever, daemon=True).start()
-        atexit.register(self.release)
 
     def assure(self, path: RemotePath) -> None:
         """Raises StoreError if somebody may have taken over; called before each write under the directory."""
@@ -211,7 +215,7 @@ class _Lock:
             self._renew()
 
     def release(self) -> None:
-        """At the end of the process: the next one need not wait."""
+        """Lets another process take the directory at once."""
         with contextlib.suppress(Exception), self._mutex:
             self._write(_told() | {"released": True})
 
@@ -262,6 +266,12 @@ def lock(workdir: RemotePath) -> None:
     _locks[workdir] = _Lock(workdir, newest + 1)
     for old in numbers:
         _lock_path(workdir, old).remove()
+
+
+def release_locks() -> None:
+    """At the end of a process: the next one need not wait.  Without it the lock is free once it is stale."""
+    while _locks:
+        _locks.popitem()[1].release()
 
 
 def _wait_until_free(workdir: RemotePath, number: int) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import pathlib
 import re
 import threading
 import urllib.parse
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 from google_crc32c import value as crc32c
 
 BUCKET = "bucket"
+_PATH = re.compile(r"/storage/v1/b/([^/]+)(?:/o(?:/([^/]+)(?:/(?:rewriteTo|copyTo)/b/([^/]+)/o/(.+))?)?)?")
 
 
 class Object(NamedTuple):
@@ -76,6 +78,15 @@ class ObjectServer:
             self.objects[name] = Object(data, self._count, now)
             return self.objects[name]
 
+    def fetch(self, prefix: str, folder: pathlib.Path) -> pathlib.Path:
+        """Copies the objects whose names begin so into a folder."""
+        with self.lock:
+            for name in self.names(prefix):
+                path = folder / name.removeprefix(prefix).strip("/")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(self.objects[name].data)
+        return folder
+
     def names(self, prefix: str) -> list[str]:
         with self.lock:
             return sorted(name for name in self.objects if name.startswith(prefix))
@@ -112,9 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = re.sub(r"^/(upload|download)(?=/)", "", url.path)
         try:
             with store.lock:
-                match = re.fullmatch(
-                    r"/storage/v1/b/([^/]+)(?:/o(?:/([^/]+)(?:/(?:rewriteTo|copyTo)/b/([^/]+)/o/(.+))?)?)?", path
-                )
+                match = _PATH.fullmatch(path)
                 if match is None:
                     raise _Refused(400)
                 if match[1] != BUCKET or match[3] not in (None, BUCKET):

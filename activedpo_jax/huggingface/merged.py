@@ -24,7 +24,7 @@ from activedpo_jax.models.decoder import Decoder, Params, init_params
 from activedpo_jax.models.lora import Lora, init_lora
 from activedpo_jax.models.quantise import Kernel, dequantise, is_quantised
 from activedpo_jax.progress import progress
-from activedpo_jax.remote import RemotePath
+from activedpo_jax.remote import in_store
 
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 # Other files of the base model that belong to the new one.
@@ -105,8 +105,7 @@ def save_merged(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
-    in_store = isinstance(directory, RemotePath)
-    partial = directory if in_store else directory.with_name(directory.name + ".partial")
+    partial = directory if in_store(directory) else directory.with_name(directory.name + ".partial")
     hosts.on_first(_made_anew)(partial)
     with progress(total=len(sources), desc=f"writing {directory}", unit="tensor") as bar:
 
@@ -125,7 +124,7 @@ def save_merged(
 
 
 def _is_taken(directory: pathlib.Path) -> bool:
-    if isinstance(directory, RemotePath):
+    if in_store(directory):
         return (directory / _CONFIG).exists()
     return directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
 
@@ -237,10 +236,10 @@ def _write(path: pathlib.Path, pieces: Iterable[bytes | memoryview]) -> None:
         for _ in pieces:
             pass
         return
-    if isinstance(path, RemotePath):
+    if there := in_store(path):
         with tempfile.TemporaryDirectory() as place:
             _write(pathlib.Path(place) / path.name, pieces)
-            path.upload(pathlib.Path(place) / path.name)
+            there.upload(pathlib.Path(place) / path.name)
         return
     with open(path, "wb") as file:
         for piece in pieces:

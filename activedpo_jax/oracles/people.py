@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from activedpo_jax.files import write_atomic
 from activedpo_jax.oracles import formats
 from activedpo_jax.oracles.labels import Label, Pending, Question
-from activedpo_jax.remote import RemotePath
+from activedpo_jax.remote import in_store
 
 _DONE = "README.txt"
 _EXPLANATION = """\
@@ -83,7 +83,7 @@ def read_answers(folder: pathlib.Path, asked: Collection[str]) -> list[Label]:
 
 def _read(path: pathlib.Path, asked: Collection[str]) -> list[Label]:
     """The answers in one file, on disk or in an object store."""
-    if not isinstance(path, RemotePath):
+    if not in_store(path):
         return formats.read(path, asked)
     with tempfile.TemporaryDirectory() as place:
         copy = pathlib.Path(place) / path.name

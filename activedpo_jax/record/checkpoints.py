@@ -17,7 +17,7 @@ from absl import logging as absl_logging
 from etils import epath
 
 from activedpo_jax import errors, hosts
-from activedpo_jax.remote import RemotePath
+from activedpo_jax.remote import in_store
 
 
 class Checkpoints:
@@ -144,7 +144,7 @@ def place_of(path: pathlib.Path) -> epath.Path:
 
 def is_whole(path: pathlib.Path) -> bool:
     """Whether there is a pytree that `save_tree` has finished: on disk its name tells, which it gets at the end."""
-    return (path / _LAST_WRITTEN).exists() if isinstance(path, RemotePath) else path.exists()
+    return (path / _LAST_WRITTEN).exists() if in_store(path) else path.exists()
 
 
 _LAST_WRITTEN = "commit_success.txt"  # by Orbax, in an object store, where nothing can be renamed as a whole
@@ -152,7 +152,7 @@ _LAST_WRITTEN = "commit_success.txt"  # by Orbax, in an object store, where noth
 
 def _check_listing(folder: pathlib.Path, rounds: Sequence[int]) -> None:
     """Ends the run where Orbax has missed a checkpoint: it takes what an object store fails to list for absent."""
-    if not isinstance(folder, RemotePath) or not folder.exists():
+    if not in_store(folder) or not folder.exists():
         return
     there = {int(path.name) for path in folder.iterdir() if path.name.isdecimal() and is_whole(path)}
     if missed := there - set(rounds):

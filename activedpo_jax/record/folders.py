@@ -101,7 +101,7 @@ def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, comm
       ValueError: `config.json` has other options (names each of them with both values) or is malformed; a file is in
         the way of the directory.
     """
-    for place in () if isinstance(workdir, remote.RemotePath) else (workdir, *workdir.parents):
+    for place in () if remote.in_store(workdir) else (workdir, *workdir.parents):
         if place.exists() and not place.is_dir():
             raise ValueError(f"--workdir {workdir}: {place} is a file; expected a directory: give another one")
     path = workdir / "config.json"
@@ -147,8 +147,8 @@ _locks: dict[pathlib.Path, int] = {}  # descriptors that hold a lock until the p
 
 def _lock(workdir: pathlib.Path) -> None:
     """Takes the directory for this process; the kernel releases it when the process ends, however it ends."""
-    if isinstance(workdir, remote.RemotePath):
-        remote.lock(workdir)
+    if there := remote.in_store(workdir):
+        remote.lock(there)
         return
     workdir.mkdir(parents=True, exist_ok=True)
     path = (workdir / ".lock").resolve()

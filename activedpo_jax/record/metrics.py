@@ -19,7 +19,7 @@ from typing import Any
 
 from activedpo_jax.files import plain
 from activedpo_jax.hosts import on_first
-from activedpo_jax.remote import RemotePath
+from activedpo_jax.remote import RemotePath, in_store
 
 # tensorboardX imports torch where that is installed, which takes seconds, and nothing here uses it.
 _torch_is_absent = "torch" not in sys.modules
@@ -51,7 +51,8 @@ class MetricsWriter:
 
     @on_first
     def __init__(self, folder: pathlib.Path, from_round: int = 0) -> None:
-        self._copy = _Copy(folder) if isinstance(folder, RemotePath) else None
+        there = in_store(folder)
+        self._copy = _Copy(there) if there else None
         if self._copy is not None:
             folder = self._copy.place
         folder.mkdir(parents=True, exist_ok=True)
