@@ -68,6 +68,8 @@ class ObjectServer:
         return {
             "STORAGE_EMULATOR_HOST": self.url,
             "TENSORSTORE_GCS_HTTP_URL": self.url,
+            "FSSPEC_GCS_TOKEN": "anon",
+            "NO_GCE_CHECK": "true",  # for credentials
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it would ask over gRPC what kind of bucket this is
         }
 

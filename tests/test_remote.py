@@ -34,6 +34,7 @@ from tests.test_export import random_adapter
 from tests.test_metrics import events, timeless, write_rounds
 from tests.tiny_hf import load_decoder, tiny_llama
 
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read when gcsfs is imported; see `ObjectServer`
 gcsfs = pytest.importorskip("gcsfs")
 
 
@@ -48,6 +49,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer]:
             gcsfs.GCSFileSystem.clear_instance_cache()
 
         forget()
+        fsspec.config.set_conf_env(fsspec.config.conf)
         yield server
         server.failing = None
         remote.release_locks()
@@ -360,6 +362,7 @@ def test_checkpoints_and_work_under_way(store: ObjectServer) -> None:
     assert saved.spans("stage") == [(0, 2)]
     jax.tree.map(np.testing.assert_array_equal, saved.restore("stage", (0, 2), tree), tree)
     saved.save("stage", (2, 3), tree)
+    saved.enter(1)  # returns once it is written
     assert saved.spans("stage") == [(0, 2), (2, 3)]
     saved.forget()
     saved.close()

@@ -99,8 +99,13 @@ def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, comm
 
     Raises:
       ValueError: `config.json` has other options (names each of them with both values) or is malformed; a file is in
-        the way of the directory.
+        the way of the directory; it is in an object store where the command cannot write checkpoints.
     """
+    if str(workdir).startswith("s3://") and command in ("main", "sft"):
+        raise ValueError(
+            f"--workdir {workdir}: {command} saves checkpoints with Orbax, which writes to disk and to gs:// alone; "
+            "give a directory there"
+        )
     for place in () if remote.in_store(workdir) else (workdir, *workdir.parents):
         if place.exists() and not place.is_dir():
             raise ValueError(f"--workdir {workdir}: {place} is a file; expected a directory: give another one")
