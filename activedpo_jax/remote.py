@@ -206,7 +206,7 @@ class _Lock:
     def __init__(self, workdir: RemotePath, number: int) -> None:
         self._workdir, self._number = workdir, number
         self._renewed = time.monotonic()
-        self._mutex = threading.Lock()
+        self._mutex, self._released = threading.Lock(), threading.Event()
         threading.Thread(target=self._renew_for_ever, daemon=True).start()
 
     def assure(self, path: RemotePath) -> None:
@@ -217,16 +217,18 @@ class _Lock:
     def release(self) -> None:
         """Lets another process take the directory at once."""
         with contextlib.suppress(Exception), self._mutex:
+            self._released.set()
             self._write(_told() | {"released": True})
 
     def _renew_for_ever(self) -> None:
-        while True:
-            time.sleep(RENEWAL_SECONDS)
+        while not self._released.wait(RENEWAL_SECONDS):
             with contextlib.suppress(Exception):  # whoever wants to write next hears of it
                 self._renew()
 
     def _renew(self) -> None:
         with self._mutex:
+            if self._released.is_set():
+                return
             if newer := [number for number in _numbers(self._workdir) if number > self._number]:
                 holder = _holder(_read(self._workdir, max(newer)))
                 raise StoreError.lasting(
