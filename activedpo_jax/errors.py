@@ -18,6 +18,20 @@ class UsageError(ValueError):
     """The command line or the config file is wrong; the message is one line for the person who typed it."""
 
 
+class StoreError(OSError):
+    """An object store cannot be reached, refuses, or fails."""
+
+    @classmethod
+    def passing(cls, path: str, reason: str) -> "StoreError":
+        """One that may be over when the command is given again."""
+        return cls(errno.EAGAIN, reason, path)
+
+    @classmethod
+    def lasting(cls, path: str, reason: str) -> "StoreError":
+        """One that somebody has to mend first."""
+        return cls(errno.EIO, reason, path)
+
+
 _RESUMABLE = 75
 _PIPE = 128 + signal.SIGPIPE
 
@@ -97,8 +111,10 @@ def clean_errors() -> Iterator[None]:
     """Around a command's work: what a user can mend ends in one line, not in a traceback.
 
     Exit codes: 2, a mistake in options, files or data; 1, numbers that are not finite, memory that does not suffice, a
-    disk that is full or cannot be written; 75 (EX_TEMPFAIL of sysexits.h), interrupted, after which the same command
-    resumes; 141, without a line, a pipe that nobody reads any more.
+    disk that is full or cannot be written, an object store that refuses (no such bucket, no permission); 75
+    (EX_TEMPFAIL of sysexits.h), interrupted, or an object store that cannot be reached or fails (5xx, time-outs, too
+    many requests) for longer than its clients try, after which the same command resumes; 141, without a line, a pipe
+    that nobody reads any more.
     """
     try:
         yield
@@ -112,6 +128,11 @@ def clean_errors() -> Iterator[None]:
     except Exception as error:
         if disk := _disk_error(error):
             _fail_on_the_spot(f"{disk}; once the disk has space and can be written, the same command resumes")
+        if store := _store_error_behind(error):
+            passing = store.errno == errno.EAGAIN
+            then = "once it answers" if passing else "once that is mended"
+            line = f"{store.filename}: {store.strerror}; what is there is whole, and {then} the same command resumes"
+            _fail_on_the_spot(line, _RESUMABLE if passing else 1)
         found = _in_one_line(error)
         if found is None:
             raise
@@ -123,8 +144,9 @@ def clean_errors() -> Iterator[None]:
 
 def _leave() -> None:
     """Several processes part only when all of them are done, with the same result or the same error."""
-    from activedpo_jax import hosts  # not at the top, see there
+    from activedpo_jax import hosts, remote  # not at the top, see there
 
+    remote.release_locks()
     hosts.leave()
 
 
@@ -165,6 +187,53 @@ def _disk_error(error: BaseException | None) -> str | None:
     return None
 
 
+# Packages whose exceptions say what an object store or the way to it said; and how TensorStore has it, which writes
+# checkpoints and raises a ValueError.
+_CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs", "urllib3")
+_TENSORSTORE = re.compile(r"[A-Z_]+: .*?\b(gs://[^\s\"\]]+)")
+_PASSING = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED|time(d )?.?out|[Cc]onnect")
+_STATUS = re.compile(r"(?:HTTP response code|status(?: code)?|code): ?(\d{3})|, (\d{3})$")
+
+
+def store_error(error: BaseException, path: str) -> StoreError | None:
+    """What an exception of an object store's client means for the object or folder `path`; None: it is another kind."""
+    if isinstance(error, StoreError):
+        return error
+    text = " ".join(str(error).split())
+    reason = f"the object store fails ({type(error).__name__}: {text[:200]})" if text else type(error).__name__
+    status = getattr(error, "code", None) or getattr(error, "status", None)
+    if not isinstance(status, int) and (found := _STATUS.search(text)):
+        status = int(found[1] or found[2])
+    from_client = type(error).__module__.partition(".")[0] in _CLIENTS
+    if isinstance(status, int) and (from_client or isinstance(error, ValueError | RuntimeError | OSError)):
+        passing = status in (408, 429) or status >= 500
+    elif from_client or isinstance(error, OSError):  # TimeoutError and ConnectionError are OSErrors, too
+        passing = isinstance(error, ConnectionError | TimeoutError) or bool(_PASSING.search(f"{type(error)} {text}"))
+    elif isinstance(error, ValueError | RuntimeError):
+        passing = bool(_PASSING.search(text))
+    else:
+        return None
+    return StoreError.passing(path, reason) if passing else StoreError.lasting(path, reason)
+
+
+def _store_error_behind(error: BaseException) -> StoreError | None:
+    """The object store's error that ended a command; None: it was another."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, StoreError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return store_error_of_checkpoints(error)
+
+
+def store_error_of_checkpoints(error: BaseException) -> StoreError | None:
+    """What an exception of Orbax says of an object store; None: nothing."""
+    found = _TENSORSTORE.match(" ".join(str(error).split()))
+    if found or type(error).__module__.partition(".")[0] in _CLIENTS:
+        return store_error(error, found[1] if found else "--workdir")
+    return None
+
+
 def flush() -> None:
     """Writes out what was printed; what cannot be written is dropped, or the interpreter would complain at its end."""
     try:
@@ -179,16 +248,17 @@ def fail(error: object, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def _fail_on_the_spot(error: object) -> NoReturn:
-    """As `fail`, with code 1; a process that is the command's own ends without what runs at the end of a process.
+def _fail_on_the_spot(error: object, code: int = 1) -> NoReturn:
+    """As `fail`; a process that is the command's own ends without what runs at the end of a process.
 
-    On a full disk the libraries' threads and exit handlers fail, too, and print tracebacks.
+    On a full disk, or without an object store, the libraries' threads and exit handlers fail, too, and print
+    tracebacks, or try again for minutes.
     """
     _print(error)
     if signal.getsignal(signal.SIGTERM) is _end:
         flush()
-        os._exit(1)
-    sys.exit(1)
+        os._exit(code)
+    sys.exit(code)
 
 
 def _print(error: object) -> None:

@@ -1,4 +1,4 @@
-"""JSON, and files that are written whole or not at all.
+"""JSON, and files that are written whole or not at all, on disk or in an object store (see `remote`).
 
 JSON has no NaN and no infinity: a number that is not finite is written as null.
 """
@@ -7,11 +7,14 @@ import json
 import math
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
+
+from activedpo_jax.remote import RemotePath, in_store, is_remote, local_copy
 
 
 def plain(value: Any) -> Any:
@@ -35,12 +38,27 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written as JSON")
 
 
-def write_atomic(path: pathlib.Path, text: str) -> None:
+def folder_at(path: str) -> pathlib.Path:
+    """A folder on disk or in an object store; what has to know which asks `remote.in_store`."""
+    # A RemotePath has those methods of a Path that are called here.
+    return RemotePath(path) if is_remote(path) else pathlib.Path(path)  # type: ignore[return-value]
+
+
+def on_disk(folder: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder itself; of one in an object store a copy, for as long as this process lives."""
+    return local_copy(RemotePath(folder)) if is_remote(folder) else pathlib.Path(folder)
+
+
+def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
     """Writes a file so that `path` is unchanged or complete, whatever kills the process; makes its folders."""
+    data = content.encode() if isinstance(content, str) else content
+    if there := in_store(path):
+        there.write_bytes(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(partial, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())  # before the rename: otherwise a power cut could leave an empty file
     os.replace(partial, path)
@@ -58,8 +76,12 @@ def _sync_folder(folder: pathlib.Path) -> None:
 def append_lines(path: pathlib.Path, lines: Sequence[str]) -> None:
     """Appends lines, each with its line end, and returns once they are on disk.
 
-    A line that a crash cut short, which `read_lines` leaves out, is removed first.
+    A line that a crash cut short, which `read_lines` leaves out, is removed first.  In an object store the whole file
+    is written anew.
     """
+    if there := in_store(path):
+        there.write_bytes("".join([*(f"{line}\n" for line in read_lines(path)), *lines]).encode())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         content = path.read_bytes()
@@ -76,10 +98,18 @@ def append_lines(path: pathlib.Path, lines: Sequence[str]) -> None:
 def read_lines(path: pathlib.Path) -> Iterator[str]:
     """The complete lines of a file, without their line ends; none if there is no file."""
     if path.exists():
-        with open(path, encoding="utf-8", newline="\n") as file:  # U+2028 in a text does not end a line
+        with path.open(encoding="utf-8", newline="\n") as file:  # U+2028 in a text does not end a line
             for line in file:
                 if line.endswith("\n"):
                     yield line[:-1]
+
+
+def remove_folder(path: pathlib.Path) -> None:
+    """Deletes a folder with all that is in it, if there is one."""
+    if there := in_store(path):
+        there.remove()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

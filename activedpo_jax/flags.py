@@ -22,11 +22,10 @@ import numpy as np
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from activedpo_jax import errors, option_checks
+from activedpo_jax import errors, files, option_checks
 from activedpo_jax.cluster import FLAGS, Address
 from activedpo_jax.config import OPTIONS
 from activedpo_jax.errors import UsageError
-from activedpo_jax.files import flatten
 from activedpo_jax.option_checks import wrong
 
 TOPOLOGY = r"(\d+\*)?[a-z]\w*:\d+(x\d+)*"  # of --compile_only: slices, platform, shape in chips
@@ -195,7 +194,7 @@ def parse(argv: Sequence[str], strategies: Collection[str]) -> Command:
         raise UsageError("--workdir is missing: the directory that the run is written to, and goes on from")
     address = Address(values.coordinator, values.num_processes, values.process_id)
     _check_address(address)
-    return Command(config, pathlib.Path(values.workdir) if values.workdir else None, values.compile_only, address)
+    return Command(config, files.folder_at(values.workdir) if values.workdir else None, values.compile_only, address)
 
 
 def _check_address(address: Address) -> None:
@@ -248,7 +247,7 @@ def validate(config: ml_collections.ConfigDict, strategies: Collection[str], com
     Raises:
       UsageError: for the first option that is wrong: its name, what it is, and what was expected.
     """
-    values = flatten(config)
+    values = files.flatten(config)
     for name in values:
         if name not in OPTIONS:
             raise UsageError(_no_such_option(name, OPTIONS))

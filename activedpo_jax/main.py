@@ -15,7 +15,6 @@ if __name__ == "__main__":  # first, since the imports take seconds
 import dataclasses
 import os
 import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -126,6 +125,7 @@ def run(setting: Setting, strategy: str, folder: pathlib.Path) -> folders.RunSum
         def save(state: RunState, entry: folders.RoundSummary) -> None:
             summary["rounds"].append(entry)
             writer.write(entry["round"], entry["labels"], scalars(entry))
+            writer.sync()
             folders.write_summary(folder, summary)
             store.save(entry["round"], state)  # last: whatever is in a checkpoint is on record
             if hosts.any_of(errors.signalled()):
@@ -137,7 +137,7 @@ def run(setting: Setting, strategy: str, folder: pathlib.Path) -> folders.RunSum
         else:
             state = restored
         if int(state.round) < config.rounds:
-            hosts.on_first(shutil.rmtree)(folder / "merged", ignore_errors=True)  # of a run with fewer rounds
+            hosts.on_first(files.remove_folder)(folder / "merged")  # of a run with fewer rounds
         for number in range(1, int(state.round) + 1):
             if late := RoundRecord(folder, number).late_answers(oracle):
                 print(f"{strategy}, seed {setting.seed}: {late} answers came after round {number} was learnt: not used")
@@ -241,13 +241,13 @@ def export(setting: Setting, state: RunState, folder: pathlib.Path) -> None:
     revision = config.model.revision if model == config.model.path else ""
     adapters.save_adapter(state.lora, decoder.lora, model, folder / "adapter", revision)
     place = folder / "merged"
-    if config.export.merged and not hosts.on_first(place.exists)():
+    if config.export.merged and not hosts.on_first((place / "config.json").exists)():
         merged.save_merged(setting.policy.params, state.lora, decoder.lora, model, revision, place, decoder.dtype)
 
 
 def finish(folder: pathlib.Path, summaries: Sequence[folders.RunSummary]) -> None:
     """The table and the picture of all runs; of several runs their comparison in `summary.json`, too."""
-    hosts.on_first(shutil.rmtree)(folder / "heldout", ignore_errors=True)
+    hosts.on_first(files.remove_folder)(folder / "heldout")
     if len(summaries) > 1:
         folders.write_summary(folder, {**comparison.compare(summaries), "runs": list(summaries)})
     hosts.on_first(report.plot_curves)(summaries, folder / "curves.png", folder.resolve().name)

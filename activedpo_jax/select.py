@@ -20,10 +20,9 @@ if __name__ == "__main__":  # first, since the imports take seconds
 
 import hashlib
 import json
-import os
 import pathlib
-import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -328,12 +327,11 @@ def question(row: Mapping[str, Any]) -> Question:
 
 def write_label_files(folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes every label format; existing files are kept, with the answers that people have filled in."""
-    place = folder / ".label.partial"
-    formats.write(place, [question(row) for row in rows])
-    for path in sorted(place.iterdir()):
-        if not (folder / path.name).exists():
-            os.replace(path, folder / path.name)
-    shutil.rmtree(place)
+    with tempfile.TemporaryDirectory() as place:
+        formats.write(pathlib.Path(place), [question(row) for row in rows])
+        for path in sorted(pathlib.Path(place).iterdir()):
+            if not (folder / path.name).exists():
+                files.write_atomic(folder / path.name, path.read_bytes())
 
 
 def summary(rows: Sequence[Mapping[str, Any]], num_pairs: int, num_labelled: int, folder: pathlib.Path) -> str:

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import shutil
 import statistics
 import sys
 import time
@@ -28,7 +27,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from activedpo_jax import cluster, errors, flags, hosts, layout, start
+from activedpo_jax import cluster, errors, files, flags, hosts, layout, start
 from activedpo_jax.data.completions import Completion, limit, read_completions
 from activedpo_jax.data.draws import split_by_prompt
 from activedpo_jax.data.groups import Bucket, assign_buckets, check_tokens
@@ -132,7 +131,7 @@ def run(
         adapters.save_adapter(lora, decoder.lora, base_model, result, revision)
         policy = dataclasses.replace(policy, reference=lora)
     # The result is whole; what it took to get there is several times as large.
-    hosts.on_first(shutil.rmtree)(folder / "checkpoints", ignore_errors=True)
+    hosts.on_first(files.remove_folder)(folder / "checkpoints")
     print(f"SFT, seed {seed}: {_in_words(metrics.read_metrics(folder / 'metrics.jsonl'))}")
     return policy
 
@@ -178,6 +177,7 @@ def fit(recipe: Recipe, trainee: Trainee, examples: Examples, mesh: Mesh, seed: 
                 figures |= heldout_loss(weights)
             writer.write(number, number, figures)
             if clock.is_due() and number < total:
+                writer.sync()
                 store.save(number, (weights, step.opt_state))  # after its figures: whatever is saved is on record
                 clock.restart()
                 if hosts.any_of(errors.signalled()):

@@ -234,7 +234,7 @@ def _synthetic(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: 
 
     def load_params() -> Params:
         path = None if cache is None else cache / "base" / f"seed{seed}"
-        if path is not None and hosts.on_first(path.exists)():
+        if path is not None and hosts.on_first(checkpoints.is_whole)(path):
             return quantised(checkpoints.restore_tree(path, trained))
         params = _train_from_scratch(config, task, decoder, mesh, seed)
         if path is not None:

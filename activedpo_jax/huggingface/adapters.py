@@ -1,6 +1,5 @@
 """PEFT's LoRA adapters: written as `peft.PeftModel.from_pretrained` loads them, and read as the start of a run."""
 
-import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from activedpo_jax import hosts, layout
-from activedpo_jax.files import read_json, write_json
+from activedpo_jax.files import read_json, write_atomic, write_json
 from activedpo_jax.huggingface import hub
 from activedpo_jax.huggingface.families import LINEAR_MAPS
 from activedpo_jax.huggingface.tensors import Tensor, read_headers
@@ -66,13 +65,8 @@ def _write(layers: Any, lora_config: LoraConfig, base_model: tuple[str, str], di
             for layer, part in enumerate(matrix):
                 tensors[f"{name.format(layer=layer)}.{key}.weight"] = np.ascontiguousarray(part, np.float32)
 
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f"{_WEIGHTS}.partial"
-    with open(partial, "wb") as file:  # not `save_file`, whose files only their owner can read
-        file.write(save(tensors, metadata={"format": "pt"}))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, directory / _WEIGHTS)
+    # Not `save_file`, whose files only their owner can read.
+    write_atomic(directory / _WEIGHTS, save(tensors, metadata={"format": "pt"}))
     write_json(
         directory / _CONFIG,
         {

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import huggingface_hub
 
+from activedpo_jax.files import on_disk
+from activedpo_jax.remote import is_remote
+
 
 def named(path: str, revision: str) -> str:
     return f"{path} (revision {revision})" if revision else path
@@ -17,6 +20,8 @@ def refuse_missing_directory(path: str, expected: str, option: str) -> None:
     Raises:
       ValueError: `path` is one; says what was expected there, and that `option`.path gives it.
     """
+    if is_remote(path):
+        return
     looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
     if looks_local and not pathlib.Path(path).is_dir():
         raise ValueError(f"{path}: no such directory; expected {expected}: set {option}.path")
@@ -33,6 +38,8 @@ def fetch(path: str, revision: str, patterns: Sequence[str], expected: str, opti
     Raises:
       ValueError: nothing has this name, in offline mode nothing in the cache.
     """
+    if is_remote(path):  # what SFT has left in a work directory there
+        return on_disk(path)
     refuse_missing_directory(path, expected, option)
     if pathlib.Path(path).is_dir():
         return pathlib.Path(path)
@@ -60,7 +67,7 @@ def fingerprint(path: str, revision: str) -> str:
     Args:
       path, revision: as in `fetch`; the files must be local or cached.
     """
-    folder = pathlib.Path(path)
+    folder = on_disk(path)
     if not folder.is_dir():
         snapshot = huggingface_hub.try_to_load_from_cache(path, "config.json", revision=revision or None)
         if not isinstance(snapshot, str):

@@ -5,8 +5,8 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import struct
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from activedpo_jax import hosts, layout
-from activedpo_jax.files import read_json, write_json
+from activedpo_jax.files import read_json, remove_folder, write_atomic, write_json
 from activedpo_jax.huggingface import hub, loading
 from activedpo_jax.huggingface.families import family
 from activedpo_jax.models.config import LoraConfig
@@ -24,6 +24,7 @@ from activedpo_jax.models.decoder import Decoder, Params, init_params
 from activedpo_jax.models.lora import Lora, init_lora
 from activedpo_jax.models.quantise import Kernel, dequantise, is_quantised
 from activedpo_jax.progress import progress
+from activedpo_jax.remote import in_store
 
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 # Other files of the base model that belong to the new one.
@@ -69,7 +70,8 @@ def save_merged(
     """Writes W + scale·BA as a checkpoint that `transformers` loads, with the base model's config and tokenizer.
 
     Tensors are merged in float32 on the devices that hold them, converted, and written one by one: host memory holds
-    one at a time.  The checkpoint is written next to `directory` and renamed at the end, so that it is complete there.
+    one at a time.  The checkpoint is written next to `directory` and renamed at the end, so that it is complete there;
+    in an object store it is complete once its config.json is there, and the host's disk holds one file at a time.
 
     Args:
       params: of `Decoder`, on any sharding; quantised kernels are written dequantised.
@@ -103,7 +105,7 @@ def save_merged(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
-    partial = directory.with_name(directory.name + ".partial")
+    partial = directory if in_store(directory) else directory.with_name(directory.name + ".partial")
     hosts.on_first(_made_anew)(partial)
     with progress(total=len(sources), desc=f"writing {directory}", unit="tensor") as bar:
 
@@ -122,12 +124,13 @@ def save_merged(
 
 
 def _is_taken(directory: pathlib.Path) -> bool:
+    if in_store(directory):
+        return (directory / _CONFIG).exists()
     return directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
 
 
 def _made_anew(directory: pathlib.Path) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)
+    remove_folder(directory)
     directory.mkdir(parents=True)
 
 
@@ -143,13 +146,12 @@ def _complete(
     if plan.is_sharded:
         write_json(partial / _INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
     for source in (path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()):
-        copy = partial / source.relative_to(folder)
-        copy.parent.mkdir(exist_ok=True)
-        _write(copy, [source.read_bytes()])
+        write_atomic(partial / source.relative_to(folder), source.read_bytes())
     # Versions of transformers before 4.56 know only the name `torch_dtype`.
     older = {"torch_dtype": dtype.name} if "torch_dtype" in config else {}
     write_json(partial / _CONFIG, {**config, "dtype": dtype.name, **older})
-    os.replace(partial, directory)
+    if partial != directory:
+        os.replace(partial, directory)
 
 
 def _hold_to_shapes(tree: Any, init: Callable[[], Any], kind: str, base_model: str) -> None:
@@ -233,6 +235,11 @@ def _write(path: pathlib.Path, pieces: Iterable[bytes | memoryview]) -> None:
     if not hosts.is_first():
         for _ in pieces:
             pass
+        return
+    if there := in_store(path):
+        with tempfile.TemporaryDirectory() as place:
+            _write(pathlib.Path(place) / path.name, pieces)
+            there.upload(pathlib.Path(place) / path.name)
         return
     with open(path, "wb") as file:
         for piece in pieces:

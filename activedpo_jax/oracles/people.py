@@ -7,11 +7,13 @@ over.
 """
 
 import pathlib
+import tempfile
 from collections.abc import Collection, Sequence
 
 from activedpo_jax.files import write_atomic
 from activedpo_jax.oracles import formats
 from activedpo_jax.oracles.labels import Label, Pending, Question
+from activedpo_jax.remote import in_store
 
 _DONE = "README.txt"
 _EXPLANATION = """\
@@ -76,4 +78,17 @@ def read_answers(folder: pathlib.Path, asked: Collection[str]) -> list[Label]:
     files = [path for path in files if path.name not in formats.TASKS and not path.name.endswith(".partial")]
     files = [path for path in files if path.name != _DONE]
     files.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
-    return [label for path in files for label in formats.read(path, asked)]
+    return [label for path in files for label in _read(path, asked)]
+
+
+def _read(path: pathlib.Path, asked: Collection[str]) -> list[Label]:
+    """The answers in one file, on disk or in an object store."""
+    if not in_store(path):
+        return formats.read(path, asked)
+    with tempfile.TemporaryDirectory() as place:
+        copy = pathlib.Path(place) / path.name
+        copy.write_bytes(path.read_bytes())
+        try:
+            return formats.read(copy, asked)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(copy), str(path))) from error

@@ -3,18 +3,21 @@
 import contextlib
 import functools
 import logging
+import os
 import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
+from etils import epath
 
 from activedpo_jax import errors, hosts
+from activedpo_jax.remote import in_store
 
 
 class Checkpoints:
@@ -27,7 +30,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
         self._folder = folder.absolute() / "checkpoints"
         handler = ocp.StandardCheckpointHandler()
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handler)
+        self._manager = ocp.CheckpointManager(place_of(self._folder), options=options, item_handlers=handler)
 
     def save(self, round_number: int, state: Any) -> None:
         """Begins to save, in the background; `wait` for the end before anything is recorded that builds on it."""
@@ -61,9 +64,12 @@ class Checkpoints:
           ValueError: there are checkpoints, and none of them can be read.
         """
         rounds = sorted(self._manager.all_steps(), reverse=True)
+        hosts.on_first(_check_listing)(self._folder, rounds)
         for number in rounds:
             try:
                 state = self.restore(number, like)
+            except errors.StoreError:
+                raise
             except Exception as error:  # of many kinds: what Orbax raises depends on which of its files is damaged
                 reason = " ".join(str(error).split())[:200]
                 print(f"{self._folder / str(number)}: cannot be read ({type(error).__name__}: {reason})", flush=True)
@@ -122,13 +128,35 @@ class Clock:
 def save_tree(path: pathlib.Path, tree: Any) -> None:
     """Writes one pytree of arrays, all or nothing."""
     with each_error_once(), ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), tree, force=True)
+        checkpointer.save(place_of(path), tree, force=True)
 
 
 def restore_tree(path: pathlib.Path, like: Any) -> Any:
     """Reads what `save_tree` wrote, with the shapes, dtypes and shardings of `like`."""
     with each_error_once(), ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path.absolute(), abstract(like))
+        return checkpointer.restore(place_of(path), abstract(like))
+
+
+def place_of(path: pathlib.Path) -> epath.Path:
+    """A path as Orbax takes it."""
+    return epath.Path(os.fspath(path.absolute()))
+
+
+def is_whole(path: pathlib.Path) -> bool:
+    """Whether there is a pytree that `save_tree` has finished: on disk its name tells, which it gets at the end."""
+    return (path / _LAST_WRITTEN).exists() if in_store(path) else path.exists()
+
+
+_LAST_WRITTEN = "commit_success.txt"  # by Orbax, in an object store, where nothing can be renamed as a whole
+
+
+def _check_listing(folder: pathlib.Path, rounds: Sequence[int]) -> None:
+    """Ends the run where Orbax has missed a checkpoint: it takes what an object store fails to list for absent."""
+    if not in_store(folder) or not folder.exists():
+        return
+    there = {int(path.name) for path in folder.iterdir() if path.name.isdecimal() and is_whole(path)}
+    if missed := there - set(rounds):
+        raise errors.StoreError.passing(str(folder), f"the store has not listed the checkpoint {max(missed)}")
 
 
 @contextlib.contextmanager
@@ -149,6 +177,10 @@ def each_error_once() -> Iterator[None]:
     logger.addFilter(has_no_traceback)
     try:
         yield
+    except (OSError, RuntimeError, ValueError) as error:
+        if found := errors.store_error_of_checkpoints(error):
+            raise found from error
+        raise
     finally:
         logger.removeFilter(has_no_traceback)
     for record in held:

@@ -2,7 +2,8 @@
 
 DIR/config.json                the command and its options, written at the start and compared on resuming
 DIR/inputs/                    what data, model and adapter the command began with; see `inputs`
-DIR/.lock                      held by the process working here, and released when it ends, however it ends
+DIR/.lock                      held by the process working here, and released when it ends, however it ends; in an
+                               object store see `remote`
 DIR/<strategy>/seed<seed>/     one folder per run if there are several; a single run lies in DIR itself
     rounds/NNN/                asked.jsonl, labels.jsonl and selected.jsonl: see `labels`
     metrics.jsonl, tensorboard/, checkpoints, adapter/
@@ -19,7 +20,7 @@ from typing import Any, NotRequired, TypedDict
 
 import ml_collections
 
-from activedpo_jax import __version__
+from activedpo_jax import __version__, remote
 from activedpo_jax.files import flatten, plain, read_json, write_atomic, write_json
 from activedpo_jax.hosts import on_first
 from activedpo_jax.oracles.labels import PREFERENCES, Preference
@@ -98,9 +99,14 @@ def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, comm
 
     Raises:
       ValueError: `config.json` has other options (names each of them with both values) or is malformed; a file is in
-        the way of the directory.
+        the way of the directory; it is in an object store where the command cannot write checkpoints.
     """
-    for place in (workdir, *workdir.parents):
+    if str(workdir).startswith("s3://") and command in ("main", "sft"):
+        raise ValueError(
+            f"--workdir {workdir}: {command} saves checkpoints with Orbax, which writes to disk and to gs:// alone; "
+            "give a directory there"
+        )
+    for place in () if remote.in_store(workdir) else (workdir, *workdir.parents):
         if place.exists() and not place.is_dir():
             raise ValueError(f"--workdir {workdir}: {place} is a file; expected a directory: give another one")
     path = workdir / "config.json"
@@ -146,6 +152,9 @@ _locks: dict[pathlib.Path, int] = {}  # descriptors that hold a lock until the p
 
 def _lock(workdir: pathlib.Path) -> None:
     """Takes the directory for this process; the kernel releases it when the process ends, however it ends."""
+    if there := remote.in_store(workdir):
+        remote.lock(there)
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     path = (workdir / ".lock").resolve()
     if path in _locks:
@@ -240,7 +249,7 @@ def read_selected(folder: pathlib.Path, round_number: int) -> list[Selected]:
     """
     path = selected_path(folder, round_number)
     rows = []
-    with open(path, encoding="utf-8") as file:  # not splitlines(): U+2028 in a response does not end a line
+    with path.open(encoding="utf-8") as file:  # not splitlines(): U+2028 in a response does not end a line
         for number, line in enumerate(file, start=1):
             try:
                 rows.append(_selected(json.loads(line), round_number))

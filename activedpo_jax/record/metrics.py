@@ -1,5 +1,7 @@
 """The record of a run: `metrics.jsonl`, which is authoritative, and TensorBoard events, which are made from it.
 
+For a folder in an object store both are written to disk, and uploaded whole from time to time.
+
 An interrupted run repeats its unfinished round.  To leave the same record as an uninterrupted run, the writer first
 removes that round and later ones from the file, and rewrites the events from the rest.  Write a round's metrics before
 its checkpoint: every round that a checkpoint contains is then on record.
@@ -9,6 +11,7 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -16,6 +19,7 @@ from typing import Any
 
 from activedpo_jax.files import plain
 from activedpo_jax.hosts import on_first
+from activedpo_jax.remote import RemotePath, in_store
 
 # tensorboardX imports torch where that is installed, which takes seconds, and nothing here uses it.
 _torch_is_absent = "torch" not in sys.modules
@@ -29,6 +33,7 @@ if _torch_is_absent:
     del sys.modules["torch"]
 
 _RESERVED = ("round", "step", "time")
+_UPLOAD_SECONDS = 10  # at least, between one upload and the next of records that nothing is built on yet
 
 
 class MetricsWriter:
@@ -46,6 +51,10 @@ class MetricsWriter:
 
     @on_first
     def __init__(self, folder: pathlib.Path, from_round: int = 0) -> None:
+        there = in_store(folder)
+        self._copy = _Copy(there) if there else None
+        if self._copy is not None:
+            folder = self._copy.place
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept, size = _records_before(path, from_round) if path.exists() else ([], 0)
@@ -84,11 +93,22 @@ class MetricsWriter:
         os.fsync(self._file.fileno())
         self._show(record)
         self._events.flush()
+        if self._copy is not None:
+            self._copy.changed()
+
+    @on_first
+    def sync(self) -> None:
+        """Returns once all records are in the folder: on disk they are, in an object store they may be late."""
+        if self._copy is not None:
+            self._copy.upload()
 
     @on_first
     def close(self) -> None:
         self._file.close()
         self._events.close()
+        if self._copy is not None:
+            self._copy.upload()
+            self._copy.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -106,6 +126,39 @@ class MetricsWriter:
                 )
 
 
+class _Copy:
+    """The files of a folder in an object store, on disk."""
+
+    def __init__(self, folder: RemotePath) -> None:
+        self._folder, self._uploaded, self._is_changed = folder, 0.0, True
+        self._temporary = tempfile.TemporaryDirectory(prefix="activedpo_jax_")
+        self.place = pathlib.Path(self._temporary.name)
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            (self.place / path.name).write_bytes(path.read_bytes())
+
+    def changed(self) -> None:
+        self._is_changed = True
+        if time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
+            self.upload()
+
+    def upload(self) -> None:
+        if not self._is_changed:
+            return
+        events = list((self.place / "tensorboard").iterdir())
+        for path in (self.place / "metrics.jsonl", *events):
+            (self._folder / str(path.relative_to(self.place))).upload(path)
+        if not self._uploaded:
+            names = {path.name for path in events}
+            for old in (self._folder / "tensorboard").iterdir():
+                if old.name not in names:
+                    old.remove()
+        self._uploaded, self._is_changed = time.monotonic(), False
+
+    def close(self) -> None:
+        self._temporary.cleanup()
+
+
 @on_first
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, in order; a last line that a crash cut short is left out.
@@ -120,7 +173,7 @@ def _records_before(path: pathlib.Path, end: int | None) -> tuple[list[dict[str,
     """The records of rounds below `end` (None: of all), and the number of bytes that they fill at the file's start."""
     records: list[dict[str, Any]] = []
     size = 0
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 break  # the process died while writing it

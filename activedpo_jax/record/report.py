@@ -1,5 +1,6 @@
 """What a person reads: a line a round, a table at the end, and the learning curves as a picture."""
 
+import io
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from activedpo_jax.files import write_atomic
 from activedpo_jax.record.comparison import CONFIDENCE, Curves, compare, learning_curves, mean_interval, table
 from activedpo_jax.record.folders import RoundSummary, RunSummary
 from activedpo_jax.record.labels import RoundRecord, Verdict
@@ -171,8 +173,9 @@ def _number(value: float | None, spec: str) -> str:
 
 def plot_curves(summaries: Sequence[RunSummary], path: pathlib.Path, title: str) -> None:
     """Writes `curves_figure` to a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    curves_figure(summaries, title).savefig(path)
+    image = io.BytesIO()
+    curves_figure(summaries, title).savefig(image, format="png")
+    write_atomic(path, image.getvalue())
 
 
 def curves_figure(summaries: Sequence[RunSummary], title: str) -> Figure:

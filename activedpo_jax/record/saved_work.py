@@ -8,14 +8,13 @@ Orbax writes them in the background, every process its own shards.  They are del
 
 import pathlib
 import re
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
 import orbax.checkpoint as ocp
 
-from activedpo_jax import errors, hosts
-from activedpo_jax.record.checkpoints import Clock, abstract, each_error_once
+from activedpo_jax import errors, files, hosts
+from activedpo_jax.record.checkpoints import Clock, abstract, each_error_once, is_whole, place_of
 
 Span = tuple[int, int]
 
@@ -47,7 +46,9 @@ class SavedWork:
         path = self._path(stage, span)
         try:
             with each_error_once():
-                return self._writer.restore(path, abstract(like))
+                return self._writer.restore(place_of(path), abstract(like))
+        except errors.StoreError:
+            raise
         except Exception as error:  # of many kinds: what Orbax raises depends on which of its files is damaged
             reason = " ".join(str(error).split())[:200]
             print(f"{path}: cannot be read, and is done again ({type(error).__name__}: {reason})", flush=True)
@@ -56,7 +57,7 @@ class SavedWork:
     def save(self, stage: str, span: Span, tree: Any) -> None:
         with each_error_once():
             self._finish()
-            self._writer.save(self._path(stage, span), tree, force=True)
+            self._writer.save(place_of(self._path(stage, span)), tree, force=True)
         self._clock.restart()
         if hosts.any_of(errors.signalled()):
             self._finish()
@@ -83,7 +84,7 @@ class SavedWork:
     def forget(self) -> None:
         """Deletes all work: what came of it is saved."""
         self._finish()
-        hosts.on_first(shutil.rmtree)(self._root, ignore_errors=True)
+        hosts.on_first(files.remove_folder)(self._root)
 
     def close(self) -> None:
         self._finish()
@@ -92,7 +93,7 @@ class SavedWork:
     def _finish(self) -> None:
         self._writer.wait_until_finished()
         if self._obsolete is not None:
-            hosts.on_first(shutil.rmtree)(self._obsolete, ignore_errors=True)
+            hosts.on_first(files.remove_folder)(self._obsolete)
             self._obsolete = None
 
     def _path(self, stage: str, span: Span) -> pathlib.Path:
@@ -103,7 +104,7 @@ class SavedWork:
 def _delete_but(folder: pathlib.Path, kept: str) -> None:
     for path in folder.iterdir() if folder.exists() else ():
         if path.name != kept:
-            shutil.rmtree(path, ignore_errors=True)
+            files.remove_folder(path)
 
 
 @hosts.on_first
@@ -111,5 +112,5 @@ def _spans(folder: pathlib.Path) -> list[Span]:
     """The spans in a folder, those that begin first before those that begin later, and of these the shorter first."""
     if not folder.exists():
         return []
-    names = [re.fullmatch(r"(\d+)-(\d+)", path.name) for path in folder.iterdir()]
+    names = [re.fullmatch(r"(\d+)-(\d+)", path.name) for path in folder.iterdir() if is_whole(path)]
     return sorted((int(name[1]), int(name[2])) for name in names if name)
