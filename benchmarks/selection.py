@@ -117,6 +117,10 @@ def picker(features: jax.Array, num_picks: int, block: int, mesh: Mesh) -> Calla
     return lambda: np.asarray(run().rows)
 
 
+def fetched(program: Callable[[], jax.Array]) -> np.ndarray:
+    return np.asarray(program())
+
+
 def speed(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     """Against the naive loop."""
     found = {}
@@ -125,7 +129,7 @@ def speed(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
         ours = picker(features, args.picks, args.block, mesh)
         loop = functools.partial(naive, features, num_picks=args.picks)
         same = int(np.sum(ours() == np.asarray(loop())))
-        times = interleaved({"greedy": ours, "naive": lambda loop=loop: np.asarray(loop())}, args.repeats)
+        times = interleaved({"greedy": ours, "naive": functools.partial(fetched, loop)}, args.repeats)
         found[kind] = {"same picks": same, **times}
         report(f"{kind}, {args.picks} of {args.small} × {args.small_dim}", found[kind])
     return found
@@ -138,7 +142,7 @@ def many(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
         features = layout.put(whole(kind, (args.count, args.dim)))
         contenders = {"greedy": picker(features, args.many, args.block, mesh)}
         rows = features[: args.many] + 0.0
-        contenders["product"] = lambda features=features, rows=rows: np.asarray(_product(features, rows))
+        contenders["product"] = functools.partial(fetched, functools.partial(_product, features, rows))
         found[kind] = interleaved(contenders, args.few_repeats)
         report(f"{kind}, {args.many} of {args.count} × {args.dim}", found[kind])
         del features, rows, contenders

@@ -45,14 +45,12 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def start(folder: pathlib.Path, cache: pathlib.Path, **settings: Any) -> subprocess.Popen[str]:
+def start(folder: pathlib.Path, **settings: Any) -> subprocess.Popen[str]:
     """The command of a tiny run; `settings` of its `Popen`, of which `env` comes on top."""
     options = [f"--config.{name}={value}" for name, value in (TINY | {"rounds": 2}).items()]
     command = [sys.executable, "-m", "activedpo_jax.main", "--config=configs/quickstart.py", f"--workdir={folder}"]
     environment = os.environ | {
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **settings.pop("env", {}),
     }
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -76,7 +74,6 @@ def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
 
 class Whole(NamedTuple):
     folder: pathlib.Path
-    cache: pathlib.Path
     log: str
     refusal: str  # what a second process said, started while this one worked
 
@@ -85,15 +82,15 @@ class Whole(NamedTuple):
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """A run that nothing disturbed."""
     place = tmp_path_factory.mktemp("whole")
-    folder, cache, log = place / "run", place / "cache", place / "log"
+    folder, log = place / "run", place / "log"
     with open(log, "w") as file:
-        first = start(folder, cache, stdout=file, stderr=subprocess.STDOUT)
+        first = start(folder, stdout=file, stderr=subprocess.STDOUT)
     wait_for(first, (folder / "config.json").exists)
-    refusal = end(start(folder, cache), code=2)
+    refusal = end(start(folder), code=2)
     assert first.poll() is None
     end(first, code=0)
     assert f"process {first.pid} works here" in refusal
-    return Whole(folder, cache, log.read_bytes().decode(), refusal)
+    return Whole(folder, log.read_bytes().decode(), refusal)
 
 
 @pytest.mark.slow
@@ -124,17 +121,17 @@ def test_signals_end_in_one_line_and_the_same_command_goes_on(whole: Whole, tmp_
         (signal.SIGTERM, lambda pid: (folder / "inputs" / "seed0.json").exists()),  # the base model is trained
     ]
     for number, ready in moments:
-        process = start(folder, whole.cache)
+        process = start(folder)
         wait_for(process, functools.partial(ready, process.pid))
         process.send_signal(number)
         assert end(process, code=75) == INTERRUPTED
     # The first round, one program, is waited for and saved.
-    process = start(folder, whole.cache)
+    process = start(folder)
     wait_for(process, (folder / "checkpoints" / "0").exists)
     process.send_signal(signal.SIGINT)
     assert end(process, code=75) == SAVING + INTERRUPTED
     assert (folder / "checkpoints" / "1").exists() and not (folder / "checkpoints" / "2").exists()
-    end(start(folder, whole.cache), code=0)
+    end(start(folder), code=0)
     assert record(folder) == record(whole.folder)
 
 
@@ -142,7 +139,7 @@ def test_signals_end_in_one_line_and_the_same_command_goes_on(whole: Whole, tmp_
 def test_a_finished_run_whose_table_nobody_reads(whole: Whole) -> None:
     read, write = os.pipe()
     os.close(read)
-    process = start(whole.folder, whole.cache, stdout=write)
+    process = start(whole.folder, stdout=write)
     os.close(write)
     assert end(process, code=141) == ""
 
@@ -169,7 +166,7 @@ def mounted(folder: pathlib.Path, options: str) -> Iterator[Callable[[str], None
 def test_a_file_system_that_is_full_or_read_only(whole: Whole, tmp_path: pathlib.Path) -> None:
     full, closed = tmp_path / "full", tmp_path / "closed"
     with mounted(full, "size=200k") as change, mounted(closed, "ro"):
-        processes = start(full / "run", whole.cache), start(closed / "run", whole.cache)
+        processes = start(full / "run"), start(closed / "run")
         resumes = "; once the disk has space and can be written, the same command resumes\n"
         for process, folder, reason in zip(processes, (full, closed), (errno.ENOSPC, errno.EROFS), strict=True):
             line = end(process, code=1)
@@ -177,7 +174,7 @@ def test_a_file_system_that_is_full_or_read_only(whole: Whole, tmp_path: pathlib
             assert line.endswith(f": {os.strerror(reason)}{resumes}")
         assert (full / "run" / "inputs").exists() and not (full / "run" / "base" / "seed0").exists()
         change("size=10m")
-        end(start(full / "run", whole.cache), code=0)
+        end(start(full / "run"), code=0)
         assert record(full / "run") == record(whole.folder)
 
 
@@ -188,7 +185,7 @@ def test_files_that_must_not_grow(whole: Whole, tmp_path: pathlib.Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # less than one array of the base model
 
-    line = end(start(tmp_path / "run", whole.cache, preexec_fn=limit), code=1)
+    line = end(start(tmp_path / "run", preexec_fn=limit), code=1)
     assert line.startswith(f"error: {tmp_path}/run/base/seed0") and line.count("\n") == 1
     assert f": {os.strerror(errno.EFBIG)}; once the disk" in line
 
@@ -196,7 +193,7 @@ def test_files_that_must_not_grow(whole: Whole, tmp_path: pathlib.Path) -> None:
 def test_platforms_that_are_not_there_get_one_line(tmp_path: pathlib.Path) -> None:
     environment = {"CUDA_VISIBLE_DEVICES": ""}
     processes = {
-        platforms: start(tmp_path / "run", tmp_path / "cache", env=environment | {"JAX_PLATFORMS": platforms})
+        platforms: start(tmp_path / "run", env=environment | {"JAX_PLATFORMS": platforms})
         for platforms in ("cuda", "nonsense")
     }
     for platforms, process in processes.items():

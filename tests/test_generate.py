@@ -375,7 +375,7 @@ def test_stop_tokens_are_those_of_config_tokenizer_and_template(tmp_path: pathli
     assert stop_tokens(str(tmp_path), "", tokenizer, "auto") == (2, 4, 5)
 
 
-def command(folder: pathlib.Path, model: pathlib.Path, prompts: pathlib.Path, cache: pathlib.Path) -> Any:
+def command(folder: pathlib.Path, model: pathlib.Path, prompts: pathlib.Path) -> Any:
     config = folder.with_suffix(".py")
     config.write_text(
         "from activedpo_jax.config import default\n"
@@ -390,8 +390,6 @@ def command(folder: pathlib.Path, model: pathlib.Path, prompts: pathlib.Path, ca
     )
     environment = os.environ | {
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     arguments = [sys.executable, "-m", "activedpo_jax.generate", "--config", str(config), "--workdir", str(folder)]
     root = pathlib.Path(__file__).parents[1]
@@ -414,13 +412,13 @@ def test_a_killed_command_goes_on_as_if_nothing_had_happened(tmp_path: pathlib.P
     texts = [f"What is {i} times seven?" + " And why is that so?" * (i % 2) for i in range(40)]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    output = finish(command(whole, model, prompts, tmp_path / "cache"))
+    output = finish(command(whole, model, prompts))
     assert "40 prompts" in output
     expected = (whole / "responses.jsonl").read_text()
     records = read_records(str(whole / "responses.jsonl"))
     assert [r.prompt for r in records] == texts and all(len(r.responses) == 3 for r in records)
 
-    process = command(killed, model, prompts, tmp_path / "cache")
+    process = command(killed, model, prompts)
     file = killed / "responses.jsonl"
     while not file.exists() or file.read_bytes().count(b"\n") < 3:
         assert process.poll() is None, process.communicate()[0]
@@ -430,7 +428,7 @@ def test_a_killed_command_goes_on_as_if_nothing_had_happened(tmp_path: pathlib.P
     lines = file.read_bytes().splitlines(keepends=True)
     assert len(lines) < 40
     file.write_bytes(b"".join(lines)[:-20])  # as if the power had failed while the last line was written
-    finish(command(killed, model, prompts, tmp_path / "cache"))
+    finish(command(killed, model, prompts))
     assert file.read_text() == expected
-    finish(command(killed, model, prompts, tmp_path / "cache"))  # and then there is nothing more to do
+    finish(command(killed, model, prompts))  # and then there is nothing more to do
     assert file.read_text() == expected

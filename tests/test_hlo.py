@@ -66,7 +66,7 @@ def test_a_loop_of_unknown_length_counts_once() -> None:
     def halve(x: jax.Array) -> jax.Array:
         return jax.lax.while_loop(lambda x: x[0, 0] > 1, lambda x: x @ x, x)
 
-    assert hlo.flops(jax.jit(halve).lower(jnp.ones((4, 4))).compile().as_text()) == 2 * 4**3
+    assert hlo.flops(jax.jit(halve).lower(jnp.ones((4, 4))).compile().as_text() or "") == 2 * 4**3
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_batched_products_that_tpu_writes_as_convolutions() -> None:
     # The same, with XLA's own count for a plain product.
     a, b = jnp.ones((3, 7, 5)), jnp.ones((3, 5, 4))
     compiled = jax.jit(jnp.matmul).lower(a, b).compile()
-    assert hlo.flops(compiled.as_text()) == 2 * np.prod((3, 7, 5, 4))
+    assert hlo.flops(compiled.as_text() or "") == 2 * np.prod((3, 7, 5, 4))
 
 
 def test_text_without_an_entry_is_an_error() -> None:

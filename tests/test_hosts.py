@@ -110,14 +110,12 @@ class Run:
       count: of processes; devices: of each.
     """
 
-    def __init__(self, folder: pathlib.Path, cache: pathlib.Path, count: int, devices: int, **options: Any) -> None:
+    def __init__(self, folder: pathlib.Path, count: int, devices: int, **options: Any) -> None:
         self.folder, port = folder, free_port()
         arguments = [f"--config.{name.replace('__', '.')}={value}" for name, value in (TINY | options).items()]
         command = [sys.executable, "-m", "activedpo_jax.main", "--config=configs/quickstart.py", f"--workdir={folder}"]
         environment = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         self.processes = []
         for i in range(count):
@@ -158,8 +156,8 @@ def picks(folder: pathlib.Path) -> list[tuple[str, str]]:
 
 class Alone:
     def __init__(self, place: pathlib.Path) -> None:
-        self.cache, self.folder = place / "cache", place / "run"
-        Run(self.folder, self.cache, 1, 1, round__mode="staged").end()
+        self.folder = place / "run"
+        Run(self.folder, 1, 1, round__mode="staged").end()
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +186,7 @@ def close(folder: pathlib.Path, other: pathlib.Path) -> None:
 def test_several_processes_come_to_what_one_comes_to(
     alone: Alone, tmp_path: pathlib.Path, count: int, devices: int, options: dict[str, Any]
 ) -> None:
-    written = Run(tmp_path / "run", alone.cache, count, devices, **options).end()
+    written = Run(tmp_path / "run", count, devices, **options).end()
     close(tmp_path / "run", alone.folder)
     assert written[0][0].startswith(f"{count} processes (--coordinator), {count * devices} devices\n")
     assert all("round" not in out for out, _ in written[1:])  # process 0 alone says what happens
@@ -198,23 +196,23 @@ def test_several_processes_come_to_what_one_comes_to(
 def test_a_killed_process_ends_the_others_and_the_run_resumes(alone: Alone, tmp_path: pathlib.Path) -> None:
     folder, options = tmp_path / "run", {"round__mode": "staged", "checkpoint_minutes": 0}
     for victim, moment in ((0, folder / "partial" / "001"), (1, folder / "rounds" / "002" / "asked.jsonl")):
-        run = Run(folder, alone.cache, 2, 1, **options)
+        run = Run(folder, 2, 1, **options)
         run.wait_for(moment)
         run.processes[victim].send_signal(signal.SIGKILL)
         (_, error) = run.processes[1 - victim].communicate(timeout=200)
         assert run.processes[1 - victim].returncode == 75, error
         assert error.splitlines()[-1].startswith("error: another process of this run has ended"), error
         run.processes[victim].communicate()
-    run = Run(folder, alone.cache, 2, 1, **options)
+    run = Run(folder, 2, 1, **options)
     run.wait_for(folder / "rounds" / "002" / "labels.jsonl")
     run.processes[1].send_signal(signal.SIGTERM)  # as where one host alone is pre-empted
     run.end(75)
-    run = Run(folder, alone.cache, 2, 1, **options)
+    run = Run(folder, 2, 1, **options)
     run.end()
     close(folder, alone.folder)
     assert not (folder / "partial").exists()
     before = record(folder)
-    Run(folder, alone.cache, 2, 1, **options).end()  # nothing more is to be done
+    Run(folder, 2, 1, **options).end()  # nothing more is to be done
     assert record(folder) == before
 
 
@@ -223,19 +221,19 @@ def test_an_error_of_process_0_is_everybodys(alone: Alone, tmp_path: pathlib.Pat
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.json").write_text("[]")
-    written = Run(folder, alone.cache, 2, 1).end(2)
+    written = Run(folder, 2, 1).end(2)
     assert all("expected a run's options" in error for _, error in written)
 
 
 @pytest.mark.slow
 def test_people_are_asked_once_and_everybody_hears(alone: Alone, tmp_path: pathlib.Path) -> None:
     folder, options = tmp_path / "run", {"rounds": 1, "oracle__kind": "people"}
-    written = Run(folder, alone.cache, 2, 1, **options).end()
+    written = Run(folder, 2, 1, **options).end()
     assert "0 of 6 pairs are labelled" in written[0][0]
     asked = [json.loads(line) for line in (folder / "rounds" / "001" / "asked.jsonl").read_text().splitlines()[1:]]
     rows = [{"pair_id": row["pair_id"], "preference": "second"} for row in asked]
     answers = folder / "rounds" / "001" / "label" / "answers.jsonl"
     answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    Run(folder, alone.cache, 2, 1, **options).end()
+    Run(folder, 2, 1, **options).end()
     assert picks(folder) == [(row["pair_id"], "second") for row in asked]
     assert (folder / "adapter" / "adapter_config.json").exists()

@@ -141,7 +141,7 @@ def test_first_steps_from_zero(shape: tuple[int, int, int]) -> None:
     for name in one[0][0]["layers"]:
         gradients, adapters = ([steps[0][i]["layers"][name]["b"] for steps in (one, many)] for i in (0, 1))
         difference = np.abs(np.subtract(*adapters, dtype=np.float64))
-        assert np.all(difference <= first_step_bound(*gradients, RATE)), name
+        assert np.all(difference <= first_step_bound(gradients[0], gradients[1], RATE)), name
 
 
 def _leaves(a: Any, b: Any) -> Any:

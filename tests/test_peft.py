@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaForCausalLM, LlamaModel
 
-from activedpo_jax import flags, layout
+from activedpo_jax import files, flags, layout
 from activedpo_jax.data.groups import Groups
 from activedpo_jax.huggingface import adapters
 from activedpo_jax.models.config import LoraConfig, ModelConfig
@@ -116,7 +116,7 @@ def test_an_adapter_is_replaced_whole(tmp_path: pathlib.Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapters.os, "replace", killed)
+        patch.setattr(files.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             adapters.save_adapter(new, config, "base", tmp_path)
     jax.tree.map(np.testing.assert_array_equal, tensors(tmp_path), before)

@@ -219,11 +219,11 @@ def open_pairs(folder: pathlib.Path) -> tuple[pathlib.Path, list[str]]:
     return asked[-1].parent, [r["pair_id"] for r in rows]
 
 
-def start(folder: pathlib.Path, cache: pathlib.Path) -> "subprocess.Popen[str]":
+def start(folder: pathlib.Path) -> "subprocess.Popen[str]":
     before = dict(test_resume.OPTIONS)
     test_resume.OPTIONS.update(PEOPLE)
     try:
-        return test_resume.start(folder, cache, "staged")
+        return test_resume.start(folder, "staged")
     finally:
         test_resume.OPTIONS.clear()
         test_resume.OPTIONS.update(before)
@@ -238,11 +238,11 @@ def label_all(folder: pathlib.Path, name: str) -> None:
 @pytest.mark.slow
 def test_twenty_kills_lose_and_double_nothing(tmp_path: pathlib.Path) -> None:
     """SIGKILL at random moments, answers arriving in between in random order and twice."""
-    cache, whole, killed = tmp_path / "cache", tmp_path / "whole", tmp_path / "killed"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     spent = []
     for _ in range(3):  # until both rounds are labelled
         clock = time.monotonic()
-        output = test_resume.finish(start(whole, cache))
+        output = test_resume.finish(start(whole))
         spent.append(time.monotonic() - clock)
         label_all(whole, "all.jsonl")
     assert "pairs are labelled" not in output.splitlines()[-1] and (whole / "adapter").exists()
@@ -250,7 +250,7 @@ def test_twenty_kills_lose_and_double_nothing(tmp_path: pathlib.Path) -> None:
     rng, answered = random.Random(0), set[str]()
     kills, lasted = 0, min(spent)
     for attempt in range(100):
-        process, clock = start(killed, cache), time.monotonic()
+        process, clock = start(killed), time.monotonic()
         try:
             process.wait(timeout=rng.uniform(0.0, lasted) if kills < 20 else 300)
             lasted = time.monotonic() - clock

@@ -397,11 +397,11 @@ def finish(process: Any, code: int) -> str:
 @pytest.mark.slow
 def test_a_run_leaves_the_record_of_a_local_one(store: ObjectServer, tmp_path: pathlib.Path) -> None:
     """Though it is killed twice, kept waiting by a store that fails for a while, and ended by one that goes on to."""
-    whole, cache, there = tmp_path / "whole", tmp_path / "cache", RemotePath("gs://bucket/there")
-    test_resume.finish(test_resume.start(whole, cache, "staged"))
+    whole, there = tmp_path / "whole", RemotePath("gs://bucket/there")
+    test_resume.finish(test_resume.start(whole, "staged"))
 
     def start(**more: Any) -> Any:
-        return test_resume.start(there, cache, "staged", **more)  # type: ignore[arg-type]
+        return test_resume.start(there, "staged", **more)  # type: ignore[arg-type]
 
     def is_there(*names: str) -> Any:
         return lambda: all(store.names(f"there/{name}") for name in names)
@@ -445,13 +445,13 @@ def test_a_run_leaves_the_record_of_a_local_one(store: ObjectServer, tmp_path: p
 def test_people_label_in_an_object_store(store: ObjectServer, tmp_path: pathlib.Path) -> None:
     there: Any = RemotePath("gs://bucket/there")
     for number in (1, 2):
-        output = finish(test_people.start(there, tmp_path / "cache"), 0)
+        output = finish(test_people.start(there), 0)
         assert f"round {number}: 0 of 6 pairs are labelled" in output
         place, pairs = test_people.open_pairs(store.fetch("there", tmp_path / f"fetched{number}"))
         rows = [json.dumps(test_people.row(pair, test_people.opinion(pair))) + "\n" for pair in pairs]
         assert len(rows) == 6
         store.put(f"there/rounds/{place.parent.name}/label/answers.jsonl", "".join(rows).encode())
-    finish(test_people.start(there, tmp_path / "cache"), 0)
+    finish(test_people.start(there), 0)
     fetched = store.fetch("there", tmp_path / "fetched")
     for name in ("001", "002"):
         lines = (fetched / "rounds" / name / "selected.jsonl").read_text().splitlines()

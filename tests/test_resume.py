@@ -28,13 +28,11 @@ OPTIONS = {
 }
 
 
-def start(folder: pathlib.Path, cache: pathlib.Path, mode: str, **more: Any) -> subprocess.Popen[str]:
-    """The command line, as a user types it; programs that one process compiled the next ones find in `cache`."""
+def start(folder: pathlib.Path, mode: str, **more: Any) -> subprocess.Popen[str]:
+    """The command line, as a user types it."""
     flags = [f"--config.{name}={value}" for name, value in (OPTIONS | {"round.mode": mode} | more).items()]
     environment = os.environ | {
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [
         sys.executable,
@@ -84,52 +82,52 @@ def record(folder: pathlib.Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_killed_runs_equal_the_uninterrupted_one_bit_for_bit(tmp_path: pathlib.Path) -> None:
-    whole, killed, cache = tmp_path / "whole", tmp_path / "killed", tmp_path / "cache"
-    finish(start(whole, cache, "staged"))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start(whole, "staged"))
 
     # While the features of the first round are computed, and again while it trains.
     partial = killed / "partial" / "001"
     everything = {"checkpoint_minutes": 0}
-    kill_when(start(killed, cache, "staged", **everything), lambda: len(list(partial.glob("evidence*/0*-0*"))) > 1)
-    kill_when(start(killed, cache, "staged", **everything), lambda: len(list(partial.glob("training/0*-0*"))) > 0)
+    kill_when(start(killed, "staged", **everything), lambda: len(list(partial.glob("evidence*/0*-0*"))) > 1)
+    kill_when(start(killed, "staged", **everything), lambda: len(list(partial.glob("training/0*-0*"))) > 0)
     assert not (killed / "checkpoints" / "1").exists()
     # After the labels of round 2 have come in, before anything was learnt from them.
     files = [killed / "rounds" / "002" / name for name in ("asked.jsonl", "labels.jsonl")]
-    kill_when(start(killed, cache, "staged"), files[1].exists)
+    kill_when(start(killed, "staged"), files[1].exists)
     assert (killed / "checkpoints" / "1").exists() and not (killed / "checkpoints" / "2").exists()
     assert not (killed / "rounds" / "002" / "selected.jsonl").exists()
     written = [path.stat().st_mtime_ns for path in files]
-    finish(start(killed, cache, "staged"))
+    finish(start(killed, "staged"))
     assert [path.stat().st_mtime_ns for path in files] == written  # nobody was asked again
     assert record(killed) == record(whole)
 
     # And once all is done, the same command does nothing more.
     before = record(killed)
-    finish(start(killed, cache, "staged"))
+    finish(start(killed, "staged"))
     assert record(killed) == before
 
     # A finished run goes on where there are to be more rounds.
     longer = tmp_path / "longer"
-    finish(start(longer, cache, "staged", rounds=2))
-    finish(start(longer, cache, "staged", rounds=3))
+    finish(start(longer, "staged", rounds=2))
+    finish(start(longer, "staged", rounds=3))
     assert record(longer)["selected"] == record(whole)["selected"]
     assert record(longer)["adapter"] == record(whole)["adapter"]
-    refused = start(longer, cache, "staged", rounds=2)
+    refused = start(longer, "staged", rounds=2)
     assert "rounds (was 3, now 2)" in refused.communicate(timeout=120)[0] and refused.returncode == 2
 
 
 @pytest.mark.slow
 def test_fused_run_killed_between_rounds(tmp_path: pathlib.Path) -> None:
-    whole, killed, cache = tmp_path / "whole", tmp_path / "killed", tmp_path / "cache"
-    finish(start(whole, cache, "fused"))
-    kill_when(start(killed, cache, "fused"), (killed / "checkpoints" / "1").exists)
-    finish(start(killed, cache, "fused"))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start(whole, "fused"))
+    kill_when(start(killed, "fused"), (killed / "checkpoints" / "1").exists)
+    finish(start(killed, "fused"))
     assert record(killed) == record(whole)
 
 
 def test_other_options_on_the_same_directory_are_an_error(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text('{"rounds": 3}')
-    process = start(tmp_path, tmp_path / "cache", "fused")
+    process = start(tmp_path, "fused")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "belongs to other options" in output and "Traceback" not in output

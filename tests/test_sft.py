@@ -315,12 +315,10 @@ def test_what_is_done_is_read_not_done_again(base: pathlib.Path, tmp_path: pathl
     assert (tmp_path / "metrics.jsonl").read_bytes() == record and not (tmp_path / "checkpoints").exists()
 
 
-def start(base: pathlib.Path, data: pathlib.Path, folder: pathlib.Path, cache: pathlib.Path, *more: str) -> Any:
+def start(base: pathlib.Path, data: pathlib.Path, folder: pathlib.Path, *more: str) -> Any:
     """The command, as a user types it."""
     environment = os.environ | {
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     set_to = {"model.path": base, "sft.data": data, "data.buckets": "((16,16),(32,32))", "sft.heldout_fraction": 0.1}
     set_to |= {"sft.batch_size": 4, "sft.epochs": 2, "checkpoint_minutes": 0, "sft.learning_rate": 1e-2}
@@ -348,17 +346,17 @@ def left_behind(folder: pathlib.Path, name: str) -> tuple[bytes, list[dict[str, 
 def test_killed_runs_equal_the_uninterrupted_one_bit_for_bit(
     base: pathlib.Path, tmp_path: pathlib.Path, weights: str
 ) -> None:
-    data, cache = tmp_path / "data.jsonl", tmp_path / "cache"
+    data = tmp_path / "data.jsonl"
     rows = [{"prompt": f"{row['prompt']} {i}", "completion": row["completion"]} for i in range(8) for row in ROWS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     whole, killed, flag = tmp_path / "whole", tmp_path / "killed", f"--config.sft.weights={weights}"
-    output = finish(start(base, data, whole, cache, flag))
+    output = finish(start(base, data, whole, flag))
     result, option = {"lora": ("adapter", "lora.path"), "full": ("model", "model.path")}[weights]
     assert output.splitlines()[-1].endswith(f"--config.{option}={whole / result}")
 
-    kill_when(start(base, data, killed, cache, flag), (killed / "checkpoints" / "4").exists)
+    kill_when(start(base, data, killed, flag), (killed / "checkpoints" / "4").exists)
     assert not (killed / result).exists()
-    output = finish(start(base, data, killed, cache, flag))
+    output = finish(start(base, data, killed, flag))
     name = {"lora": "adapter/adapter_model.safetensors", "full": "model/model.safetensors"}[weights]
     assert left_behind(killed, name) == left_behind(whole, name)
     assert len(left_behind(whole, name)[1]) == 1 + 18  # step 0 has the held-out loss

@@ -34,7 +34,7 @@ from activedpo_jax.selection.posterior import TIE, prior_variances, variances
 def streamed(
     features: np.ndarray,
     available: np.ndarray,
-    posterior: jax.Array,
+    posterior: jax.Array | np.ndarray,
     lam: jax.Array | float,
     *,
     num_picks: int,
@@ -59,6 +59,7 @@ def streamed(
       ValueError: shapes or dtypes do not fit, or K or the block is less than 1.
     """
     check(features, available, posterior, num_picks, block)
+    posterior = jnp.asarray(posterior)
     pool = _Pool(features, mesh, min(block, -(-len(features) // mesh.size)) * mesh.size)
     lam = jnp.asarray(lam, jnp.float32)
     rows = pool.first_pass(available, posterior, lam)
