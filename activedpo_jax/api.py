@@ -251,7 +251,7 @@ def evidence(model: Model, pool: PairPool, strategy: str) -> dict[str, np.ndarra
     spec = specs.round_spec(config, strategy, task, model.mesh)
     state = initial_state(spec, model.adapter, model.seed)
     found = staged.pool_evidence(spec, model.policy, state, pool, task.buckets)
-    return {name: np.asarray(x) for name, x in found.items()}
+    return {name: np.asarray(x)[: pool.num_pairs] for name, x in found.items()}
 
 
 def choose(
