@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from activedpo_jax.models.sketch import rademacher_projection, tiled_count_sketch
+from activedpo_jax.models.sketch import Part, _random_words, _signs, rademacher_projection, tiled_count_sketch
 from tests.tiny import relative_error
 
 
@@ -68,3 +68,30 @@ def test_dense_reference_keeps_inner_products() -> None:
     projected = rademacher_projection([("x", grads)], 4096, jnp.uint32(0), jnp.int32(0))
     exact, kept = np.asarray(grads.reshape(2, -1)), np.asarray(projected)
     assert np.abs(kept @ kept.T - exact @ exact.T).max() < 5 / np.sqrt(4096) * np.square(exact).sum(1).max()
+
+
+# Whole blocks of tiles, a rest, and a D that is no multiple of the 32 signs of a word.
+@pytest.mark.parametrize(
+    ("rows", "columns", "dim"), [(3, 5, 64), (64, 64, 64), (37, 41, 64), (12, 13, 50), (12, 64, 33)]
+)
+def test_each_tile_is_signed_rolled_and_added_in_order(rows: int, columns: int, dim: int) -> None:
+    """Bit for bit: no way of looping over tiles may change a sketch that somebody has stored."""
+    n, name = rows * columns, "q_proj/a"
+    grads = np.random.default_rng(5).normal(size=(2, rows, columns)).astype(np.float32)
+    words = np.asarray(_random_words(jnp.uint32(3), jnp.int32(1), name, -(-n // 32) + n // dim + 1))
+    signs = np.asarray(_signs(jnp.asarray(words[n // dim + 1 :])))[:n]
+    signed, row = grads.reshape(2, n) * signs, np.zeros((2, 2 * dim), np.float32)
+    for k in range(-(-n // dim)):
+        tile, offset = signed[:, k * dim : (k + 1) * dim], int(words[k] % dim)
+        row[:, offset : offset + tile.shape[1]] += tile
+    assert np.array_equal(sketch(grads, dim, 3, 1, name), row[:, :dim] + row[:, dim:])
+
+
+@pytest.mark.parametrize(("rows", "columns", "dim"), [(64, 64, 64), (12, 13, 50), (12, 64, 33), (8, 3, 64)])
+def test_sketches_of_parts_add_up(rows: int, columns: int, dim: int) -> None:
+    grads = np.random.default_rng(6).normal(size=(2, rows, columns)).astype(np.float32)
+    of_part = jax.jit(lambda g, i: tiled_count_sketch(g, dim, jnp.uint32(0), jnp.int32(0), "q_proj/a", Part(i, 4)))
+    total = sum(
+        np.asarray(of_part(part, jnp.int32(i)), np.float64) for i, part in enumerate(np.split(grads, 4, axis=1))
+    )
+    assert relative_error(total, sketch(grads, dim)) < 1e-6
