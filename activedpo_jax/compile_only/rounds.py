@@ -192,6 +192,15 @@ class RoundPrograms:
         )
         weights = (self.held, lora, gradient, opt_state)
         learnt = [count] * len(self.labels) if training.on_newest else self.labels
+        yield Program(
+            name=f"moments at first, {self.strategy}",
+            function=staged.init_program,
+            arguments=(spec, lora),
+            weights=(self.held, lora),
+            data=state.labelled,
+            stage=stage,
+            runs=1,
+        )
         for bucket in self.task.buckets:
             microbatches = mean(parts(n, training.batch_size, training.microbatch) for n in learnt)
             yield Program(
