@@ -24,7 +24,7 @@ BY_VECTORS = sorted(name for name, strategy in STRATEGIES.items() if strategy.ne
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_picks_are_those_of_the_dense_loop_on_the_rounded_features(shape: tuple[int, int, int]) -> None:
-    """No copy of the 5,000 rows is left equal to its original by chance: duplicates stay duplicates, and tie."""
+    """The first 5,000 rows of the pool: duplicates stay duplicates, and tie."""
     features, available, labelled, _ = large_pool()
     stored = features[:5000].astype(ml_dtypes.bfloat16)
     rounded = stored.astype(np.float32)
@@ -39,7 +39,7 @@ def test_picks_are_those_of_the_dense_loop_on_the_rounded_features(shape: tuple[
     np.testing.assert_allclose(picks.scores, reference.scores, rtol=2e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 2**32 - 1), st.sampled_from([(40, 1), (40, 16), (203, 3)]), st.sampled_from([(1, 1, 1), (2, 2, 2)])
 )
@@ -49,7 +49,7 @@ def test_picks_of_random_rounded_features(seed: int, size: tuple[int, int], shap
     rounded, known = stored.astype(np.float32), rng.random(size[0]) < 0.2
     reference = dense_greedy(rounded, ~known, rounded[known], 0.3, 20)
     assume(reference.margin > 4)
-    posterior = np.asarray(condition(jnp.asarray(stored), jnp.asarray(known), 0.3))
+    posterior = np.asarray(jax.jit(condition)(stored, known, 0.3))
     assert posterior.dtype == np.float32
     static: dict[str, Any] = {"num_picks": 20, "block": size[1], "mesh": mesh_of(shape)}
     assert pick(stored, ~known, posterior, 0.3, **static).rows.tolist() == reference.rows.tolist()
@@ -74,8 +74,8 @@ def test_strategies_see_the_rounded_numbers(name: str, shape: tuple[int, int, in
     found, expected = (jax.device_get(program(x, available)) for x in (stored, stored.astype(np.float32)))
     assert found.rows.tolist() == expected.rows.tolist()
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
-    unrounded = float(resolved_lam(jnp.asarray(stored), jnp.asarray(available), 1e-9))
-    assert unrounded == float(resolved_lam(jnp.asarray(stored, jnp.float32), jnp.asarray(available), 1e-9))
+    raised = float(resolved_lam(jnp.asarray(stored), jnp.asarray(available), 1e-9))
+    assert raised == float(resolved_lam(jnp.asarray(stored, jnp.float32), jnp.asarray(available), 1e-9))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
