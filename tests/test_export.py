@@ -228,16 +228,17 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(
     _, params, lora = loaded(base)
     directory = tmp_path / "runs" / "merged"
     save = functools.partial(merged.save_merged, params, lora, LORA, str(base), "", directory, jnp.float32, 20_000)
-    write, replace = merged._write, merged.os.replace
+    replace = merged.os.replace
     for survived in (0, 2, 7):  # files
-
-        def killed(path: pathlib.Path, pieces: Any) -> None:
-            if len(list(path.parent.iterdir())) == survived:  # noqa: B023  called in this turn alone
-                raise KeyboardInterrupt
-            write(path, pieces)
-
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(merged, "_write", killed)
+            for name in ("_write", "write_atomic"):
+
+                def killed(path: pathlib.Path, content: Any, write: Any = getattr(merged, name)) -> None:
+                    if len(list(path.parent.iterdir())) == survived:  # noqa: B023  called in this turn alone
+                        raise KeyboardInterrupt
+                    write(path, content)
+
+                patch.setattr(merged, name, killed)
             save()
         assert not directory.exists()
 
