@@ -228,17 +228,17 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(
     _, params, lora = loaded(base)
     directory = tmp_path / "runs" / "merged"
     save = functools.partial(merged.save_merged, params, lora, LORA, str(base), "", directory, jnp.float32, 20_000)
-    replace = merged.os.replace
+    replace, writes = merged.os.replace, {name: getattr(merged, name) for name in ("_write", "write_atomic")}
+
+    def killed(name: str, survived: int, path: pathlib.Path, content: Any) -> None:
+        if len(list(path.parent.iterdir())) == survived:
+            raise KeyboardInterrupt
+        writes[name](path, content)
+
     for survived in (0, 2, 7):  # files
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            for name in ("_write", "write_atomic"):
-
-                def killed(path: pathlib.Path, content: Any, write: Any = getattr(merged, name)) -> None:
-                    if len(list(path.parent.iterdir())) == survived:  # noqa: B023  called in this turn alone
-                        raise KeyboardInterrupt
-                    write(path, content)
-
-                patch.setattr(merged, name, killed)
+            for name in writes:
+                patch.setattr(merged, name, functools.partial(killed, name, survived))
             save()
         assert not directory.exists()
 
