@@ -1,5 +1,6 @@
 """The launchers, against stubs of gcloud, xpk, Slurm and Docker: what they call, in which order, and when again."""
 
+import functools
 import json
 import os
 import pathlib
@@ -271,7 +272,9 @@ def test_one_machine_restarts_after_75_alone(bench: Bench, codes: list[int], end
 def test_one_machine_does_not_restart_what_somebody_ended(bench: Bench, number: signal.Signals) -> None:
     bench.plan("home", "wait", 0)
     command = ["bash", "launch/one_machine.sh", "--max_restarts=3", "none", CONFIG, "runs/x"]
-    running = subprocess.Popen(command, cwd=bench.repository, env=bench.environment)
+    # Children ignore SIGINT if the tests do, as in the background of a shell script.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(command, cwd=bench.repository, env=bench.environment, preexec_fn=heard)
     wait_for(bench.place / "waiting")
     running.send_signal(number)
     assert running.wait(timeout=30) == 75
