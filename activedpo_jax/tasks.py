@@ -272,8 +272,8 @@ def scratch_optimiser(config: ml_collections.ConfigDict) -> optimiser.OptimiserS
 def scratch_decoder(decoder: Decoder, mesh: Mesh) -> Decoder:
     """The decoder while it is trained from scratch: on the first of this process's devices alone.
 
-    Training all weights at a large rate makes the last bits of a gradient's sum, which differ between meshes, larger and
-    larger, so that every comparison between meshes would start from two base models.
+    Training all weights at a large rate makes the last bits of a gradient's sum, which differ between meshes, larger
+    and larger, so that every comparison between meshes would start from two base models.
     """
     own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     return decoder.clone(mesh=Mesh(np.array(own[:1]).reshape(1, 1, 1), layout.AXES))
