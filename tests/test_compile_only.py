@@ -352,6 +352,7 @@ def test_every_config_compiles(name: str, stand_in: Callable[[str], ml_collectio
 
 @needs_libtpu
 @pytest.mark.parametrize("name", SCALE)
+@pytest.mark.slow
 def test_weights_and_pool_of_the_configs_for_scale_fit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In full size on the topology that the docstring names, from shapes alone; compiling takes minutes."""
     monkeypatch.chdir(ROOT)

@@ -250,6 +250,7 @@ OLMO2_LIKE = dataclasses.replace(tiny.MODEL, norms="post", qk_norm="width", tie_
 
 
 @pytest.mark.parametrize("config", [GEMMA3_LIKE, OLMO2_LIKE], ids=["like gemma 3", "like olmo 2"])
+@pytest.mark.slow
 def test_features_equal_per_example_gradients(config: ModelConfig) -> None:
     decoder, params, lora = tiny.model(config=config)
 

@@ -32,7 +32,7 @@ def responses_of(decoder: Decoder, params: Params, lora: Lora, batch: Groups) ->
 
 
 @pytest.mark.parametrize("m", [2, 3])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", *(pytest.param(x, marks=pytest.mark.slow) for x in ("dots", "full"))])
 def test_equal_per_example_gradients(m: int, remat: str) -> None:
     decoder, params, lora = tiny.model(remat=remat)
     batch = tiny.groups(0, 4, m)
@@ -73,7 +73,7 @@ def test_pair_features_are_differences(normalisation: str, m: int) -> None:
     assert tiny.relative_error(got, expected) < BOUND
 
 
-@pytest.mark.parametrize("normalisation", ["response", "none"])
+@pytest.mark.parametrize("normalisation", ["response", pytest.param("none", marks=pytest.mark.slow)])
 def test_independent_of_batch_padding_and_bucket(normalisation: str) -> None:
     decoder, params, lora = tiny.model()
     spec = FeatureSpec(DIM, normalisation)

@@ -29,6 +29,7 @@ ON_POLICY = {
 
 
 @pytest.mark.parametrize("source", ["policy", "mixture"])
+@pytest.mark.slow
 def test_fused_equals_staged(source: str, tmp_path: pathlib.Path) -> None:
     changes = ON_POLICY | {"candidates.source": source}
     if source == "mixture":
@@ -52,6 +53,7 @@ def without_floats(row: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(tmp_path: pathlib.Path) -> None:
     changes = ON_POLICY | {"round.mode": "fused"}
     one = execute(tmp_path / "one", changes)

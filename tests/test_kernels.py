@@ -225,6 +225,7 @@ def gradients(kernel: str, shape: tuple[int, ...], remat: str) -> tuple[Any, str
 @pytest.mark.parametrize(
     ("shape", "remat"), [((1, 1, 1), "dots"), pytest.param((2, 2, 2), "full", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_decoder_and_features_equal_xla(kernel: str, shape: tuple[int, ...], remat: str) -> None:
     expected, _ = gradients("xla", (1, 1, 1), "none")
     got, program = gradients(kernel, shape, remat)

@@ -87,6 +87,7 @@ def logps(model: Any, tokenizer_from: pathlib.Path) -> np.ndarray:
     return out.numpy()
 
 
+@pytest.mark.slow
 def test_a_start_from_an_adapter_goes_on_from_it(command: list[str], tmp_path: pathlib.Path) -> None:
     """The adapter of one run is the start, and so the reference, of the next."""
     without_sft = [flag for flag in command if "sft.data" not in flag]
