@@ -262,6 +262,7 @@ def test_loading_quantises_each_tensor_as_the_whole_tree(form: str, tmp_path: pa
 
 
 @pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.slow
 def test_a_whole_round(form: str, tmp_path: pathlib.Path) -> None:
     config = test_round.options()
     config.model.quantisation = form

@@ -229,6 +229,7 @@ RATE = 1e-3
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.slow
 def test_microbatches_buckets_and_mesh_do_not_matter(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
