@@ -124,7 +124,8 @@ def fit(mesh: Mesh, spec: P, shape: Sequence[int]) -> NamedSharding:
 
 
 def _choose(mesh: Mesh, specs: Sequence[P], shape: Sequence[int]) -> P:
-    """The first of `specs` that leaves every device whole tiles; if there is none, that which cuts most."""
+    """Of `specs` those that leave every device whole tiles, if there are any, and of these the one that cuts most; the
+    first of equals."""
 
     def worth(spec: P) -> tuple[bool, int]:
         sizes = [1 if entry is None else axis_size(mesh, entry) for entry in fit(mesh, spec, shape).spec]

@@ -34,7 +34,7 @@ from activedpo_jax.oracles.dataset import answers
 from activedpo_jax.oracles.labels import Pending
 from activedpo_jax.oracles.noise import Noise
 from activedpo_jax.record import checkpoints, comparison, folders, inputs, metrics, report
-from activedpo_jax.record.labels import RoundRecord
+from activedpo_jax.record.labels import RoundRecord, fingerprint
 from activedpo_jax.record.saved_work import SavedWork
 from activedpo_jax.rounds.checks import check_learnt
 from activedpo_jax.rounds.picked import as_answers
@@ -66,9 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         hosts.start(command.address, cluster.detected(sys.argv[1:], os.environ))
         folders.check_workdir(folder, config, "main")
         mesh = layout.make_mesh(config.mesh)
-        first = tasks.load(
-            config, config.seeds[0], mesh, folder, hosts.readers()
-        )  # nothing is claimed before the inputs are valid
+        # Nothing is claimed before the inputs are valid.
+        first = tasks.load(config, config.seeds[0], mesh, folder, hosts.readers())
         inputs.check(folder / "inputs" / f"seed{config.seeds[0]}.json", described(config, first))
         for strategy in config.strategies:
             specs.round_spec(config, strategy, first, mesh)
@@ -143,7 +142,7 @@ def run(setting: Setting, strategy: str, folder: pathlib.Path) -> folders.RunSum
                 print(f"{strategy}, seed {setting.seed}: {late} answers came after round {number} was learnt: not used")
         for number in range(int(state.round) + 1, config.rounds + 1):
             record = RoundRecord(folder, number)
-            saved.enter(number)
+            saved.enter(number, "choice")
             picked = record.picked()
             if picked is None or rounds.one_program:
                 picked = rounds.choose(state)
@@ -154,6 +153,7 @@ def run(setting: Setting, strategy: str, folder: pathlib.Path) -> folders.RunSum
             if isinstance(verdicts, Pending):
                 return verdicts
             labels = [verdicts[question.pair_id].label for question in picked.questions]
+            saved.enter(number, f"learnt_from_{fingerprint(labels)}")  # people change their minds between two tries
             try:
                 state, training = rounds.learn(state, picked, as_answers(spec, labels))
             except Diverged as error:

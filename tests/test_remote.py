@@ -353,17 +353,17 @@ def test_checkpoints_and_work_under_way(store: ObjectServer) -> None:
     checkpoints.close()
 
     saved = SavedWork(folder, 0)
-    saved.enter(1)
+    saved.enter(1, "choice")
     saved.save("stage", (0, 2), tree)
     saved.save("stage", (2, 3), tree)
     saved.close()
-    del store.objects["runs/a/partial/001/stage/000002-000003/commit_success.txt"]
+    del store.objects["runs/a/partial/001/choice/stage/000002-000003/commit_success.txt"]
     saved = SavedWork(folder, 0)
-    saved.enter(1)
+    saved.enter(1, "choice")
     assert saved.spans("stage") == [(0, 2)]
     jax.tree.map(np.testing.assert_array_equal, saved.restore("stage", (0, 2), tree), tree)
     saved.save("stage", (2, 3), tree)
-    saved.enter(1)  # returns once it is written
+    saved.enter(1, "choice")  # returns once it is written
     assert saved.spans("stage") == [(0, 2), (2, 3)]
     saved.forget()
     saved.close()
@@ -407,7 +407,7 @@ def test_a_run_leaves_the_record_of_a_local_one(store: ObjectServer, tmp_path: p
         return lambda: all(store.names(f"there/{name}") for name in names)
 
     # Killed while the features of the first round are computed.
-    test_resume.kill_when(start(checkpoint_minutes=0), is_there("partial/001/evidence"))
+    test_resume.kill_when(start(checkpoint_minutes=0), is_there("partial/001/choice/evidence"))
     # Refused while another process works there; then it goes on, though the store fails for some seconds.
     remote.lock(there)
     refused = finish(start(), 2)

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from activedpo_jax import errors, layout, specs
 from activedpo_jax.evaluation import heldout
 from activedpo_jax.models.policy import Policy
+from activedpo_jax.oracles.labels import Label, Preference
+from activedpo_jax.record.labels import fingerprint
 from activedpo_jax.record.saved_work import SavedWork
 from activedpo_jax.resumable import pieces
 from activedpo_jax.rounds import staged
@@ -138,7 +140,7 @@ def test_a_damaged_piece_is_done_again_and_named(
     saved = SavedWork(tmp_path, 0)
     whole = staged.pool_evidence(spec, policy, state, data, BUCKETS, saved)["features"]
     saved.close()
-    (stage,) = (tmp_path / "partial" / "000").iterdir()
+    (stage,) = (tmp_path / "partial" / "000" / "all").iterdir()
     damaged = sorted(stage.iterdir())[1]
     for file in damaged.rglob("*"):
         if file.is_file():
@@ -147,7 +149,7 @@ def test_a_damaged_piece_is_done_again_and_named(
     again = staged.pool_evidence(spec, policy, state, data, BUCKETS, saved)["features"]
     np.testing.assert_array_equal(again, whole)
     assert f"{damaged}: cannot be read, and is done again" in capsys.readouterr().out
-    saved.enter(7)
+    saved.enter(7, "choice")
     assert list(saved.spans(stage.name)) == []
     saved.forget_others()
     assert not list((tmp_path / "partial").iterdir())
@@ -185,6 +187,26 @@ def test_training_resumes_within_an_epoch_bit_for_bit(
         np.testing.assert_array_equal(a, b)
 
 
+def test_training_on_other_labels_begins_anew(setting: Any, tmp_path: pathlib.Path) -> None:
+    """As where somebody changes an answer after the process was killed."""
+    spec, policy, state, data = setting
+    chosen, answers = asked(spec, data)
+    other = chosen, answers._replace(preferences=1 - answers.preferences)
+    whole, _ = staged.train(spec, policy, state, other, BUCKETS)
+    parts: list[str] = []
+    said: list[tuple[Any, Preference]] = [((chosen, answers), "first"), (other, "second")]
+    for what, preference in said:
+        saved = SavedWork(tmp_path, 0)
+        parts.append(f"learnt_from_{fingerprint([Label('a', preference, 'people', time='now')])}")
+        saved.enter(1, parts[-1])
+        found, _ = staged.train(spec, policy, state, what, BUCKETS, saved)
+        saved.close()
+    jax.tree.map(np.testing.assert_array_equal, found.lora, whole.lora)
+    assert len(set(parts)) == 2
+    assert fingerprint([Label("a", "first", "a tool", time="later")]) == parts[0].removeprefix("learnt_from_")
+    assert fingerprint([Label("a", "first", "people", weight=0.5)]) not in "".join(parts)
+
+
 def test_a_signal_saves_and_ends(setting: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, policy, state, data = setting
     monkeypatch.setattr(errors, "signalled", lambda: True)
@@ -196,7 +218,7 @@ def test_a_signal_saves_and_ends(setting: Any, tmp_path: pathlib.Path, monkeypat
     saved = SavedWork(tmp_path, 60)
     with pytest.raises(Kill):
         staged.pool_evidence(spec, policy, state, data, BUCKETS, saved)
-    (stage,) = (tmp_path / "partial" / "000").iterdir()
+    (stage,) = (tmp_path / "partial" / "000" / "all").iterdir()
     assert saved.spans(stage.name) == [(0, 1)]  # whole on disk before the end
 
 

@@ -88,8 +88,8 @@ def test_killed_runs_equal_the_uninterrupted_one_bit_for_bit(tmp_path: pathlib.P
     # While the features of the first round are computed, and again while it trains.
     partial = killed / "partial" / "001"
     everything = {"checkpoint_minutes": 0}
-    kill_when(start(killed, "staged", **everything), lambda: len(list(partial.glob("evidence*/0*-0*"))) > 1)
-    kill_when(start(killed, "staged", **everything), lambda: len(list(partial.glob("training/0*-0*"))) > 0)
+    kill_when(start(killed, "staged", **everything), lambda: len(list(partial.glob("*/evidence*/0*-0*"))) > 1)
+    kill_when(start(killed, "staged", **everything), lambda: len(list(partial.glob("*/training/0*-0*"))) > 0)
     assert not (killed / "checkpoints" / "1").exists()
     # After the labels of round 2 have come in, before anything was learnt from them.
     files = [killed / "rounds" / "002" / name for name in ("asked.jsonl", "labels.jsonl")]

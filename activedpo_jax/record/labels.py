@@ -11,6 +11,7 @@ several processes, the first alone reads, writes and asks.
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import math
 import pathlib
@@ -209,6 +210,12 @@ def verdict(labels: Sequence[Label]) -> Verdict:
         time=max(label.time for label in votes),
     )
     return Verdict(label, agreement)
+
+
+def fingerprint(labels: Sequence[Label]) -> str:
+    """Of what is learnt from a round's labels, in pick order."""
+    learnt = [(label.pair_id, label.preference, label.weight) for label in labels]
+    return hashlib.blake2b(json.dumps(learnt).encode(), digest_size=8).hexdigest()
 
 
 def _latest(labels: Sequence[Label]) -> dict[tuple[str, str], Label]:

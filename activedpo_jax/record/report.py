@@ -106,11 +106,11 @@ def round_notes(spec: RoundSpec, entry: RoundSummary) -> dict[str, str]:
 def where_diverged(folder: pathlib.Path, spec: RoundSpec, number: int, error: Diverged) -> str:
     """The pairs of the step whose loss was not finite, and the last good checkpoint of the run in `folder`."""
     per_round, names = spec.selection.labels_per_round, []
-    for slot in error.slots[:8]:
+    for slot in error.examples[:8]:
         picked = RoundRecord(folder, slot // per_round + 1).picked()
         assert picked is not None
         names.append(picked.questions[slot % per_round].pair_id)
-    more = ", ..." if len(error.slots) > len(names) else ""
+    more = ", ..." if len(error.examples) > len(names) else ""
     return f"Its pairs: {', '.join(names)}{more}; the last good checkpoint: {folder / 'checkpoints' / str(number - 1)}"
 
 

@@ -1,9 +1,10 @@
 """Work in progress on disk, so that a kill costs minutes of a stage and not the stage.
 
-DIR/partial/NNN/<stage>/<first>-<end>/    of round NNN, pieces of a stage (features, responses, log-probs), or the state
-                                          after `end` steps of training
+DIR/partial/NNN/<part>/<stage>/<first>-<end>/    of a part of round NNN, pieces of a stage (features, responses,
+                                                 log-probs), or the state after `end` steps of training
 
-Orbax writes them in the background, every process its own shards.  They are deleted once what came of them is saved.
+What a part of a round depends on is in its name: training on other labels is another part.  Orbax writes in the
+background, every process its own shards.  All is deleted once what came of it is saved.
 """
 
 import pathlib
@@ -29,7 +30,7 @@ class SavedWork:
 
     def __init__(self, folder: pathlib.Path, minutes: float) -> None:
         self._root, self._clock = folder.absolute() / "partial", Clock(minutes)
-        self._folder = self._root / "000"
+        self._folder = self._root / "000" / "all"
         self._writer = ocp.StandardCheckpointer()
         self._obsolete: pathlib.Path | None = None  # replaced by what is being written
 
@@ -71,15 +72,15 @@ class SavedWork:
     def is_due(self) -> bool:
         return self._clock.is_due()
 
-    def enter(self, number: int) -> None:
-        """From here on the work is that of round `number`."""
+    def enter(self, number: int, part: str) -> None:
+        """From here on the work is this part of round `number`."""
         self._finish()
-        self._folder = self._root / f"{number:03d}"
+        self._folder = self._root / f"{number:03d}" / part
         self._clock.restart()
 
     def forget_others(self) -> None:
         """Deletes the work of the other rounds, which has led to a checkpoint."""
-        _delete_but(self._root, self._folder.name)
+        _delete_but(self._root, self._folder.parent.name)
 
     def forget(self) -> None:
         """Deletes all work: what came of it is saved."""

@@ -18,12 +18,12 @@ from activedpo_jax.oracles.labels import Label, Preference, Question
 from activedpo_jax.oracles.reward import Reward, preferences
 from activedpo_jax.rounds.checks import check_picks
 from activedpo_jax.rounds.choose import DeviceCandidates, Rows, choose
-from activedpo_jax.rounds.learn import learn
+from activedpo_jax.rounds.learn import learn, training_work
 from activedpo_jax.rounds.picked import Picked, picked
 from activedpo_jax.rounds.spec import RoundSpec
 from activedpo_jax.rounds.state import Answers, Chosen, RoundResult, RunState
 from activedpo_jax.training import losses, optimiser
-from activedpo_jax.training.loop import Work, diverged
+from activedpo_jax.training.loop import Diverged
 
 Ask = Callable[[Chosen], Answers]  # a `jax.tree_util.Partial`, so that arrays in it are arguments of the program
 Source = Callable[[RoundSpec, Policy, RunState], DeviceCandidates]  # likewise
@@ -182,8 +182,5 @@ class FusedRound:
         number, step = int(after.round), int(result.good_steps)
         schedule = self._schedule(number, int(after.seed))
         if step < schedule.num_steps:
-            work = Work(f"training, round {number}", 0, schedule.num_steps, "config.dpo.learning_rate")
-            error = diverged(work, step, float(result.training.loss))
-            error.slots = schedule.slots[step][schedule.weight[step] > 0].tolist()
-            raise error
+            raise Diverged(training_work(number, schedule), step, float(result.training.loss))
         return after, result.training

@@ -14,6 +14,13 @@ from activedpo_jax.rounds.choose import labelled_vectors
 from activedpo_jax.rounds.spec import RoundSpec
 from activedpo_jax.rounds.state import Answers, Chosen, Labelled, RunState
 from activedpo_jax.training import losses, optimiser
+from activedpo_jax.training.loop import Work
+
+
+def training_work(number: int, schedule: optimiser.BatchSchedule, done: int = 0) -> Work:
+    """The optimiser steps of round `number`, after the first `done`."""
+    label, option = f"training, round {number}", "config.dpo.learning_rate"
+    return Work(label, done, schedule.num_steps, option, schedule.examples)
 
 
 class Measured(NamedTuple):

@@ -31,7 +31,7 @@ from activedpo_jax.rounds.spec import RoundSpec
 from activedpo_jax.rounds.state import Answers, Chosen, Labelled, RunState, vector_size
 from activedpo_jax.selection.greedy import Picks
 from activedpo_jax.training import losses, optimiser
-from activedpo_jax.training.loop import Diverged, Work, descend
+from activedpo_jax.training.loop import descend
 
 evidence_program = jax.jit(choose.chunk_evidence, static_argnums=0)
 vectors_program = jax.jit(choose.labelled_vectors, static_argnums=0)
@@ -269,18 +269,14 @@ def train(
         return *update_program(spec, lora, opt_state, gradient, *count), metrics
 
     done, learning = _resumed(spec, policy, state, saved)
-    work = Work(f"training, round {number}", done, schedule.num_steps, "config.dpo.learning_rate")
-    try:
-        for step in descend(work, learning.lora, learning.opt_state, advance):
-            sums = learning.sums
-            if step.number > schedule.num_steps - schedule.steps_per_epoch:
-                sums = jax.tree.map(jnp.add, sums, step.report)
-            learning = Learning(step.weights, step.opt_state, sums)
-            if saved.is_due():
-                saved.replace(_TRAINING, step.number, learning)
-    except Diverged as error:
-        error.slots = schedule.slots[error.step][schedule.weight[error.step] > 0].tolist()
-        raise
+    work = learn.training_work(number, schedule, done)
+    for step in descend(work, learning.lora, learning.opt_state, advance):
+        sums = learning.sums
+        if step.number > schedule.num_steps - schedule.steps_per_epoch:
+            sums = jax.tree.map(jnp.add, sums, step.report)
+        learning = Learning(step.weights, step.opt_state, sums)
+        if saved.is_due():
+            saved.replace(_TRAINING, step.number, learning)
     state = RunState(learning.lora, labelled, state.seed, state.round + 1)
     if not schedule.num_steps:
         return state, None

@@ -1,6 +1,6 @@
 """The one training loop, for the synthetic task's base model, SFT and DPO."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ class Work(NamedTuple):
     first: int  # the first step to take, from 0
     total: int
     rate_option: str  # the option to lower if the loss diverges
+    examples: Callable[[int], list[int]] = lambda step: []  # of a step, places among those that are learnt
 
 
 class Step(NamedTuple):
@@ -32,24 +33,14 @@ class Step(NamedTuple):
 
 
 class Diverged(FloatingPointError):
-    """A loss is not finite.
+    """The loss of a step, counted from 0, is not finite."""
 
-    Args:
-      step: from 0.
-      slots: the examples of that step, places among those that are learnt.
-    """
-
-    def __init__(self, message: str, step: int, slots: Sequence[int] = ()) -> None:
-        super().__init__(message)
-        self.step, self.slots = step, list(slots)
-
-
-def diverged(work: Work, step: int, loss: float) -> Diverged:
-    return Diverged(
-        f"{work.label}, step {step + 1} of {work.total}: the loss is {loss}; lower {work.rate_option}.  Nothing of "
-        "this step was saved",
-        step,
-    )
+    def __init__(self, work: Work, step: int, loss: float) -> None:
+        super().__init__(
+            f"{work.label}, step {step + 1} of {work.total}: the loss is {loss}; lower {work.rate_option}.  Nothing "
+            "of this step was saved"
+        )
+        self.examples = work.examples(step)
 
 
 def descend(work: Work, weights: Any, opt_state: optax.OptState, advance: Advance) -> Iterator[Step]:
@@ -63,7 +54,7 @@ def descend(work: Work, weights: Any, opt_state: optax.OptState, advance: Advanc
             weights, opt_state, report = advance(step, weights, opt_state)
             loss = float(report[0])
             if not np.isfinite(loss):
-                raise diverged(work, step, loss)
+                raise Diverged(work, step, loss)
             yield Step(step + 1, weights, opt_state, report)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()

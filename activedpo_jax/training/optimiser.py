@@ -144,6 +144,10 @@ class BatchSchedule(NamedTuple):
     num_steps: int
     steps_per_epoch: int
 
+    def examples(self, step: int) -> list[int]:
+        """The labels of a step."""
+        return [int(slot) for slot in self.slots[step][self.weight[step] > 0]]
+
 
 def batch_schedule(
     usable: np.ndarray, epochs: int, batch_size: int, width: int, max_steps: int, seed: int
