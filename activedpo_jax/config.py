@@ -206,6 +206,11 @@ OPTIONS: dict[str, Option] = {
         "earlier labels: a filled-in label file, or pair ids in a .txt; these pairs count in V, and are not picked",
     ),
     "select.budget": Option(50, "pairs to pick", EXAMPLES),
+    "select.in_blocks": Option(
+        False,
+        "features stay on the host, those of a .npy file on disk, and go to the devices in blocks of selection.block "
+        "rows each: for pools that devices cannot hold; same picks",
+    ),
     "candidates.source": Option(
         "pool",
         "where a round's responses come from: the data's own pairs, the current policy, or both",

@@ -103,6 +103,12 @@ def check_options(config: ml_collections.ConfigDict) -> None:
             f"config.strategies: {strategy.name} needs {' and '.join(sorted(strategy.needs))} from a model, and "
             f"config.select.features has features alone; expected one of {', '.join(usable)}, or no select.features"
         )
+    if config.select.in_blocks and not strategy.gains:
+        usable = [name for name, other in STRATEGIES.items() if other.gains]
+        raise ValueError(
+            f"config.select.in_blocks: got True with strategy {strategy.name}, which ranks all rows at once; expected "
+            f"one of {', '.join(usable)}, or no select.in_blocks"
+        )
     if config.sft.data and not config.select.features:
         raise ValueError(
             f"config.sft.data: got {config.sft.data!r}, but `select` trains nothing; expected an empty one: run "
@@ -168,7 +174,7 @@ def read_features(path: pathlib.Path, num_pairs: int) -> np.ndarray:
 def _read_array(path: pathlib.Path) -> np.ndarray:
     if path.suffix == ".npy":
         try:
-            return np.asarray(np.load(path, allow_pickle=False))
+            return np.load(path, mmap_mode="r", allow_pickle=False)  # rows are read when they are looked at
         except ValueError as error:  # also where the file is cut short
             raise ValueError(
                 f"{path}: not an array of numbers that NumPy has saved ({error}); write it again"
@@ -284,7 +290,14 @@ def rank(
     available = np.array([name not in labelled for name in pool.pair_ids])
     counted = np.array([labelled.get(name, False) for name in pool.pair_ids])
     known = evidence[strategy.design][counted] if strategy.design else None
-    query = host.Query(strategy, config.select.budget, float(selection.lam), selection.block, config.seeds[0])
+    query = host.Query(
+        strategy,
+        config.select.budget,
+        float(selection.lam),
+        selection.block,
+        config.seeds[0],
+        config.select.in_blocks,
+    )
     choice = host.choose(query, {**evidence, "groups": pool.pairs[:, 0]}, available, known, mesh)
 
     if choice.fallback:

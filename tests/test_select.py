@@ -18,6 +18,7 @@ from activedpo_jax import main, select
 from activedpo_jax.data.records import read_records
 from activedpo_jax.data.tokenize import tokenize
 from activedpo_jax.oracles import formats
+from activedpo_jax.selection.posterior import FLOOR, TIE
 from tests.test_api import CONFIG, ROWS, greedy, save_model
 from tests.tiny_tokenizer import CHATML, make_tokenizer
 
@@ -69,6 +70,35 @@ def ranked(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 def pool_of(path: pathlib.Path) -> Any:
     return tokenize(read_records(str(path)), TOKENIZER(), "chat", 64, 64, 3)
+
+
+# The second λ is raised to the least at which scores are known: to TIE / FLOOR.
+@pytest.mark.parametrize(("lam", "rounding"), [("1", 1e-5), ("1e-7", TIE / FLOOR)])
+def test_picks_in_blocks_are_the_same(command: list[str], tmp_path: pathlib.Path, lam: str, rounding: float) -> None:
+    arguments = [*command, f"--config.selection.lam={lam}", "--config.selection.block=2"]
+    select.main(arguments)
+    whole = ranked(tmp_path / "out")
+    (tmp_path / "answers.jsonl").write_text(
+        "".join(json.dumps({"pair_id": row["pair_id"], "preference": "first"}) + "\n" for row in whole)
+    )
+    for more in ([], [f"--config.select.labelled={tmp_path / 'answers.jsonl'}"]):
+        found = []
+        for in_blocks in ("false", "true"):
+            folder = tmp_path / f"{in_blocks}{len(more)}"
+            arguments[arguments.index("--workdir") + 1] = str(folder)
+            select.main([*arguments, *more, f"--config.select.in_blocks={in_blocks}"])
+            found.append(ranked(folder))
+        assert len(found[0]) == 5
+        for row, other in zip(*found, strict=True):
+            for number in ("score", "information_gain"):
+                assert row.pop(number) == pytest.approx(other.pop(number), rel=1e-5, abs=rounding)
+            assert row == other
+
+
+def test_blocks_are_for_strategies_that_pick_one_by_one(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        select.main([*command, "--config.select.in_blocks=true", "--config.strategies=activedpo_topk"])
+    assert "with strategy activedpo_topk, which ranks all rows at once; expected one of" in capsys.readouterr().err
 
 
 def test_picks_of_given_features(

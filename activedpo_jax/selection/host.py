@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from activedpo_jax import layout
 from activedpo_jax.selection.greedy import Picks
-from activedpo_jax.selection.posterior import information_gain
+from activedpo_jax.selection.posterior import condition, information_gain, raised_lam
 from activedpo_jax.selection.strategies import Evidence, Strategy, conditioned
+from activedpo_jax.selection.streamed import streamed
 
 
 class Choice(NamedTuple):
@@ -36,6 +37,7 @@ class Query:
     lam: float  # λ of V = λI + Σ φφᵀ
     block: int  # candidates that each device holds while selecting
     seed: int  # of all random numbers
+    in_blocks: bool = False  # the design's vectors stay on the host; for strategies with `gains`
 
 
 def choose(
@@ -55,6 +57,44 @@ def choose(
     Raises:
       FloatingPointError: the scores are not finite.
     """
+    design = query.strategy.design
+    if known is None and design is not None:
+        known = np.zeros((0, evidence[design].shape[1]), np.float32)
+    if query.in_blocks:
+        assert query.strategy.gains and design is not None and known is not None
+        picks, lam = _in_blocks(query, evidence[design], available, known, mesh)
+    else:
+        picks, lam = _on_devices(query, evidence, available, known, mesh)
+    rows, scores, fallback = np.asarray(picks.rows, np.int64), np.asarray(picks.scores), bool(picks.fallback)
+    if np.any(rows < 0) or not np.all(np.isfinite(scores)):
+        raise FloatingPointError(f"{query.strategy.name}: the scores are not finite; raise λ, or scale the features")
+    gain = float(information_gain(jnp.asarray(scores))) if query.strategy.gains and not fallback else None
+    return Choice(rows, scores, gain, float(lam), fallback)
+
+
+def _in_blocks(
+    query: Query, vectors: np.ndarray, available: np.ndarray, known: np.ndarray, mesh: Mesh
+) -> tuple[Picks, jax.Array]:
+    """The picks, and λ as used, where the vectors stay on the host."""
+    rows = range(0, len(vectors), query.block)
+    squares = (np.einsum("nd,nd->n", vectors[i : i + query.block], vectors[i : i + query.block]) for i in rows)
+    largest = max(
+        np.max(x, where=available[i : i + query.block], initial=0.0) for i, x in zip(rows, squares, strict=True)
+    )
+    lam = raised_lam(largest, query.lam)
+    posterior = condition(jnp.asarray(known), jnp.ones(len(known), bool), lam)
+    picks = streamed(vectors, available, posterior, lam, num_picks=query.count, block=query.block, mesh=mesh)
+    return jax.device_get((picks, lam))
+
+
+def _on_devices(
+    query: Query,
+    evidence: Mapping[str, np.ndarray],
+    available: np.ndarray,
+    known: np.ndarray | None,
+    mesh: Mesh,
+) -> tuple[Picks, jax.Array]:
+    """The picks, and λ as used."""
     padding = -available.size % mesh.size  # rows that cannot be picked make N a multiple of the devices
 
     def place(x: np.ndarray) -> jax.Array:
@@ -62,15 +102,7 @@ def choose(
         return layout.put(padded, layout.rows(mesh))
 
     seen = Evidence(**{name: place(x) for name, x in evidence.items()})
-    design = query.strategy.design
-    if known is None and design is not None:
-        known = np.zeros((0, evidence[design].shape[1]), np.float32)
-    picks, lam = jax.device_get(_program(query, mesh, seen, place(available), known))
-    rows, scores, fallback = np.asarray(picks.rows, np.int64), np.asarray(picks.scores), bool(picks.fallback)
-    if np.any(rows < 0) or not np.all(np.isfinite(scores)):
-        raise FloatingPointError(f"{query.strategy.name}: the scores are not finite; raise λ, or scale the features")
-    gain = float(information_gain(jnp.asarray(scores))) if query.strategy.gains and not fallback else None
-    return Choice(rows, scores, gain, float(lam), fallback)
+    return jax.device_get(_program(query, mesh, seen, place(available), known))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -113,7 +113,11 @@ def resolved_lam(features: jax.Array, available: jax.Array, lam: jax.Array | flo
     Args:
       features: [N, D] float32 or bfloat16; available: [N] bool, the rows that count.
     """
-    largest = jnp.max(jnp.where(available, prior_variances(features, 1.0), 0.0))
+    return raised_lam(jnp.max(jnp.where(available, prior_variances(features, 1.0), 0.0)), lam)
+
+
+def raised_lam(largest: jax.Array | float, lam: jax.Array | float) -> jax.Array:
+    """`resolved_lam` of features whose largest ‖φ‖² is known."""
     return jnp.maximum(jnp.float32(lam), FLOOR * jnp.where(jnp.isfinite(largest), largest, 0.0))
 
 
