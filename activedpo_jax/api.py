@@ -32,7 +32,7 @@ from activedpo_jax.huggingface import loading
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.models.policy import Policy
-from activedpo_jax.rounds import staged
+from activedpo_jax.rounds.pool_evidence import pool_evidence
 from activedpo_jax.rounds.state import initial_state
 from activedpo_jax.selection import host, strategies
 from activedpo_jax.selection.host import Choice
@@ -236,7 +236,7 @@ def evidence(model: Model, pool: PairPool, strategy: str) -> dict[str, np.ndarra
     config = copy.deepcopy(model.config)
     # The evidence does not depend on these; other values could be refused.
     config.rounds = config.labels_per_round = 1
-    config.candidates.source, config.round.mode = "pool", "staged"
+    config.candidates.source, config.round.mode, config.features.placement = "pool", "staged", "devices"
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), model.params)
     task = tasks.Task(
         decoder=model.decoder,
@@ -250,7 +250,7 @@ def evidence(model: Model, pool: PairPool, strategy: str) -> dict[str, np.ndarra
     )
     spec = specs.round_spec(config, strategy, task, model.mesh)
     state = initial_state(spec, model.adapter, model.seed)
-    found = staged.pool_evidence(spec, model.policy, state, pool, task.buckets)
+    found = pool_evidence(spec, model.policy, state, pool, task.buckets)
     return {name: np.asarray(x)[: pool.num_pairs] for name, x in found.items()}
 
 

@@ -185,6 +185,12 @@ OPTIONS: dict[str, Option] = {
     "features.normalisation": Option(
         "response", "whether the gradient of each response is scaled to unit length", choices=("response", "none")
     ),
+    "features.placement": Option(
+        "devices",
+        "where a round's features, or embeddings, are while it selects; host: in a temporary file of each host, and "
+        "on the devices in blocks of selection.block rows each; same picks",
+        choices=("devices", "host"),
+    ),
     "features.groups_per_chunk": Option(8, "prompts, with their responses, that go through at a time", EXAMPLES),
     # Which pairs are asked about
     "selection.lam": Option(1.0, "λ of V = λI + Σ φφᵀ"),
@@ -194,6 +200,17 @@ OPTIONS: dict[str, Option] = {
         choices=("refreshed", "frozen"),
     ),
     "selection.block": Option(1024, "candidates that a device holds while selecting"),
+    "selection.pass_every": Option(
+        1,
+        "rounds from one pass over all candidates to the next; 0: the first round alone has one; between passes their "
+        "features, or what else the strategy looks at, stay as they were",
+        NOT_NEGATIVE,
+    ),
+    "selection.in_reach": Option(
+        False,
+        "between passes, pairs that would be picked are computed anew until all picks are of the current θ; "
+        "approximate: a pair that has become better since the last pass may be missed",
+    ),
     "selection.entropy_samples": Option(
         8, "responses a prompt from which `aplp` estimates its entropy", between(1, 1024)
     ),

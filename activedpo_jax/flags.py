@@ -72,8 +72,10 @@ COMMANDS: dict[str, Usage] = {
     "select": Usage(
         "which pairs to label, for those who train elsewhere",
         (
-            *("strategies", "seeds", "select.*", *_MODEL_AND_TEXTS, "data.train", "data.train_split"),
-            *("data.train_limit", "features.*", "selection.lam", "selection.block", "selection.entropy_samples"),
+            *("strategies", "seeds", "select.*", *_MODEL_AND_TEXTS),
+            *("data.train", "data.train_split", "data.train_limit"),
+            *(f"features.{name}" for name in ("dim", "dtype", "normalisation", "groups_per_chunk")),
+            *("selection.lam", "selection.block", "selection.entropy_samples"),
             *("generation.max_new_tokens", "mesh.*"),
         ),
     ),

@@ -5,6 +5,7 @@ from typing import Any
 
 import ml_collections
 
+from activedpo_jax.config import OPTIONS
 from activedpo_jax.errors import UsageError
 from activedpo_jax.files import flatten
 
@@ -110,6 +111,21 @@ def _check_oracle(config: ml_collections.ConfigDict) -> None:
             f"config.candidates.prompts_per_round: got {config.candidates.prompts_per_round} with "
             "candidates.source='pool', which takes all pairs; expected 0, or candidates.source='policy' or 'mixture'"
         )
+    passes = config.selection.pass_every
+    if config.selection.in_reach and passes == 1:
+        raise wrong("selection.in_reach", True, "False with selection.pass_every=1, which computes everything anew")
+    if passes != 1 and source != "pool":
+        raise UsageError(
+            f"config.selection.pass_every: got {passes} with candidates.source={source!r}, whose candidates are others "
+            "in every round; expected 1, or candidates.source='pool'"
+        )
+    for name in ("selection.pass_every", "features.placement"):
+        value = flatten(config)[name]
+        if mode == "fused" and value != OPTIONS[name].default:
+            raise UsageError(
+                f"config.{name}: got {value!r} with round.mode='fused', a program that computes all and keeps it on "
+                f"the devices; expected {OPTIONS[name].default!r}, or round.mode='auto' or 'staged'"
+            )
     if mode == "fused" and kind in ("function", "people"):
         raise UsageError(
             f"config.round.mode: got 'fused' with oracle.kind={kind!r}, whose answers come from outside the "

@@ -31,6 +31,18 @@ class SavedWork(Protocol):
         """Whether what has been done since the last time should be kept now.  Every process asks after each piece."""
         ...
 
+    def lasts(self, number: int) -> None:
+        """What is kept of round `number` and of those after it is needed in later rounds, too."""
+        ...
+
+    def of_round(self, number: int) -> "SavedWork":
+        """What is kept of the same part of another round, to be read."""
+        ...
+
+    def stages(self, beginning: str) -> Sequence[str]:
+        """The names of the stages of which something is kept that begin so."""
+        ...
+
 
 class NothingSaved:
     """For work that is short, or begins again."""
@@ -42,7 +54,7 @@ class NothingSaved:
         raise AssertionError("nothing is kept")
 
     def save(self, stage: str, span: tuple[int, int], tree: Any) -> None:
-        raise AssertionError("nothing is due")
+        pass
 
     def replace(self, stage: str, count: int, tree: Any) -> None:
         raise AssertionError("nothing is due")
@@ -50,18 +62,33 @@ class NothingSaved:
     def is_due(self) -> bool:
         return False
 
+    def lasts(self, number: int) -> None:
+        pass
+
+    def of_round(self, number: int) -> "NothingSaved":
+        return self
+
+    def stages(self, beginning: str) -> Sequence[str]:
+        return ()
+
 
 NOTHING_SAVED = NothingSaved()
 
 
 def pieces(
-    saved: SavedWork, stage: str, count: int, compute: Callable[[int], Any], like: Callable[[int], Any]
+    saved: SavedWork,
+    stage: str,
+    count: int,
+    compute: Callable[[int], Any],
+    like: Callable[[int], Any],
+    complete: bool = False,
 ) -> Iterator[Any]:
     """The results of `compute(0)` to `compute(count − 1)`, those that are kept first; keeps the others from time to
     time.
 
     Args:
       like: of the number of a piece, the shapes, dtypes and shardings of its result.
+      complete: all are kept at the end, since they are needed later.
     """
     done = 0
     for first, end in saved.spans(stage):
@@ -74,6 +101,6 @@ def pieces(
     for i in range(done, count):
         fresh.append(compute(i))
         yield fresh[-1]
-        if saved.is_due():
+        if saved.is_due() or (complete and i + 1 == count):
             saved.save(stage, (i + 1 - len(fresh), i + 1), fresh)
             fresh = []

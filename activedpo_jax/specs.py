@@ -10,7 +10,8 @@ from activedpo_jax.data.groups import Bucket, assign_buckets
 from activedpo_jax.data.ragged import sizes_of
 from activedpo_jax.evidence.gradients import FeatureSpec
 from activedpo_jax.evidence.registry import EvidenceSpec
-from activedpo_jax.rounds.spec import RoundSpec, SelectionSpec, TrainingSpec
+from activedpo_jax.rounds.spec import PassSpec, RoundSpec, SelectionSpec, TrainingSpec
+from activedpo_jax.selection import strategies
 from activedpo_jax.tasks import Task
 from activedpo_jax.training.losses import LossSpec
 from activedpo_jax.training.optimiser import DpoSpec, OptimiserSpec
@@ -24,7 +25,8 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: Task, mes
     """The options of a round.
 
     Raises:
-      ValueError: the run would need more pairs than the pool has; the policy's responses are longer than the buckets.
+      ValueError: the run would need more pairs than the pool has; the policy's responses are longer than the buckets;
+        the strategy cannot pick from features on the host.
     """
     capacity, source = config.rounds * config.labels_per_round, config.candidates.source
     if source == "pool" and task.pool and capacity > task.pool.num_pairs:
@@ -37,6 +39,13 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: Task, mes
         raise ValueError(
             f"config.generation.max_new_tokens={length}: the longest response in config.data.buckets has "
             f"{bucket.response} tokens; lower the one, or add a larger bucket"
+        )
+    rule = strategies.get(strategy)
+    if config.features.placement == "host" and rule.needs & {"features", "embeddings"} and not rule.gains:
+        usable = [name for name, other in strategies.STRATEGIES.items() if other.gains]
+        raise ValueError(
+            f"config.features.placement: got 'host' with strategy {strategy}, which ranks all features at once; "
+            f"expected 'devices', or one of {', '.join(usable)} in config.strategies"
         )
     if is_fused(config, task):
         bucket = one_bucket(task, source)
@@ -77,6 +86,11 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: Task, mes
         chunk=layout.round_up(config.features.groups_per_chunk, mesh),
         pool_only=source == "pool",
         hidden_size=task.decoder.config.hidden_size,
+        passes=PassSpec(
+            every=config.selection.pass_every,
+            in_reach=config.selection.in_reach,
+            on_host=config.features.placement == "host",
+        ),
     )
 
 
@@ -108,7 +122,8 @@ def is_fused(config: ml_collections.ConfigDict, task: Task) -> bool:
       ValueError: `fused` is asked for, but the candidates do not fit into one program.
     """
     source, mode = config.candidates.source, config.round.mode
-    if mode == "staged" or config.oracle.kind in ("function", "people"):
+    needs_stages = config.selection.pass_every != 1 or config.features.placement == "host"
+    if mode == "staged" or config.oracle.kind in ("function", "people") or needs_stages:
         return False
     one_shape = fits_one_program(task)
     if source == "mixture" and task.pool:

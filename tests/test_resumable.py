@@ -17,8 +17,9 @@ from activedpo_jax.models.policy import Policy
 from activedpo_jax.oracles.labels import Label, Preference
 from activedpo_jax.record.labels import fingerprint
 from activedpo_jax.record.saved_work import SavedWork
-from activedpo_jax.resumable import pieces
-from activedpo_jax.rounds import staged
+from activedpo_jax.resumable import NothingSaved, pieces
+from activedpo_jax.rounds import pool_pass, staged
+from activedpo_jax.rounds.pool_evidence import pool_evidence
 from activedpo_jax.rounds.state import Answers, Chosen, RunState, initial_state
 from activedpo_jax.selection.greedy import Picks
 from activedpo_jax.tasks import Task
@@ -28,7 +29,7 @@ from tests.test_round import options
 from tests.test_stages import BUCKETS, pool
 
 
-class InMemory:
+class InMemory(NothingSaved):
     """As `SavedWork` on disk, with chosen moments."""
 
     def __init__(self, due: Iterator[bool]) -> None:
@@ -110,9 +111,9 @@ def test_features_of_a_killed_pass_are_read_not_computed_again(
     setting: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, minutes: float
 ) -> None:
     spec, policy, state, data = setting
-    whole = staged.pool_evidence(spec, policy, state, data, BUCKETS)["features"]
-    chunks = len(staged.Chunks(data, BUCKETS, spec.chunk))
-    program, calls = staged.evidence_program, 0
+    whole = pool_evidence(spec, policy, state, data, BUCKETS)["features"]
+    chunks = len(pool_pass.Chunks(data, BUCKETS, spec.chunk))
+    program, calls = pool_pass.evidence_program, 0
 
     def counted(*args: Any) -> Any:
         nonlocal calls
@@ -122,12 +123,12 @@ def test_features_of_a_killed_pass_are_read_not_computed_again(
     killed = SavedWork(tmp_path, minutes)
     with monkeypatch.context() as patch, pytest.raises(Kill):
         # One call is for the shapes alone.
-        patch.setattr(staged, "evidence_program", dying(program, 4))
-        staged.pool_evidence(spec, policy, state, data, BUCKETS, killed)
+        patch.setattr(pool_pass, "evidence_program", dying(program, 4))
+        pool_evidence(spec, policy, state, data, BUCKETS, killed)
     killed.close()
     saved = SavedWork(tmp_path, minutes)
-    monkeypatch.setattr(staged, "evidence_program", counted)
-    again = staged.pool_evidence(spec, policy, state, data, BUCKETS, saved)["features"]
+    monkeypatch.setattr(pool_pass, "evidence_program", counted)
+    again = pool_evidence(spec, policy, state, data, BUCKETS, saved)["features"]
     saved.close()
     np.testing.assert_array_equal(again, whole)
     assert calls == (chunks - 3 if minutes == 0 else chunks)
@@ -138,7 +139,7 @@ def test_a_damaged_piece_is_done_again_and_named(
 ) -> None:
     spec, policy, state, data = setting
     saved = SavedWork(tmp_path, 0)
-    whole = staged.pool_evidence(spec, policy, state, data, BUCKETS, saved)["features"]
+    whole = pool_evidence(spec, policy, state, data, BUCKETS, saved)["features"]
     saved.close()
     (stage,) = (tmp_path / "partial" / "000" / "all").iterdir()
     damaged = sorted(stage.iterdir())[1]
@@ -146,7 +147,7 @@ def test_a_damaged_piece_is_done_again_and_named(
         if file.is_file():
             file.write_bytes(b"")
     saved = SavedWork(tmp_path, 60)
-    again = staged.pool_evidence(spec, policy, state, data, BUCKETS, saved)["features"]
+    again = pool_evidence(spec, policy, state, data, BUCKETS, saved)["features"]
     np.testing.assert_array_equal(again, whole)
     assert f"{damaged}: cannot be read, and is done again" in capsys.readouterr().out
     saved.enter(7, "choice")
@@ -217,7 +218,7 @@ def test_a_signal_saves_and_ends(setting: Any, tmp_path: pathlib.Path, monkeypat
     monkeypatch.setattr(errors, "end", end)
     saved = SavedWork(tmp_path, 60)
     with pytest.raises(Kill):
-        staged.pool_evidence(spec, policy, state, data, BUCKETS, saved)
+        pool_evidence(spec, policy, state, data, BUCKETS, saved)
     (stage,) = (tmp_path / "partial" / "000" / "all").iterdir()
     assert saved.spans(stage.name) == [(0, 1)]  # whole on disk before the end
 

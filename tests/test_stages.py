@@ -13,7 +13,8 @@ from activedpo_jax.evaluation import heldout
 from activedpo_jax.evidence.gradients import FeatureSpec, pair_features
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.resumable import NOTHING_SAVED
-from activedpo_jax.rounds import staged
+from activedpo_jax.rounds import pool_pass, staged
+from activedpo_jax.rounds.pool_evidence import PoolEvidence, pool_evidence
 from activedpo_jax.rounds.state import initial_state
 from activedpo_jax.tasks import Task
 from activedpo_jax.training.losses import LossSpec
@@ -57,7 +58,7 @@ def test_pool_features_are_in_pool_order() -> None:
     spec = specs.round_spec(config, "activedpo", task, mesh)
     policy = Policy(decoder, params, lora)
     state = initial_state(spec, lora, 0)
-    got = staged.pool_evidence(spec, policy, state, data, BUCKETS)["features"]
+    got = pool_evidence(spec, policy, state, data, BUCKETS)["features"]
 
     # Row by row: the pair's own two responses, unpadded prompt, padded to one length to compile once.
     compute = jax.jit(lambda g: pair_features(decoder, params, lora, g, FeatureSpec(64), jnp.uint32(0))[:, 0])
@@ -76,10 +77,10 @@ def test_pool_features_are_in_pool_order() -> None:
 
     config.features.dtype = "bfloat16"
     narrow = specs.round_spec(config, "activedpo", task, mesh)
-    rounded = staged.pool_evidence(narrow, policy, state, data, BUCKETS)["features"]
+    rounded = pool_evidence(narrow, policy, state, data, BUCKETS)["features"]
     assert rounded.dtype == jnp.bfloat16
     np.testing.assert_array_equal(rounded, got.astype(jnp.bfloat16))
-    picks, _ = staged.pick(narrow, policy, state, data, BUCKETS)
+    picks, _ = staged.pick(PoolEvidence(pool_pass.Pass(narrow, policy, BUCKETS)), state, data)
     assert len(set(np.asarray(picks.rows).tolist())) == config.labels_per_round
 
 

@@ -28,6 +28,8 @@ def programs(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) ->
     yield from _sft(config, task, mesh)
     lora = shapes.lora(task, mesh)
     size = layout.round_up(config.evaluation.pairs_per_chunk, mesh)
+    rounds = [RoundPrograms(config, task, specs.round_spec(config, name, task, mesh)) for name in config.strategies]
+    kept = max((one.kept for one in rounds), key=shapes.device_bytes)
     for bucket in task.buckets:
         pairs = shapes.groups(mesh, bucket, size, 2)
         yield Program(
@@ -35,13 +37,13 @@ def programs(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) ->
             function=heldout.score,
             arguments=(task.decoder, task.params_shape, lora, pairs),
             weights=(task.params_shape, lora, shapes.lora(task, mesh)),
-            data=pairs,
+            data=(pairs, kept),
             stage="evaluation",
             runs=chunks(task.heldout.num_pairs, size) if bucket == task.buckets[-1] else 0,
             pairs=size,
         )
-    for strategy in config.strategies:
-        yield from RoundPrograms(config, task, specs.round_spec(config, strategy, task, mesh)).all()
+    for one in rounds:
+        yield from one.all()
 
 
 def _base_model(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) -> Iterator[Program]:

@@ -14,9 +14,10 @@ from activedpo_jax.compile_only import shapes
 from activedpo_jax.compile_only.program import Program, chunks, mean, parts
 from activedpo_jax.data.groups import Bucket
 from activedpo_jax.models.policy import Policy
-from activedpo_jax.rounds import choose, fresh, fused, learn, staged
+from activedpo_jax.rounds import choose, evidence_rows, fresh, fused, learn, pool_pass, staged
 from activedpo_jax.rounds.spec import RoundSpec
 from activedpo_jax.rounds.state import Answers, Chosen, RunState, empty_labelled, vector_size
+from activedpo_jax.selection import held, host, streamed
 from activedpo_jax.selection.greedy import Picks
 from activedpo_jax.training import optimiser
 
@@ -42,6 +43,10 @@ class RoundPrograms:
         self.per_group = self.responses * (self.responses - 1) // 2
         known = 0 if task.pool is None else task.pool.num_pairs
         self.candidates = known + self.drawn * (spec.responses * (spec.responses - 1) // 2)
+        # What evidence lies on the devices while a round selects, and, if later rounds need it, at all other times.
+        on_host = spec.passes.on_host and spec.selection.rule.gains
+        self.evidence = {} if on_host else self._pool_evidence()
+        self.kept = (labelled, self.evidence if spec.passes.reused else {})
         self.labels = [t * spec.selection.labels_per_round for t in range(1, config.rounds + 1)]  # after each round
 
     def all(self) -> Iterator[Program]:
@@ -51,7 +56,7 @@ class RoundPrograms:
         if self.spec.sampling is not None:
             yield from self._generation()
         yield from self._evidence()
-        yield self._selection()
+        yield from self._selection()
         yield from self._training()
 
     def _fused(self) -> Program:
@@ -108,31 +113,31 @@ class RoundPrograms:
 
     def _evidence(self) -> Iterator[Program]:
         spec, labelled = self.spec, self.state.labelled
-        whole = self._pool_evidence()
+        whole = self.evidence
         stage = "features"
         for bucket in self.task.buckets if spec.needs else ():
             groups = shapes.groups(self.mesh, bucket, spec.chunk, self.responses)
             yield Program(
                 name=f"{' and '.join(spec.needs)} {tuple(bucket)}",
-                function=staged.evidence_program,
+                function=pool_pass.evidence_program,
                 arguments=(spec, self.policy, self.state.lora, groups, self.state.seed),
                 weights=self.held,
                 data=(labelled, groups, whole),
                 stage=stage,
-                runs=self._if_largest(bucket, chunks(self.groups + self.drawn, spec.chunk)),
+                runs=self._if_largest(bucket, self._chunks()),
                 pairs=spec.chunk * self.per_group,
             )
-        if spec.needs:
+        if whole:
             rows = shapes.replicated(self.mesh, np.zeros(spec.chunk * self.per_group, np.int32))
             new = self._chunk_evidence()
             yield Program(
                 name=f"{' and '.join(spec.needs)} kept, {self.strategy}",
-                function=staged.write_program,
+                function=evidence_rows.write_program,
                 arguments=(self.mesh, whole, new, rows),
                 weights=self.held,
                 data=(labelled, whole, new, rows),
                 stage=stage,
-                runs=chunks(self.groups + self.drawn, spec.chunk),
+                runs=self._chunks(),
             )
         for bucket in self.task.buckets if choose.needs_known(spec) else ():
             groups = shapes.groups(self.mesh, bucket, spec.chunk, 2)
@@ -148,20 +153,68 @@ class RoundPrograms:
                 pairs=spec.chunk,
             )
 
-    def _selection(self) -> Program:
-        evidence, known, count = self._pool_evidence(), self._known(), staged.padded(self.candidates, self.mesh)
+    def _chunks(self) -> float:
+        """Chunks of groups whose evidence is computed in a round, in the mean; of those within reach of selection,
+        which only a run can tell, as many as have the pairs that are asked about and the next in line."""
+        spec, groups = self.spec, self.groups + self.drawn
+        rounds = [number + 1 for number in range(len(self.labels))]
+        between = min(2 * spec.selection.labels_per_round, groups) if spec.passes.in_reach else 0
+        return mean(chunks(groups if spec.passes.is_due(number) else between, spec.chunk) for number in rounds)
+
+    def _selection(self) -> Iterator[Program]:
+        if self.spec.needs and not self.evidence:
+            yield from self._selection_in_blocks()
+            return
+        evidence, known, count = self.evidence, self._known(), evidence_rows.padded(self.candidates, self.mesh)
         empty = np.zeros((count, 3), np.int32), np.zeros((count, 4), np.uint32), np.zeros(count, bool)
         rows = choose.Rows(*shapes.replicated(self.mesh, empty))
-        return Program(
+        yield Program(
             name=f"selection, {self.strategy}",
-            function=staged.select_program,
-            arguments=(self.spec, self.state, rows, evidence, known),
+            function=evidence_rows.select_program,
+            arguments=(staged.with_next_in_line(self.spec, self.candidates), self.state, rows, evidence, known),
             weights=self.held,
             data=(self.state.labelled, rows, evidence, known),
             stage="selection",
             runs=1,
             pairs=self.candidates,
         )
+
+    def _selection_in_blocks(self) -> Iterator[Program]:
+        """From vectors on the host; how often rows are held depends on the pool."""
+        selection, mesh = staged.with_next_in_line(self.spec, self.candidates).selection, self.mesh
+        assert selection.rule.design is not None
+        (vectors,) = (x for name, x in self._pool_evidence().items() if name == selection.rule.design)
+        size, dim = min(selection.block, chunks(self.candidates, mesh.size)) * mesh.size, vectors.shape[1]
+
+        def rows(dtype: Any, *shape: int) -> Any:
+            return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=layout.rows(mesh))
+
+        block, numbers = rows(vectors.dtype, dim), rows(jnp.int32)
+        some = held.Rows(rows(jnp.float32), rows(jnp.float32), rows(jnp.int32))
+        w, lam, limit = shapes.replicated(
+            mesh, (jax.ShapeDtypeStruct((self.spec.capacity, dim), jnp.float32), np.float32(0), np.int32(0))
+        )
+        progress = shapes.replicated(mesh, jax.eval_shape(lambda w: held.begin(w, selection.labels_per_round), w))
+        digests = shapes.replicated(mesh, np.zeros((self.candidates, 4), np.uint32))
+        (filled,) = shapes.from_host((np.zeros(self.spec.capacity, bool),))
+        marks = (digests, self.state.labelled.digests, filled)
+        for name, program, arguments, runs in (
+            ("labelled pairs", evidence_rows.taken_program, marks, 1),
+            ("posterior", host.condition_program, (w, filled, shapes.from_host(np.float32(0))), 1),
+            ("first pass", streamed.variances_program, (mesh, block, w, lam), chunks(self.candidates, size)),
+            ("picks", streamed.hold_program, (mesh, block, some, numbers, progress, held.Bar(lam, limit, lam)), 1),
+            ("further passes", streamed.refresh_program, (mesh, block, *some, progress), 0),
+        ):
+            yield Program(
+                name=f"selection in blocks, {name}, {self.strategy}",
+                function=program,
+                arguments=arguments,
+                weights=self.held,
+                data=(self.state.labelled, self._known(), arguments),
+                stage="selection",
+                runs=runs,
+                pairs=size,
+            )
 
     def _training(self) -> Iterator[Program]:
         spec, state, mesh, training = self.spec, self.state, self.mesh, self.spec.training
@@ -173,7 +226,7 @@ class RoundPrograms:
                 function=staged.measure_program,
                 arguments=(spec, self.policy, state, groups),
                 weights=self.held,
-                data=(state.labelled, groups),
+                data=(self.kept, groups),
                 stage=stage,
                 runs=self._if_largest(bucket, chunks(count, spec.chunk)),
                 pairs=spec.chunk,
@@ -197,7 +250,7 @@ class RoundPrograms:
             function=staged.init_program,
             arguments=(spec, lora),
             weights=(self.held, lora),
-            data=state.labelled,
+            data=self.kept,
             stage=stage,
             runs=1,
         )
@@ -208,7 +261,7 @@ class RoundPrograms:
                 function=staged.gradient_program,
                 arguments=(spec, self.policy, lora, gradient, state.labelled, share, bucket),
                 weights=weights,
-                data=(state.labelled, share),
+                data=(self.kept, share),
                 stage=stage,
                 runs=self._if_largest(bucket, training.epochs * microbatches),
                 pairs=training.microbatch,
@@ -218,7 +271,7 @@ class RoundPrograms:
             function=staged.update_program,
             arguments=(spec, lora, opt_state, gradient[0], state.round, state.round),
             weights=weights,
-            data=state.labelled,
+            data=self.kept,
             stage=stage,
             runs=training.epochs * mean(chunks(n, training.batch_size) for n in learnt),
         )
@@ -240,7 +293,7 @@ class RoundPrograms:
             function=staged.append_program,
             arguments=(spec, state.labelled, *new),
             weights=self.held,
-            data=(state.labelled, new),
+            data=(self.kept, new),
             stage="training",
             runs=1,
         )
@@ -249,7 +302,7 @@ class RoundPrograms:
         """The evidence of all candidates."""
         if not self.spec.needs:
             return {}
-        total, cut = staged.padded(self.candidates, self.mesh), layout.rows(self.mesh)
+        total, cut = evidence_rows.padded(self.candidates, self.mesh), layout.rows(self.mesh)
         rows = self._chunk_evidence()
         return {n: jax.ShapeDtypeStruct((total, *x.shape[1:]), x.dtype, sharding=cut) for n, x in rows.items()}
 

@@ -5,6 +5,7 @@ process, whatever ends it.  The environment variable TMPDIR says on which disk.
 """
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
@@ -50,6 +51,23 @@ class Column(Generic[_Scalar]):
             return np.frombuffer(self._file.read(), self._dtype)
         self._file.flush()
         return np.asarray(np.memmap(self._file, self._dtype, "r"))
+
+
+def scratch(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array of zeros to write to, in memory or mapped from a temporary file without a name.
+
+    Raises:
+      OSError: the disk of the temporary files is full; names their folder.
+    """
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if size <= _IN_MEMORY:
+        return np.zeros(shape, dtype)
+    with tempfile.TemporaryFile() as file:  # lives on as long as it is mapped
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would end the process when it is written to
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, f"{tempfile.gettempdir()} (set TMPDIR to another)") from error
+        return np.memmap(file, dtype, "r+", shape=shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,7 +65,7 @@ class RoundRecord:
             except TypeError as error:
                 raise ValueError(f"{location}: not a question ({error}); restore the file") from error
         try:
-            return Picked(questions, head["scores"], head["lam"], head["fallback"])
+            return Picked(questions, head["scores"], head["lam"], head["fallback"], computed=head.get("computed"))
         except KeyError as error:
             raise ValueError(f"{rows[0][0]}: {error} is missing; restore the file") from error
 
@@ -75,6 +75,8 @@ class RoundRecord:
         if picked.fresh is not None:
             self._write_responses(picked.fresh)
         head = {"round": self.number, "lam": picked.lam, "fallback": picked.fallback, "scores": picked.scores}
+        if picked.computed is not None:
+            head["computed"] = picked.computed
         rows = [head, *(dataclasses.asdict(question) for question in picked.questions)]
         write_atomic(self._asked, "".join(_line(row) for row in rows))
 

@@ -61,6 +61,8 @@ def round_summary(
         entry["score_min"], entry["score_max"] = min(picked.scores), max(picked.scores)
     if picked.fallback:
         entry["fallback"] = "every reward margin is zero: picked at random"
+    if picked.computed is not None:
+        entry["computed"] = picked.computed
     if picked.lam > np.float32(selection.lam):
         entry["lam"] = picked.lam
     said = [verdicts[q.pair_id] for q in picked.questions]
@@ -94,6 +96,14 @@ def round_notes(spec: RoundSpec, entry: RoundSummary) -> dict[str, str]:
             f"{entry['lam']:.3g} is used, and scores and gains are those under it: set a larger one, or a larger "
             "config.features.dim"
         )
+    if "computed" in entry:
+        kinds, earlier = " and ".join(spec.needs), f"an earlier round (config.selection.pass_every={spec.passes.every})"
+        notes["computed"] = f"round {entry['round']}: {kinds} are those of {earlier}"
+        if entry["computed"]:
+            notes["computed"] = (
+                f"round {entry['round']}: {kinds} of {entry['computed']} prompts are those of the current adapter, of "
+                f"the others those of {earlier}"
+            )
     if "fallback" in entry:
         notes["fallback"] = f"round {entry['round']}: {entry['fallback']}"
     if "unlearnt" in entry:

@@ -4,9 +4,10 @@ DIR/partial/NNN/<part>/<stage>/<first>-<end>/    of a part of round NNN, pieces 
                                                  log-probs), or the state after `end` steps of training
 
 What a part of a round depends on is in its name: training on other labels is another part.  Orbax writes in the
-background, every process its own shards.  All is deleted once what came of it is saved.
+background, every process its own shards.  All is deleted once what came of it is saved, and no later round needs it.
 """
 
+import copy
 import pathlib
 import re
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ class SavedWork:
         self._folder = self._root / "000" / "all"
         self._writer = ocp.StandardCheckpointer()
         self._obsolete: pathlib.Path | None = None  # replaced by what is being written
+        self._lasting: int | None = None  # the first of the rounds that are needed in later ones
 
     def spans(self, stage: str) -> Sequence[Span]:
         found: list[Span] = []
@@ -72,6 +74,17 @@ class SavedWork:
     def is_due(self) -> bool:
         return self._clock.is_due()
 
+    def lasts(self, number: int) -> None:
+        self._lasting = number
+
+    def of_round(self, number: int) -> "SavedWork":
+        other = copy.copy(self)
+        other._folder = self._root / f"{number:03d}" / self._folder.name
+        return other
+
+    def stages(self, beginning: str) -> Sequence[str]:
+        return [name for name in _names(self._folder) if name.startswith(beginning)]
+
     def enter(self, number: int, part: str) -> None:
         """From here on the work is this part of round `number`."""
         self._finish()
@@ -79,8 +92,9 @@ class SavedWork:
         self._clock.restart()
 
     def forget_others(self) -> None:
-        """Deletes the work of the other rounds, which has led to a checkpoint."""
-        _delete_but(self._root, self._folder.parent.name)
+        """Deletes the work of the rounds before, which has led to a checkpoint, unless it is needed still."""
+        now = int(self._folder.parent.name)
+        _delete_before(self._root, now if self._lasting is None else min(now, self._lasting))
 
     def forget(self) -> None:
         """Deletes all work: what came of it is saved."""
@@ -102,10 +116,15 @@ class SavedWork:
 
 
 @hosts.on_first
-def _delete_but(folder: pathlib.Path, kept: str) -> None:
-    for path in folder.iterdir() if folder.exists() else ():
-        if path.name != kept:
-            files.remove_folder(path)
+def _delete_before(folder: pathlib.Path, number: int) -> None:
+    for name in _names(folder):
+        if int(name) < number:
+            files.remove_folder(folder / name)
+
+
+@hosts.on_first
+def _names(folder: pathlib.Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
 @hosts.on_first

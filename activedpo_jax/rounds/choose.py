@@ -75,7 +75,7 @@ def select(
     """
     labelled, rule = state.labelled, spec.selection.rule
     filled = jnp.arange(spec.capacity) < labelled.size
-    taken, places = _labelled_rows(rows.digests, labelled.digests, filled)
+    taken, places = labelled_rows(rows.digests, labelled.digests, filled)
     available = rows.valid & ~taken
     if labelled.vectors is not None:
         known = labelled.vectors
@@ -87,7 +87,7 @@ def select(
     return rule.select(seen, available, round_key(state), count, block, spec.mesh), seen["lam"]
 
 
-def _labelled_rows(digests: jax.Array, labelled: jax.Array, filled: jax.Array) -> tuple[jax.Array, jax.Array]:
+def labelled_rows(digests: jax.Array, labelled: jax.Array, filled: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Which of N rows are labelled, [N] bool, and where each of C labelled pairs is among them, [C] int32.
 
     One labelled pair after the other, since a table of [C, N] would outgrow the features of a large pool.
@@ -107,7 +107,9 @@ def _labelled_rows(digests: jax.Array, labelled: jax.Array, filled: jax.Array) -
 
 def needs_known(spec: RoundSpec) -> bool:
     """Whether the labelled pairs' vectors are to be computed from their own groups."""
-    return spec.selection.rule.design is not None and not spec.selection.frozen and not spec.pool_only
+    # Those of a pool are among the candidates, but between two passes their evidence is not of the current θ.
+    among_candidates = spec.pool_only and not spec.passes.in_reach
+    return spec.selection.rule.design is not None and not spec.selection.frozen and not among_candidates
 
 
 def shown_pairs(groups: Groups, pairs: jax.Array) -> Groups:

@@ -23,6 +23,7 @@ class Picked:
     lam: float  # λ as used; see `posterior.resolved_lam`
     fallback: bool  # the strategy had nothing to rank by and picked at random
     fresh: Candidates | None = None  # what the policy responded this round, which nobody else knows
+    computed: int | None = None  # prompts with evidence of the current θ, where others have that of an earlier one
 
 
 def picked(spec: RoundSpec, candidates: Candidates, picks: Picks, lam: Any, number: int) -> Picked:

@@ -28,6 +28,24 @@ class SelectionSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class PassSpec:
+    """How often the evidence about all candidates is computed, and where it lies meanwhile."""
+
+    every: int = 1  # rounds from one pass over the candidates to the next; 0: the first round alone has one
+    in_reach: bool = False  # between passes, the evidence about the pairs that would be picked is computed anew
+    on_host: bool = False  # vectors that are picked by greedily, while selecting; else on the devices
+
+    @property
+    def reused(self) -> bool:
+        """Whether evidence outlives its round."""
+        return self.every != 1
+
+    def is_due(self, number: int) -> bool:
+        """Whether round `number` begins with a pass."""
+        return number == 1 or (self.every > 0 and (number - 1) % self.every == 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingSpec:
     """How a round trains."""
 
@@ -54,6 +72,7 @@ class RoundSpec:
     chunk: int  # examples whose evidence is computed at a time, divided evenly by the mesh
     pool_only: bool  # every labelled pair is among the candidates of every round
     hidden_size: int  # of the decoder: D of its embeddings
+    passes: PassSpec = PassSpec()  # of staged rounds
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ For pools of several buckets or too large for one program, and for answers that 
 weights as `fused`.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,29 +14,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from activedpo_jax import layout
-from activedpo_jax.data.groups import Bucket, Candidates, Groups, assign_buckets, microbatches, pad_groups
+from activedpo_jax.data.groups import Bucket, Candidates, Groups, microbatches
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.progress import progress
-from activedpo_jax.resumable import NOTHING_SAVED, SavedWork, pieces
+from activedpo_jax.resumable import NOTHING_SAVED, SavedWork
 from activedpo_jax.rounds import choose, learn
 from activedpo_jax.rounds.checks import check_picks
-from activedpo_jax.rounds.choose import EvidenceRows
 from activedpo_jax.rounds.fused import host_rows
 from activedpo_jax.rounds.picked import Picked, as_chosen, picked
+from activedpo_jax.rounds.pool_evidence import PoolEvidence
+from activedpo_jax.rounds.pool_pass import Pass
 from activedpo_jax.rounds.spec import RoundSpec
 from activedpo_jax.rounds.state import Answers, Chosen, Labelled, RunState, vector_size
 from activedpo_jax.selection.greedy import Picks
 from activedpo_jax.training import losses, optimiser
 from activedpo_jax.training.loop import descend
 
-evidence_program = jax.jit(choose.chunk_evidence, static_argnums=0)
 vectors_program = jax.jit(choose.labelled_vectors, static_argnums=0)
-select_program = jax.jit(choose.select, static_argnums=0)
 measure_program = jax.jit(learn.measure, static_argnums=0)
 append_program = jax.jit(learn.append, static_argnums=0)
 
@@ -77,141 +75,40 @@ def update_program(
     return layout.like_weights(spec.mesh, lora), learn.like_moments(spec, opt_state, lora)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def write_program(mesh: Mesh, pool: EvidenceRows, chunk: EvidenceRows, rows: jax.Array) -> EvidenceRows:
-    """Writes a chunk's evidence [n, ...] to its rows of the pool's [N, ...], which are cut over all devices.
-
-    Args:
-      rows: [n] int32; −1: nowhere.
-    """
-
-    def write(part: jax.Array, chunk: jax.Array, rows: jax.Array) -> jax.Array:
-        own = rows - jax.lax.axis_index(layout.AXES) * len(part)
-        return part.at[jnp.where(own >= 0, own, len(part))].set(chunk, mode="drop")
-
-    cut, whole = P(layout.AXES), P()
-    share = jax.shard_map(write, mesh=mesh, in_specs=(cut, whole, whole), out_specs=cut)
-    return jax.tree.map(lambda part, new: share(part, new, rows), pool, chunk)
-
-
 @functools.partial(jax.jit, donate_argnums=0)
 def _write_places(known: jax.Array, chunk: jax.Array, places: jax.Array) -> jax.Array:
     return known.at[places].set(chunk, mode="drop")
 
 
-class Chunks:
-    """The candidates' groups as padded chunks, bucket by bucket, each with the rows of its pairs among the candidates.
-
-    Args:
-      size: groups of a chunk.
-    """
-
-    def __init__(self, candidates: Candidates, buckets: Sequence[Bucket], size: int) -> None:
-        self._candidates, self._buckets, self.size = candidates, buckets, size
-        self.responses = candidates.responses_per_group
-        self._parts = list(microbatches(assign_buckets(candidates, buckets), size))
-        # Of a pair in its group: the number of canonical pairs before (i, j).
-        group, low = candidates.pairs[:, 0], candidates.pairs[:, 1:].min(axis=1)
-        high = candidates.pairs[:, 1:].max(axis=1)
-        m = self.responses
-        self._row_of = np.full((candidates.num_groups, m * (m - 1) // 2), -1, np.int32)
-        self._row_of[group, low * m - low * (low + 1) // 2 + high - low - 1] = np.arange(len(group), dtype=np.int32)
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def members(self, number: int) -> np.ndarray:
-        """The groups of a chunk, [≤ size]."""
-        return self._parts[number][1]
-
-    def groups(self, number: int, mesh: Mesh) -> Groups:
-        """A chunk on the mesh."""
-        b, members = self._parts[number]
-
-        def part(own: slice) -> Groups:
-            return pad_groups(self._candidates, members[own], self._buckets[b], len(range(*own.indices(self.size))))
-
-        return layout.put_rows(part, self.size, layout.batch(mesh))
-
-    def rows(self, number: int) -> np.ndarray:
-        """Where the evidence about the pairs of a chunk belongs, [size · m(m−1)/2] int32; −1: there is no such pair."""
-        members = self.members(number)
-        rows = np.full((self.size, self._row_of.shape[1]), -1, np.int32)
-        rows[: len(members)] = self._row_of[members]
-        return rows.reshape(-1)
-
-
-def pool_evidence(
-    spec: RoundSpec,
-    policy: Policy,
-    state: RunState,
-    candidates: Candidates,
-    buckets: Sequence[Bucket],
-    saved: SavedWork = NOTHING_SAVED,
-) -> EvidenceRows:
-    """What the strategy looks at, of all candidates in their order: [N, ...] each, cut over all devices.
-
-    N is rounded up to what the devices divide; rows beyond the candidates are zero.
-    """
-    if not spec.needs:
-        return {}
-    mesh, chunks = spec.mesh, Chunks(candidates, buckets, spec.chunk)
-
-    def compute(number: int) -> EvidenceRows:
-        # Waits, else the bar would count what is only queued.
-        groups = chunks.groups(number, mesh)
-        return jax.block_until_ready(evidence_program(spec, policy, state.lora, groups, state.seed))
-
-    shapes = jax.eval_shape(
-        lambda groups: evidence_program(spec, policy, state.lora, groups, state.seed),
-        like_groups(chunks.responses, buckets[0], spec.chunk),
-    )
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.batch(mesh)), shapes)
-    total = padded(candidates.num_pairs, mesh)
-    pool: EvidenceRows = {
-        name: jnp.zeros((total, *x.shape[1:]), x.dtype, device=layout.rows(mesh)) for name, x in shapes.items()
-    }
-    stage = f"evidence_{len(chunks)}x{spec.chunk}"
-    with progress(total=candidates.num_groups, desc=" and ".join(spec.needs), unit="prompt") as bar:
-        for number, chunk in enumerate(pieces(saved, stage, len(chunks), compute, lambda _: like)):
-            pool = write_program(mesh, pool, chunk, layout.put(chunks.rows(number), layout.replicated(mesh)))
-            bar.update(len(chunks.members(number)))
-    return jax.block_until_ready(pool)
-
-
-def like_groups(m: int, bucket: Bucket, size: int) -> Groups:
-    """The shapes of a chunk."""
-    shapes = ((size, bucket.prompt), (size,), (size, m, bucket.response), (size, m))
-    return Groups(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))  # type: ignore[arg-type]
-
-
-def padded(rows: int, mesh: Mesh) -> int:
-    """The least number of rows, at least this, that the devices divide."""
-    return -(-rows // mesh.size) * mesh.size
-
-
-def pick(
-    spec: RoundSpec,
-    policy: Policy,
-    state: RunState,
-    candidates: Candidates,
-    buckets: Sequence[Bucket],
-    saved: SavedWork = NOTHING_SAVED,
-) -> tuple[Picks, jax.Array]:
+def pick(evidence: PoolEvidence, state: RunState, candidates: Candidates) -> tuple[Picks, jax.Array]:
     """The first verb: rows of the candidates to ask about, and λ as used."""
-    evidence = pool_evidence(spec, policy, state, candidates, buckets, saved)
+    spec = evidence.one_pass.spec
+    pool = evidence.rows_for(state, candidates)
     known = None
     if choose.needs_known(spec):
-        known = _of_labelled(spec, policy, state, buckets)
+        known = _of_labelled(evidence.one_pass, state)
     rows = host_rows(candidates)
-    missing = padded(candidates.num_pairs, spec.mesh) - candidates.num_pairs  # these are not valid
-    rows = jax.tree.map(lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), rows)
-    rows = layout.put(rows, layout.replicated(spec.mesh))
-    return jax.block_until_ready(select_program(spec, state, rows, evidence, known))
+    asked = spec if evidence.computed == candidates.num_groups else with_next_in_line(spec, candidates.num_pairs)
+    while True:
+        picks, lam = pool.select(asked, state, rows, known)
+        if not spec.passes.in_reach or not evidence.brought_up_to_date(state, candidates, np.asarray(picks.rows)):
+            break
+    wanted = slice(spec.selection.labels_per_round)
+    return picks._replace(rows=picks.rows[wanted], scores=picks.scores[wanted]), lam
 
 
-def _of_labelled(spec: RoundSpec, policy: Policy, state: RunState, buckets: Sequence[Bucket]) -> jax.Array:
+def with_next_in_line(spec: RoundSpec, count: int) -> RoundSpec:
+    """Selects, from `count` candidates, as many pairs again as are asked about, if these are to be brought up to date
+    together."""
+    if not spec.passes.in_reach:
+        return spec
+    several = min(2 * spec.selection.labels_per_round, count)
+    return dataclasses.replace(spec, selection=dataclasses.replace(spec.selection, labels_per_round=several))
+
+
+def _of_labelled(one_pass: Pass, state: RunState) -> jax.Array:
     """The vectors of the labelled pairs at the current θ, [C, D]; empty places are zero."""
+    spec, policy, buckets = one_pass
     labelled = layout.get(state.labelled.groups)
     count = int(state.labelled.size)
     known = jnp.zeros((spec.capacity, vector_size(spec)), jnp.float32, device=layout.replicated(spec.mesh))
@@ -339,6 +236,7 @@ class StagedRound:
         saved: SavedWork = NOTHING_SAVED,
     ) -> None:
         self._spec, self._policy, self._source, self._buckets, self._saved = spec, policy, source, buckets, saved
+        self._evidence = PoolEvidence(Pass(spec, policy, buckets), saved)
         self.seconds: dict[str, float] = {}
 
     def choose(self, state: RunState) -> Picked:
@@ -350,11 +248,14 @@ class StagedRound:
         clock, number = time.perf_counter(), int(state.round) + 1
         candidates = self._source(state)
         middle = time.perf_counter()
-        picks, lam = pick(self._spec, self._policy, state, candidates, self._buckets, self._saved)
+        picks, lam = pick(self._evidence, state, candidates)
         labelled = np.asarray(state.labelled.digests)[: int(state.labelled.size)]
         check_picks(picks, candidates, labelled, number)
         self.seconds = {"candidates": middle - clock, "choose": time.perf_counter() - middle}
-        return picked(self._spec, candidates, picks, lam, number)
+        found = picked(self._spec, candidates, picks, lam, number)
+        if not self._spec.needs or self._evidence.computed == candidates.num_groups:
+            return found
+        return dataclasses.replace(found, computed=self._evidence.computed)
 
     def learn(self, state: RunState, picks: Picked, answers: Answers) -> tuple[RunState, losses.DpoMetrics | None]:
         """The state after the round, and the means over the last epoch; see `train`."""

@@ -17,6 +17,8 @@ from activedpo_jax.selection.posterior import condition, information_gain, raise
 from activedpo_jax.selection.strategies import Evidence, Strategy, conditioned
 from activedpo_jax.selection.streamed import streamed
 
+condition_program = jax.jit(condition)
+
 
 class Choice(NamedTuple):
     """K of N pairs, in pick order."""
@@ -26,6 +28,13 @@ class Choice(NamedTuple):
     information_gain: float | None  # growth of log det V, nats; None if the scores are not variances
     lam: float  # the λ used; see `posterior.resolved_lam`
     fallback: bool  # the strategy had nothing to rank by and picked at random
+
+
+class Known(NamedTuple):
+    """What the posterior is made of."""
+
+    vectors: jax.Array  # [n, D] float32, of the labelled pairs
+    counts: jax.Array  # [n] bool, which of these are there and count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +71,8 @@ def choose(
         known = np.zeros((0, evidence[design].shape[1]), np.float32)
     if query.in_blocks:
         assert query.strategy.gains and design is not None and known is not None
-        picks, lam = _in_blocks(query, evidence[design], available, known, mesh)
+        labelled = Known(jnp.asarray(known), jnp.ones(len(known), bool))
+        picks, lam = jax.device_get(in_blocks(query, evidence[design], available, labelled, mesh))
     else:
         picks, lam = _on_devices(query, evidence, available, known, mesh)
     rows, scores, fallback = np.asarray(picks.rows, np.int64), np.asarray(picks.scores), bool(picks.fallback)
@@ -72,19 +82,19 @@ def choose(
     return Choice(rows, scores, gain, float(lam), fallback)
 
 
-def _in_blocks(
-    query: Query, vectors: np.ndarray, available: np.ndarray, known: np.ndarray, mesh: Mesh
+def in_blocks(
+    query: Query, vectors: np.ndarray, available: np.ndarray, known: Known, mesh: Mesh
 ) -> tuple[Picks, jax.Array]:
-    """The picks, and λ as used, where the vectors stay on the host."""
-    rows = range(0, len(vectors), query.block)
-    squares = (np.einsum("nd,nd->n", vectors[i : i + query.block], vectors[i : i + query.block]) for i in rows)
-    largest = max(
-        np.max(x, where=available[i : i + query.block], initial=0.0) for i, x in zip(rows, squares, strict=True)
-    )
+    """The picks, and λ as used, where the vectors [N, D] float32 or bfloat16 stay on the host."""
+    largest = 0.0
+    for start in range(0, len(vectors), query.block):
+        some = np.asarray(vectors[start : start + query.block], np.float32)
+        squares = np.einsum("nd,nd->n", some, some)
+        largest = float(np.max(squares, where=available[start : start + query.block], initial=largest))
     lam = raised_lam(largest, query.lam)
-    posterior = condition(jnp.asarray(known), jnp.ones(len(known), bool), lam)
+    posterior = condition_program(known.vectors, known.counts, lam)
     picks = streamed(vectors, available, posterior, lam, num_picks=query.count, block=query.block, mesh=mesh)
-    return jax.device_get((picks, lam))
+    return picks, lam
 
 
 def _on_devices(

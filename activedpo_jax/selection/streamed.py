@@ -59,14 +59,14 @@ def streamed(
       ValueError: shapes or dtypes do not fit, or K or the block is less than 1.
     """
     check(features, available, posterior, num_picks, block)
-    posterior = jnp.asarray(posterior)
+    placed: tuple[jax.Array, jax.Array] = layout.put((posterior, np.float32(lam)), layout.replicated(mesh))
+    posterior, lam = placed
     pool = _Pool(features, mesh, min(block, -(-len(features) // mesh.size)) * mesh.size)
-    lam = jnp.asarray(lam, jnp.float32)
     rows = pool.first_pass(available, posterior, lam)
     if not np.all(np.isfinite(rows.scores[available])):
         return Picks(jnp.full(num_picks, -1, jnp.int32), jnp.full(num_picks, jnp.nan, jnp.float32))
     limit = min(int(np.sum(available)), num_picks)
-    progress, pace, made = begin(jnp.asarray(posterior), num_picks), Pace(), 0
+    progress, pace, made = begin(posterior, num_picks), Pace(), 0
     while made < limit:
         if pace.passes > 0:
             progress = pool.one_pass(progress, rows, lam)
@@ -103,7 +103,7 @@ class _Pool:
     def first_pass(self, available: np.ndarray, posterior: jax.Array, lam: jax.Array) -> Rows:
         scores, prior = np.zeros((2, len(self.features)), np.float32)
         work = (
-            (n, _variances(self.mesh, *self.place(n), posterior, lam))
+            (n, variances_program(self.mesh, *self.place(n), posterior, lam))
             for n in self.blocks(available)
             if np.any(available[n])
         )
@@ -120,7 +120,7 @@ class _Pool:
         bounds[held] = -np.inf
         bar = Bar(jnp.float32(bounds.max()), jnp.int32(limit), lam)
         features, *some, numbers = self.place(held, *rows, np.arange(len(bounds), dtype=np.int32))
-        progress, found = _hold(self.mesh, features, Rows(*some), numbers, progress, bar)
+        progress, found = hold_program(self.mesh, features, Rows(*some), numbers, progress, bar)
         _store(rows, held, found)
         return progress
 
@@ -128,7 +128,7 @@ class _Pool:
         """Brings the blocks up to date that have a row within reach, and makes one pick."""
         made = int(progress.made)
         due = (n for n in self.blocks(rows.scores) if np.any(in_reach(rows, made)[n]))  # by what is known when asked
-        work = ((n, _refreshed(self.mesh, *self.place(n, *rows), progress)) for n in due)
+        work = ((n, refresh_program(self.mesh, *self.place(n, *rows), progress)) for n in due)
         for numbers, found in _one_ahead(work):
             _store(rows, numbers, found)
         scores = np.where(rows.ages == made, rows.scores, -np.inf)
@@ -138,7 +138,7 @@ class _Pool:
 
 
 def _store(rows: Rows, numbers: np.ndarray, found: Any) -> None:
-    rows.scores[numbers], _, rows.ages[numbers] = (np.asarray(x)[: len(numbers)] for x in found)
+    rows.scores[numbers], _, rows.ages[numbers] = (x[: len(numbers)] for x in layout.get(found))
 
 
 def _one_ahead(work: Iterable[tuple[np.ndarray, Any]]) -> Iterator[tuple[np.ndarray, Any]]:
@@ -146,14 +146,16 @@ def _one_ahead(work: Iterable[tuple[np.ndarray, Any]]) -> Iterator[tuple[np.ndar
     last = None
     for piece in work:
         if last is not None:
-            yield last[0], jax.device_get(last[1])
+            yield last[0], layout.get(last[1])
         last = piece
     if last is not None:
-        yield last[0], jax.device_get(last[1])
+        yield last[0], layout.get(last[1])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _variances(mesh: Mesh, features: jax.Array, posterior: jax.Array, lam: jax.Array) -> tuple[jax.Array, jax.Array]:
+def variances_program(
+    mesh: Mesh, features: jax.Array, posterior: jax.Array, lam: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     def local(features: jax.Array, posterior: jax.Array, lam: jax.Array) -> tuple[jax.Array, jax.Array]:
         return variances(features, posterior, lam), prior_variances(features, lam)
 
@@ -162,7 +164,7 @@ def _variances(mesh: Mesh, features: jax.Array, posterior: jax.Array, lam: jax.A
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _refreshed(
+def refresh_program(
     mesh: Mesh, features: jax.Array, scores: jax.Array, tolerance: jax.Array, ages: jax.Array, progress: Progress
 ) -> Rows:
     rows = P(mesh.axis_names)
@@ -171,7 +173,7 @@ def _refreshed(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _hold(
+def hold_program(
     mesh: Mesh, features: jax.Array, some: Rows, numbers: jax.Array, progress: Progress, bar: Bar
 ) -> tuple[Progress, Rows]:
     def local(
