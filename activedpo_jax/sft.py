@@ -31,7 +31,7 @@ from activedpo_jax import cluster, errors, files, flags, hosts, layout, start
 from activedpo_jax.data.completions import Completion, limit, read_completions
 from activedpo_jax.data.draws import split_by_prompt
 from activedpo_jax.data.groups import Bucket, assign_buckets, check_tokens
-from activedpo_jax.data.tokenize import tokenize_texts
+from activedpo_jax.data.tokenize import encoded_texts
 from activedpo_jax.huggingface import adapters, loading, merged
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.record import checkpoints, folders, inputs, metrics
@@ -55,13 +55,8 @@ def load(config: ml_collections.ConfigDict, seed: int) -> Examples:
     if sft.heldout_fraction:
         completions, held_out = split_by_prompt(completions, sft.heldout_fraction, seed)
     buckets = tuple(sorted(Bucket(*b) for b in data.buckets))
-    longest = max(b.prompt for b in buckets), max(b.response for b in buckets)
-    tokenizer = loading.load_tokenizer(config.model.path, config.model.revision)
-    texts = [
-        tokenize_texts(part, tokenizer, data.template, *longest, start.template_kwargs(config))
-        for part in (completions, held_out)
-        if part
-    ]
+    encoding = start.encoding(config, loading.load_tokenizer(config.model.path, config.model.revision))
+    texts = [encoded_texts(part, encoding) for part in (completions, held_out) if part]
     vocabulary = loading.load_config(config.model.path, config.model.revision).vocab_size
     for part in texts:
         check_tokens(part, vocabulary, sft.data)
