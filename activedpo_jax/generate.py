@@ -26,7 +26,7 @@ from activedpo_jax.data.pool_files import PoolFiles
 from activedpo_jax.data.preferences import uniform
 from activedpo_jax.data.prompts import read_prompts
 from activedpo_jax.data.tokenize import encoded_texts
-from activedpo_jax.generation.responses import GenerationSpec, generate
+from activedpo_jax.generation.responses import GenerationSpec, Responder, generate
 from activedpo_jax.huggingface import loading
 from activedpo_jax.models.decoder import Params, unstack
 from activedpo_jax.record import folders, inputs
@@ -83,10 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             params = take_apart(start.load_params(config, mesh, decoder.dtype), on_cpu)
             lora = unstack(start.initial_lora(config, decoder, mesh, config.seeds[0])) if config.lora.path else None
 
-        text_of = start.text_of(tokenizer, stop)
+        responder = Responder(spec, params, lora, start.text_of(tokenizer, stop))
         draws = [uniform(config.seeds[0], "generation", name) for name in records.ids]
         seeds = (np.array(draws) * 2**32).astype(np.uint32)
-        for results in generate(spec, params, lora, texts.prompt_tokens, seeds, widths, text_of, files.missing):
+        for results in generate(responder, texts.prompt_tokens, seeds, widths, files.missing):
             files.add(results)
         print(files.finish(options.responses, options.max_new_tokens, options.resamples))
 
