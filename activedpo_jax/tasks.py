@@ -296,7 +296,7 @@ def _train_from_scratch(
     def advance(step: int, params: Params, opt_state: Any) -> tuple[Params, Any, tuple[jax.Array]]:
         rows = rng.choice(texts.num_groups, scratch.batch_size, replace=False)
         batch = layout.put(Groups(*(np.asarray(x)[rows] for x in groups)), place)
-        rate = optimiser.learning_rate(spec, jnp.float32(step), jnp.float32(scratch.steps))
+        rate = optimiser.learning_rate(spec, optimiser.Position(jnp.float32(step), jnp.float32(scratch.steps)))
         params, opt_state, loss = language_model_step(decoder, spec, params, opt_state, batch, rate)
         return params, opt_state, (loss,)
 

@@ -24,6 +24,7 @@ from activedpo_jax.models.lora import Lora, init_lora
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.rounds import staged
 from activedpo_jax.rounds.state import RunState, empty_labelled
+from activedpo_jax.training.optimiser import Position
 from tests import tiny
 from tests.test_round import options
 
@@ -294,7 +295,7 @@ def test_adapters_gradients_and_moments_are_cut_over_fsdp_and_tensor(pod: Mesh) 
     opt_state = outputs(staged.init_program, lora)
     gradient = outputs(staged.no_gradient_program, lora)
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    after = outputs(staged.update_program, lora, opt_state, gradient[0], step, step)
+    after = outputs(staged.update_program, lora, opt_state, gradient[0], Position(step, step))
     for tree in (lora, opt_state, gradient, after):
         assert set(parts(tree)) == {8}
     assert len(parts(after)) == 3 * len(parts(lora))

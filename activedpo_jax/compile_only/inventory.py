@@ -89,6 +89,6 @@ def _sft(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) -> Ite
             stage="SFT",
             runs=microbatches if bucket == task.buckets[-1] else 0,
         )
-    arguments = (recipe.optimiser, mesh, trained, opt_state, trained, number, number)
+    arguments = (recipe.optimiser, mesh, trained, opt_state, trained, optimiser.Position(number, number))
     steps = recipe.epochs * chunks(examples, recipe.batch_size)
     yield Program("SFT update", finetune.update_program, arguments, weights, (), "SFT", steps)

@@ -216,7 +216,7 @@ class RoundPrograms:
         yield Program(
             name=f"training update, {self.strategy}",
             function=staged.update_program,
-            arguments=(spec, lora, opt_state, gradient[0], state.round, state.round),
+            arguments=(spec, lora, opt_state, gradient[0], optimiser.Position(state.round, state.round)),
             weights=weights,
             data=state.labelled,
             stage=stage,

@@ -130,7 +130,7 @@ def learn(
 
         parts = jax.tree.map(lambda x: x[i].reshape(-1, spec.training.microbatch), (schedule.slots, schedule.weight))
         (gradient, metrics), _ = jax.lax.scan(add, optimiser.no_gradient(lora), parts)
-        rate = optimiser.learning_rate(dpo.optimiser, i, total)
+        rate = optimiser.learning_rate(dpo.optimiser, optimiser.Position(i, total))
         lora, opt_state = optimiser.update(dpo.optimiser, lora, opt_state, gradient, rate)
         lora, opt_state = layout.like_weights(spec.mesh, lora), like_moments(spec, opt_state, lora)
         last_epoch = i >= total - schedule.steps_per_epoch

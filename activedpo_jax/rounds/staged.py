@@ -70,9 +70,9 @@ def gradient_program(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def update_program(
-    spec: RoundSpec, lora: Lora, opt_state: optax.OptState, gradient: Lora, step: jax.Array, total: jax.Array
+    spec: RoundSpec, lora: Lora, opt_state: optax.OptState, gradient: Lora, position: optimiser.Position
 ) -> tuple[Lora, optax.OptState]:
-    rate = optimiser.learning_rate(spec.training.dpo.optimiser, step, total)
+    rate = optimiser.learning_rate(spec.training.dpo.optimiser, position)
     lora, opt_state = optimiser.update(spec.training.dpo.optimiser, lora, opt_state, gradient, rate)
     return layout.like_weights(spec.mesh, lora), learn.like_moments(spec, opt_state, lora)
 
@@ -265,8 +265,8 @@ def train(
             share = place((np.pad(slots[part], pad), np.pad(weight[part], pad)))
             total = gradient_program(spec, policy, lora, total, labelled, share, buckets[b])
         gradient, metrics = total
-        count = place((np.int32(step), np.int32(schedule.num_steps)))
-        return *update_program(spec, lora, opt_state, gradient, *count), metrics
+        position = optimiser.Position(*place((np.int32(step), np.int32(schedule.num_steps))))
+        return *update_program(spec, lora, opt_state, gradient, position), metrics
 
     done, learning = _resumed(spec, policy, state, saved)
     work = learn.training_work(number, schedule, done)

@@ -82,8 +82,8 @@ def steps(recipe: Recipe, trainee: Trainee, examples: Examples, mesh: Mesh, seed
             groups = layout.put(pad_groups(texts, rows[part], buckets[b], recipe.microbatch), layout.batch(mesh))
             total = gradient_program(trainee.decoder, mesh, trainee.params, weights, total, groups, share)
         gradient, loss = total
-        place, count = jnp.int32(step), jnp.int32(total_steps)
-        weights, opt_state, rate = update_program(recipe.optimiser, mesh, weights, opt_state, gradient, place, count)
+        position = optimiser.Position(jnp.int32(step), jnp.int32(total_steps))
+        weights, opt_state, rate = update_program(recipe.optimiser, mesh, weights, opt_state, gradient, position)
         return weights, opt_state, Report(loss, rate, int(useful[rows].sum()))
 
     return advance
@@ -133,11 +133,10 @@ def update_program(
     weights: Any,
     opt_state: optax.OptState,
     gradient: Any,
-    step: jax.Array,
-    total: jax.Array,
+    position: optimiser.Position,
 ) -> tuple[Any, optax.OptState, jax.Array]:
     """One step; also returns its learning rate."""
-    rate = optimiser.learning_rate(spec, step, total)
+    rate = optimiser.learning_rate(spec, position)
     shardings = optimiser.optimiser_shardings(spec, mesh, weights)
     weights, opt_state = optimiser.update(spec, weights, opt_state, gradient, rate)
     return layout.like_weights(mesh, weights), jax.lax.with_sharding_constraint(opt_state, shardings), rate
