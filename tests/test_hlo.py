@@ -23,6 +23,7 @@ from activedpo_jax.models.decoder import Decoder, Params, init_params
 from activedpo_jax.models.lora import Lora, init_lora
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.rounds import staged
+from activedpo_jax.rounds.learn import Microbatch
 from activedpo_jax.rounds.state import RunState, empty_labelled
 from activedpo_jax.training.optimiser import Position
 from tests import tiny
@@ -301,10 +302,9 @@ def test_adapters_gradients_and_moments_are_cut_over_fsdp_and_tensor(pod: Mesh) 
     assert len(parts(after)) == 3 * len(parts(lora))
     state = RunState(lora, jax.eval_shape(lambda: empty_labelled(spec)), jnp.uint32(0), jnp.int32(0))
     policy = Policy(task.decoder, task.params_shape, lora)
-    share = (jax.ShapeDtypeStruct((spec.training.microbatch,), x) for x in (jnp.int32, jnp.float32))
-    compiled = staged.gradient_program.lower(
-        spec, policy, lora, gradient, state.labelled, tuple(share), task.buckets[0]
-    ).compile()
+    slots, shares = (jax.ShapeDtypeStruct((spec.training.microbatch,), x) for x in (jnp.int32, jnp.float32))
+    microbatch = Microbatch(slots, shares, task.buckets[0])
+    compiled = staged.gradient_program.lower(spec, policy, lora, gradient, state.labelled, microbatch).compile()
     assert set(parts(placed(shapes, compiled.output_shardings[0]))) == {8}
 
 

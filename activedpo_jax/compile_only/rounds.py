@@ -180,8 +180,7 @@ class RoundPrograms:
             )
         yield self._append()
         schedule = spec.schedule(np.arange(count), 1, 0)
-        part = (schedule.slots[0][: training.microbatch], schedule.weight[0][: training.microbatch])
-        share = shapes.replicated(mesh, part)
+        slots, share = (x[0][: training.microbatch] for x in (schedule.slots, schedule.weight))
         gradient = (
             shapes.lora(self.task, mesh),
             shapes.replicated(mesh, jax.eval_shape(optimiser.no_gradient, lora)[1]),
@@ -202,13 +201,14 @@ class RoundPrograms:
             runs=1,
         )
         for bucket in self.task.buckets:
+            microbatch = shapes.replicated(mesh, learn.Microbatch(slots, share, bucket))
             microbatches = mean(parts(n, training.batch_size, training.microbatch) for n in learnt)
             yield Program(
                 name=f"training gradient {tuple(bucket)}, {self.strategy}",
                 function=staged.gradient_program,
-                arguments=(spec, self.policy, lora, gradient, state.labelled, share, bucket),
+                arguments=(spec, self.policy, lora, gradient, state.labelled, microbatch),
                 weights=weights,
-                data=(state.labelled, share),
+                data=(state.labelled, microbatch),
                 stage=stage,
                 runs=self._if_largest(bucket, training.epochs * microbatches),
                 pairs=training.microbatch,

@@ -40,8 +40,8 @@ class DpoSpec:
 class Position(NamedTuple):
     """Where a training stands.  Both numbers may be traced, so that more labels need no new program."""
 
-    step: jax.Array  # scalar int32 or float32, from 0
-    total: jax.Array  # how many steps there are, of the same type
+    step: Any  # scalar int32 or float32, from 0
+    total: Any  # how many steps there are, of the same type
 
 
 def learning_rate(spec: OptimiserSpec, position: Position) -> jax.Array:
