@@ -83,7 +83,7 @@ def _sft(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) -> Ite
         yield Program(
             name=f"SFT gradient {tuple(bucket)}",
             function=finetune.gradient_program,
-            arguments=(task.decoder, mesh, params, trained, (trained, rate), groups, rate),
+            arguments=(task.decoder, params, trained, (trained, rate), groups, rate),
             weights=weights,
             data=groups,
             stage="SFT",
