@@ -118,7 +118,7 @@ def run(
         weights = jax.tree.map(lambda x: x.astype(jnp.float32), policy.params)
         weights = fit(recipe(config, mesh), Trainee(decoder, None, weights), examples, seed, folder)
         params = jax.tree.map(lambda x: x.astype(decoder.dtype), weights)
-        merged.save_merged(params, None, decoder.lora, base_model, revision, result, decoder.dtype)
+        merged.save_merged(merged.Weights(params), base_model, revision, result, decoder.dtype)
         policy = dataclasses.replace(policy, params=params)
     else:
         trainee = Trainee(decoder, policy.params, jax.tree.map(jnp.copy, policy.reference))
