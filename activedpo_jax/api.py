@@ -27,7 +27,7 @@ from activedpo_jax.data.groups import Bucket, PairPool, check_tokens
 from activedpo_jax.data.preferences import Record
 from activedpo_jax.data.records import named_records, read_records
 from activedpo_jax.data.sources import fail, kind
-from activedpo_jax.data.tokenize import tokenize
+from activedpo_jax.data.tokenize import encoded_pool
 from activedpo_jax.huggingface import loading
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
@@ -194,11 +194,9 @@ def tokenized(
     """The pool of these records, with the first of `config.seeds`.
 
     Raises:
-      ValueError: see `data.tokenize.tokenize`.
+      ValueError: see `start.encoding` and `data.tokenize.encoded_pool`.
     """
-    prompt, response = (max(sizes) for sizes in zip(*config.data.buckets, strict=True))
-    kwargs = start.template_kwargs(config)
-    return tokenize(records, tokenizer, config.data.template, prompt, response, config.seeds[0], kwargs)
+    return encoded_pool(records, start.encoding(config, tokenizer), config.seeds[0])
 
 
 def features(

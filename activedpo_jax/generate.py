@@ -20,12 +20,13 @@ import ml_collections
 import numpy as np
 
 from activedpo_jax import errors, flags, layout, start
+from activedpo_jax.data.encoding import make_encoding
 from activedpo_jax.data.groups import Texts, check_tokens
 from activedpo_jax.data.pool_files import PoolFiles
 from activedpo_jax.data.preferences import uniform
 from activedpo_jax.data.prompts import read_prompts
-from activedpo_jax.data.tokenize import tokenize_texts
-from activedpo_jax.generation.responses import GenerationSpec, generate
+from activedpo_jax.data.tokenize import encoded_texts
+from activedpo_jax.generation.responses import GenerationSpec, Responder, generate
 from activedpo_jax.huggingface import loading
 from activedpo_jax.models.decoder import Params, unstack
 from activedpo_jax.record import folders, inputs
@@ -61,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         records = read_prompts(options.prompts, options.split)
         tokenizer = loading.load_tokenizer(model.path, model.revision)
         widths = [prompt for prompt, _ in config.data.buckets]
-        kwargs = start.template_kwargs(config)
-        texts = tokenize_texts(records, tokenizer, config.data.template, max(widths), options.max_new_tokens, kwargs)
+        encoding = make_encoding(
+            tokenizer, config.data.template, max(widths), options.max_new_tokens, start.template_kwargs(config)
+        )
+        texts = encoded_texts(records, encoding)
         for note in texts.notes:
             print(f"prompts: {note}")
         stop = start.stop_tokens(model.path, model.revision, tokenizer, config.data.template)
@@ -80,10 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             params = take_apart(start.load_params(config, mesh, decoder.dtype), on_cpu)
             lora = unstack(start.initial_lora(config, decoder, mesh, config.seeds[0])) if config.lora.path else None
 
-        text_of = start.text_of(tokenizer, stop)
+        responder = Responder(spec, params, lora, start.text_of(tokenizer, stop))
         draws = [uniform(config.seeds[0], "generation", name) for name in records.ids]
         seeds = (np.array(draws) * 2**32).astype(np.uint32)
-        for results in generate(spec, params, lora, texts.prompt_tokens, seeds, widths, text_of, files.missing):
+        for results in generate(responder, texts.prompt_tokens, seeds, widths, files.missing):
             files.add(results)
         print(files.finish(options.responses, options.max_new_tokens, options.resamples))
 

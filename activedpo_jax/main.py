@@ -242,7 +242,8 @@ def export(setting: Setting, state: RunState, folder: pathlib.Path) -> None:
     adapters.save_adapter(state.lora, decoder.lora, model, folder / "adapter", revision)
     place = folder / "merged"
     if config.export.merged and not hosts.on_first((place / "config.json").exists)():
-        merged.save_merged(setting.policy.params, state.lora, decoder.lora, model, revision, place, decoder.dtype)
+        weights = merged.Weights(setting.policy.params, state.lora, decoder.lora)
+        merged.save_merged(weights, model, revision, place, decoder.dtype)
 
 
 def finish(folder: pathlib.Path, summaries: Sequence[folders.RunSummary]) -> None:

@@ -131,7 +131,7 @@ def check_free(folder: pathlib.Path) -> None:
 
 
 def without_tokens(records: Sequence[Record], seed: int) -> Candidates:
-    """The pairs of a pool without tokens; ids, order and sides are those of `data.tokenize.tokenize`.
+    """The pairs of a pool without tokens; ids, order and sides are those of `data.tokenize.encoded_pool`.
 
     Raises:
       ValueError: two pairs have the same id.

@@ -31,7 +31,7 @@ from activedpo_jax import cluster, errors, files, flags, hosts, layout, start
 from activedpo_jax.data.completions import Completion, limit, read_completions
 from activedpo_jax.data.draws import split_by_prompt
 from activedpo_jax.data.groups import Bucket, assign_buckets, check_tokens
-from activedpo_jax.data.tokenize import tokenize_texts
+from activedpo_jax.data.tokenize import encoded_texts
 from activedpo_jax.huggingface import adapters, loading, merged
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.record import checkpoints, folders, inputs, metrics
@@ -55,13 +55,8 @@ def load(config: ml_collections.ConfigDict, seed: int) -> Examples:
     if sft.heldout_fraction:
         completions, held_out = split_by_prompt(completions, sft.heldout_fraction, seed)
     buckets = tuple(sorted(Bucket(*b) for b in data.buckets))
-    longest = max(b.prompt for b in buckets), max(b.response for b in buckets)
-    tokenizer = loading.load_tokenizer(config.model.path, config.model.revision)
-    texts = [
-        tokenize_texts(part, tokenizer, data.template, *longest, start.template_kwargs(config))
-        for part in (completions, held_out)
-        if part
-    ]
+    encoding = start.encoding(config, loading.load_tokenizer(config.model.path, config.model.revision))
+    texts = [encoded_texts(part, encoding) for part in (completions, held_out) if part]
     vocabulary = loading.load_config(config.model.path, config.model.revision).vocab_size
     for part in texts:
         check_tokens(part, vocabulary, sft.data)
@@ -121,13 +116,13 @@ def run(
             policy = dataclasses.replace(policy, reference=lora)
     elif full:
         weights = jax.tree.map(lambda x: x.astype(jnp.float32), policy.params)
-        weights = fit(recipe(config, mesh), Trainee(decoder, None, weights), examples, mesh, seed, folder)
+        weights = fit(recipe(config, mesh), Trainee(decoder, None, weights), examples, seed, folder)
         params = jax.tree.map(lambda x: x.astype(decoder.dtype), weights)
-        merged.save_merged(params, None, decoder.lora, base_model, revision, result, decoder.dtype)
+        merged.save_merged(merged.Weights(params), base_model, revision, result, decoder.dtype)
         policy = dataclasses.replace(policy, params=params)
     else:
         trainee = Trainee(decoder, policy.params, jax.tree.map(jnp.copy, policy.reference))
-        lora = fit(recipe(config, mesh), trainee, examples, mesh, seed, folder)
+        lora = fit(recipe(config, mesh), trainee, examples, seed, folder)
         adapters.save_adapter(lora, decoder.lora, base_model, result, revision)
         policy = dataclasses.replace(policy, reference=lora)
     # The result is whole; what it took to get there is several times as large.
@@ -136,13 +131,13 @@ def run(
     return policy
 
 
-def fit(recipe: Recipe, trainee: Trainee, examples: Examples, mesh: Mesh, seed: int, folder: pathlib.Path) -> Any:
+def fit(recipe: Recipe, trainee: Trainee, examples: Examples, seed: int, folder: pathlib.Path) -> Any:
     """Trains, from the last checkpoint in `folder` if there is one, and returns the weights; those given are used up.
 
     Raises:
       FloatingPointError: a loss is not finite; nothing of that step is saved.
     """
-    weights = trainee.weights
+    weights, mesh = trainee.weights, trainee.mesh
     per_epoch = recipe.steps_per_epoch(examples)
     store = checkpoints.Checkpoints(folder)
     shapes = finetune.state_shapes(recipe, mesh, weights)
@@ -156,9 +151,9 @@ def fit(recipe: Recipe, trainee: Trainee, examples: Examples, mesh: Mesh, seed: 
     def heldout_loss(weights: Any) -> dict[str, float]:
         if examples.heldout is None:
             return {}
-        base, lora = (weights, None) if trainee.params is None else (trainee.params, weights)
-        arguments = (trainee.decoder, base, lora, examples.heldout, examples.buckets, recipe.microbatch, mesh)
-        return {"sft/heldout_loss": finetune.mean_loss(*arguments)}
+        so_far = trainee._replace(weights=weights)
+        loss = finetune.mean_loss(so_far, examples.heldout, examples.buckets, recipe.microbatch)
+        return {"sft/heldout_loss": loss}
 
     first, total = done or 0, recipe.epochs * per_epoch
     clock = checkpoints.Clock(recipe.checkpoint_minutes)
@@ -167,7 +162,7 @@ def fit(recipe: Recipe, trainee: Trainee, examples: Examples, mesh: Mesh, seed: 
             writer.write(0, 0, heldout_loss(weights))
         begun = time.perf_counter()
         work = Work("SFT", first, total, "config.sft.learning_rate")
-        advance = finetune.steps(recipe, trainee, examples, mesh, seed)
+        advance = finetune.steps(recipe, trainee, examples, seed)
         for step in descend(work, weights, opt_state, advance):
             weights, number = step.weights, step.number
             speed = step.report.tokens / (time.perf_counter() - begun)

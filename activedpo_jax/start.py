@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from activedpo_jax import layout
+from activedpo_jax.data.encoding import Encoding, make_encoding
 from activedpo_jax.data.templates import make_template
 from activedpo_jax.generation.decoding import DecodingSpec
 from activedpo_jax.generation.sampling import Sampling
@@ -96,6 +97,17 @@ def template_kwargs(config: ml_collections.ConfigDict) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"config.data.template_kwargs: got {text!r}, expected a JSON object")
     return found
+
+
+def encoding(config: ml_collections.ConfigDict, tokenizer: "PreTrainedTokenizerBase") -> Encoding:
+    """How `config.data` has texts become tokens; they are cut to the longest that a bucket holds.
+
+    Raises:
+      ValueError: see `template_kwargs` and `data.encoding.make_encoding`.
+    """
+    data = config.data
+    prompt, response = (max(sizes) for sizes in zip(*data.buckets, strict=True))
+    return make_encoding(tokenizer, data.template, prompt, response, template_kwargs(config))
 
 
 def fingerprints(config: ml_collections.ConfigDict) -> dict[str, str]:

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from activedpo_jax import hosts, layout, start
 from activedpo_jax.data.draws import limit, split_by_prompt
-from activedpo_jax.data.encoding import make_encoding
 from activedpo_jax.data.groups import Bucket, Groups, PairPool, Texts, check_tokens, pad_groups, shared_prompts
 from activedpo_jax.data.preferences import Record
 from activedpo_jax.data.prompts import PromptRecord, prompts_of, read_prompts
@@ -152,8 +151,7 @@ def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, reader
         )
     records, prompt_records, heldout_records = _sources(config, seed, readers)
     tokenizer = loading.load_tokenizer(path, revision)
-    longest = max(b.prompt for b in buckets), max(b.response for b in buckets)
-    encoding = make_encoding(tokenizer, data.template, *longest, start.template_kwargs(config))
+    encoding = start.encoding(config, tokenizer)
     decoder = start.load_decoder(config, mesh)
     stop = start.stop_tokens(path, revision, tokenizer, data.template)
     pool = None if records is None else encoded_pool(records, encoding, seed, readers)
@@ -298,7 +296,7 @@ def _train_from_scratch(
     def advance(step: int, params: Params, opt_state: Any) -> tuple[Params, Any, tuple[jax.Array]]:
         rows = rng.choice(texts.num_groups, scratch.batch_size, replace=False)
         batch = layout.put(Groups(*(np.asarray(x)[rows] for x in groups)), place)
-        rate = optimiser.learning_rate(spec, jnp.float32(step), jnp.float32(scratch.steps))
+        rate = optimiser.learning_rate(spec, optimiser.Position(jnp.float32(step), jnp.float32(scratch.steps)))
         params, opt_state, loss = language_model_step(decoder, spec, params, opt_state, batch, rate)
         return params, opt_state, (loss,)
 

@@ -86,19 +86,26 @@ def work_on(source: str) -> dict[str, Any]:
     from activedpo_jax.record import inputs
     from tests.tiny_tokenizer import CHATML, make_tokenizer
 
-    try:
-        from activedpo_jax.data.records import read_records
-    except ImportError:  # of a checkout before there was that file
-        from activedpo_jax.data.preferences import read_records  # type: ignore[attr-defined, no-redef]
-
     tokenizer = make_tokenizer(CHATML, eos="<|im_end|>")
     buckets, longest = [groups.Bucket(*b) for b in BUCKETS], BUCKETS[-1]
+    try:
+        from activedpo_jax.data.encoding import make_encoding
+        from activedpo_jax.data.records import read_records
+
+        def tokenised(records: Any) -> groups.PairPool:
+            return tokenize.encoded_pool(records, make_encoding(tokenizer, "chat", *longest), 0)
+    except ImportError:  # of a checkout before there were those files
+        from activedpo_jax.data.preferences import read_records  # type: ignore[attr-defined, no-redef]
+
+        def tokenised(records: Any) -> groups.PairPool:
+            return tokenize.tokenize(records, tokenizer, "chat", *longest, 0)  # type: ignore[attr-defined]
+
     tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)  # imports what it needs
     meter = Meter()
 
     def read_and_tokenise() -> groups.PairPool:
         records = meter("read and check", lambda: read_records(source))
-        return meter("tokenise", lambda: tokenize.tokenize(records, tokenizer, "chat", *longest, 0))
+        return meter("tokenise", lambda: tokenised(records))
 
     pool = read_and_tokenise()
     meter("describe for the record", lambda: inputs.describe_pool(pool, source))

@@ -31,9 +31,10 @@ import scipy.stats
 from activedpo_jax import layout
 from activedpo_jax.compile_only import tpu_devices
 from activedpo_jax.data.draws import limit
+from activedpo_jax.data.encoding import make_encoding
 from activedpo_jax.data.groups import Bucket, Groups, pad_groups
 from activedpo_jax.data.records import read_records
-from activedpo_jax.data.tokenize import tokenize
+from activedpo_jax.data.tokenize import encoded_pool
 from activedpo_jax.evidence.gradients import FeatureSpec, pair_features
 from activedpo_jax.huggingface import loading
 from activedpo_jax.models.config import LoraConfig, ModelConfig
@@ -72,7 +73,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The three formats side by side."""
     bucket = Bucket(args.prompt, args.response)
     records = limit(read_records(str(args.pairs)), args.pool, 0)
-    pool = tokenize(records, loading.load_tokenizer(args.model), "auto", *bucket, 0)
+    pool = encoded_pool(records, make_encoding(loading.load_tokenizer(args.model), "auto", *bucket), 0)
     count = pool.num_groups // args.groups * args.groups
     chunks = [layout.put(pad_groups(pool, np.arange(i, i + args.groups), bucket)) for i in range(0, count, args.groups)]
     config, lora_config, seed = loading.load_config(args.model), LoraConfig(args.rank, 2.0 * args.rank), jnp.uint32(0)

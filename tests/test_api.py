@@ -15,8 +15,9 @@ import pytest
 
 import activedpo_jax
 from activedpo_jax import api, main
+from activedpo_jax.data.encoding import make_encoding
 from activedpo_jax.data.records import read_records
-from activedpo_jax.data.tokenize import tokenize
+from activedpo_jax.data.tokenize import encoded_pool
 from tests.tiny_hf import tiny_llama
 from tests.tiny_tokenizer import CHATML, make_tokenizer
 
@@ -97,8 +98,7 @@ def test_sources_are_the_same_pool(place: pathlib.Path, model: api.Model, capsys
     rows = [*ROWS, dict(ROWS[0])]  # a copy, of which the ids and a note say so
     path = place / "more.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    longest = (32, 16)
-    expected = tokenize(read_records(str(path)), model.tokenizer, "auto", *longest, 3)
+    expected = encoded_pool(read_records(str(path)), make_encoding(model.tokenizer, "auto", 32, 16), 3)
     columns = {name: [row.get(name) for row in rows] for row in rows for name in row}
     for source in (str(path), path, rows, iter(rows), datasets.Dataset.from_dict(columns)):
         pool = activedpo_jax.read_pool(source, model)

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from activedpo_jax.data.completions import read_completions
+from activedpo_jax.data.encoding import make_encoding
 from activedpo_jax.data.groups import PairPool, Texts, check_tokens
 from activedpo_jax.data.prompts import read_prompts
 from activedpo_jax.data.records import read_records
-from activedpo_jax.data.tokenize import tokenize, tokenize_texts
+from activedpo_jax.data.tokenize import encoded_pool, encoded_texts
 from tests.tiny_tokenizer import CHATML, make_tokenizer
 
 CASES = pathlib.Path(__file__).parents[2] / "shared" / "cases"
@@ -41,7 +42,7 @@ def read(path: pathlib.Path, *rows: dict[str, Any]) -> Any:
 
 
 def pool_of(records: Any, tokenizer: Any, template: str = "auto", **options: Any) -> PairPool:
-    return tokenize(records, tokenizer, template, 1000, 1000, 0, options)
+    return encoded_pool(records, make_encoding(tokenizer, template, 1000, 1000, options), 0)
 
 
 def texts_of(pool: Texts, tokenizer: Any) -> tuple[list[str], list[list[str]]]:
@@ -141,10 +142,11 @@ def test_sft_data_and_prompts_carry_the_same(tmp_path: pathlib.Path) -> None:
     tokenizer = make_tokenizer(EVERYTHING, eos="<|im_end|>")
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps(pair(tools=TOOLS)) + "\n")
+    encoding = make_encoding(tokenizer, "chat", 999, 999)
     for records in (read_completions(str(file)), read_records(str(file))):
-        assert "weather" in texts_of(tokenize_texts(records, tokenizer, "chat", 999, 999), tokenizer)[0][0]
+        assert "weather" in texts_of(encoded_texts(records, encoding), tokenizer)[0][0]
     file.write_text(json.dumps({"prompt": PROMPT, "tools": TOOLS}) + "\n")
-    prompts = tokenize_texts(read_prompts(str(file)), tokenizer, "chat", 999, 999)
+    prompts = encoded_texts(read_prompts(str(file)), encoding)
     assert "weather" in tokenizer.decode(prompts.prompt_tokens[0])
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from activedpo_jax.data.completions import Completion, limit, read_completions
 from activedpo_jax.data.draws import split_by_prompt
-from activedpo_jax.data.tokenize import tokenize_texts
+from activedpo_jax.data.encoding import make_encoding
+from activedpo_jax.data.tokenize import encoded_texts
 from tests.test_preferences import BLUE, GREEN, SYSTEM, USER, write
 from tests.tiny_tokenizer import CHATML, make_tokenizer
 
@@ -119,7 +120,8 @@ def test_prompts_are_held_out_whole() -> None:
 def test_token_ids_are_those_of_the_whole_conversation(tmp_path: pathlib.Path) -> None:
     tokenizer = make_tokenizer(CHATML)
     messages = [SYSTEM, *MORE, BLUE]
-    texts = tokenize_texts(read_completions(write(tmp_path, {"messages": messages})), tokenizer, "auto", 999, 999)
+    completions = read_completions(write(tmp_path, {"messages": messages}))
+    texts = encoded_texts(completions, make_encoding(tokenizer, "auto", 999, 999))
     whole = tokenizer.apply_chat_template(messages, return_dict=False)
     asked = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
     assert texts.num_groups == texts.responses_per_group == 1 and not texts.notes
@@ -132,8 +134,8 @@ def test_long_texts_are_cut_and_counted(tmp_path: pathlib.Path) -> None:
     plain = make_tokenizer()
     rows = [{"prompt": "the sky is" * 9, "completion": " blue"}, {"prompt": "sky", "completion": " so blue" * 9}]
     completions = read_completions(write(tmp_path, *rows))
-    whole = tokenize_texts(completions, plain, "plain", 999, 999)
-    cut = tokenize_texts(completions, plain, "plain", 8, 6)
+    whole = encoded_texts(completions, make_encoding(plain, "plain", 999, 999))
+    cut = encoded_texts(completions, make_encoding(plain, "plain", 8, 6))
     assert cut.prompt_tokens[0].tolist() == whole.prompt_tokens[0][-8:].tolist()
     assert cut.response_tokens[1][0].tolist() == whole.response_tokens[1][0][:6].tolist()
     assert whole.response_tokens[1][0][-1] == plain.eos_token_id != cut.response_tokens[1][0][-1]

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from activedpo_jax import layout
 from activedpo_jax.huggingface import loading, merged
+from activedpo_jax.huggingface.merged import Weights
 from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.models.lora import Lora, init_lora
 from activedpo_jax.models.quantise import quantise_params
@@ -65,7 +66,7 @@ def test_transformers_gives_the_same_log_probs(
     nothing = jax.tree.map(np.zeros_like, lora)
     assert np.abs(ours - apply({"params": params, "lora": nothing}, batch)).max() > 0.1
 
-    merged.save_merged(params, lora, config, str(base), "", result, jnp.float32, size)
+    merged.save_merged(Weights(params, lora, config), str(base), "", result, jnp.float32, size)
     files = list(result.glob("*.safetensors"))
     if size == "5GB":
         assert [file.name for file in files] == ["model.safetensors"]
@@ -91,7 +92,8 @@ def test_quantised_weights_are_merged_as_what_they_stand_for(tmp_path: pathlib.P
     params, lora = quantise_params(params, quantisation), random_adapter(decoder.config, LORA)
     batch = tiny.groups(seed=1, count=4, m=2)
     ours = np.asarray(jax.jit(decoder.clone(lora=LORA).apply)({"params": params, "lora": lora}, batch))
-    merged.save_merged(params, lora, LORA, str(tmp_path / "base"), "", tmp_path / "out", jnp.float32, "10KB")
+    weights = Weights(params, lora, LORA)
+    merged.save_merged(weights, str(tmp_path / "base"), "", tmp_path / "out", jnp.float32, "10KB")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     np.testing.assert_allclose(ours, torch_logps(model, batch), rtol=0, atol=1e-4)
 
@@ -117,7 +119,7 @@ def loaded(base: pathlib.Path) -> tuple[Any, Any, Lora]:
 def test_parameters_as_they_are(tmp_path: pathlib.Path, tied: bool, size: str) -> None:
     model = tiny_llama(tmp_path / "base", tie_word_embeddings=tied)
     params = loading.load_model(str(tmp_path / "base"))[1]
-    merged.save_merged(params, None, LORA, str(tmp_path / "base"), "", tmp_path / "out", jnp.float32, size)
+    merged.save_merged(Weights(params), str(tmp_path / "base"), "", tmp_path / "out", jnp.float32, size)
     # As transformers writes them: tied embeddings once.
     written, expected = tensors(tmp_path / "out"), tensors(tmp_path / "base")
     assert ("lm_head.weight" in written) == (not tied)
@@ -128,7 +130,7 @@ def test_parameters_as_they_are(tmp_path: pathlib.Path, tied: bool, size: str) -
 
 def test_shards(tmp_path: pathlib.Path, base: pathlib.Path) -> None:
     _, params, lora = loaded(base)
-    merged.save_merged(params, lora, LORA, str(base), "", tmp_path / "out", jnp.float32, 10_000)
+    merged.save_merged(Weights(params, lora, LORA), str(base), "", tmp_path / "out", jnp.float32, 10_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
@@ -148,7 +150,7 @@ def test_the_sum_is_rounded_once(tmp_path: pathlib.Path, base: pathlib.Path, dty
     config, params, lora = loaded(base)
     coarse = jax.tree.map(lambda x: x.astype(dtype), params)
     small = jax.tree.map(lambda x: x * 0.05, lora)
-    merged.save_merged(coarse, small, LORA, str(base), "", tmp_path / "out", dtype)
+    merged.save_merged(Weights(coarse, small, LORA), str(base), "", tmp_path / "out", dtype)
     written = tensors(tmp_path / "out")
     assert {x.dtype.name for x in written.values()} == {dtype}
     half_a_step = 2.0 ** -{"bfloat16": 8, "float16": 11}[dtype]
@@ -170,8 +172,8 @@ def test_weights_cut_over_devices(tmp_path: pathlib.Path, base: pathlib.Path) ->
     _, params, lora = loaded(base)
     mesh = layout.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
     cut_params, cut_lora = (jax.device_put(x, layout.weight_shardings(mesh, x)) for x in (params, lora))
-    merged.save_merged(cut_params, cut_lora, LORA, str(base), "", tmp_path / "cut", jnp.float32)
-    merged.save_merged(params, lora, LORA, str(base), "", tmp_path / "whole", jnp.float32)
+    merged.save_merged(Weights(cut_params, cut_lora, LORA), str(base), "", tmp_path / "cut", jnp.float32)
+    merged.save_merged(Weights(params, lora, LORA), str(base), "", tmp_path / "whole", jnp.float32)
     found, expected = tensors(tmp_path / "cut"), tensors(tmp_path / "whole")
     assert found.keys() == expected.keys()
     for name in found:
@@ -180,7 +182,7 @@ def test_weights_cut_over_devices(tmp_path: pathlib.Path, base: pathlib.Path) ->
 
 def test_what_belongs_to_the_model_comes_along(tmp_path: pathlib.Path, base: pathlib.Path) -> None:
     _, params, lora = loaded(base)
-    merged.save_merged(params, lora, LORA, str(base), "", tmp_path / "out", jnp.bfloat16)
+    merged.save_merged(Weights(params, lora, LORA), str(base), "", tmp_path / "out", jnp.bfloat16)
     ours, theirs = loading.load_tokenizer(str(tmp_path / "out")), loading.load_tokenizer(str(base))
     assert ours("What colour is it?")["input_ids"] == theirs("What colour is it?")["input_ids"]
     assert ours.chat_template == CHATML
@@ -200,7 +202,7 @@ def test_a_config_of_older_versions_of_transformers_says_the_same(tmp_path: path
     del config["dtype"]
     file.write_text(json.dumps({**config, "torch_dtype": "float32"}))
     params = loading.load_model(str(tmp_path / "base"))[1]
-    merged.save_merged(params, None, LORA, str(tmp_path / "base"), "", tmp_path / "out", jnp.bfloat16)
+    merged.save_merged(Weights(params), str(tmp_path / "base"), "", tmp_path / "out", jnp.bfloat16)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["torch_dtype"] == written["dtype"] == "bfloat16"
 
@@ -215,10 +217,10 @@ def test_hub_names_from_the_cache(tmp_path: pathlib.Path, base: pathlib.Path, mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     _, params, lora = loaded(base)
-    merged.save_merged(params, lora, LORA, "someone/tiny", "v1", tmp_path / "out", jnp.float32)
+    merged.save_merged(Weights(params, lora, LORA), "someone/tiny", "v1", tmp_path / "out", jnp.float32)
     assert loading.load_tokenizer(str(tmp_path / "out")).chat_template == CHATML
     with pytest.raises(ValueError, match=r"someone/tiny \(revision v2\): neither"):
-        merged.save_merged(params, lora, LORA, "someone/tiny", "v2", tmp_path / "other", jnp.float32)
+        merged.save_merged(Weights(params, lora, LORA), "someone/tiny", "v2", tmp_path / "other", jnp.float32)
     assert not (tmp_path / "other").exists()
 
 
@@ -227,7 +229,8 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(
 ) -> None:
     _, params, lora = loaded(base)
     directory = tmp_path / "runs" / "merged"
-    save = functools.partial(merged.save_merged, params, lora, LORA, str(base), "", directory, jnp.float32, 20_000)
+    weights = Weights(params, lora, LORA)
+    save = functools.partial(merged.save_merged, weights, str(base), "", directory, jnp.float32, 20_000)
     replace, writes = merged.os.replace, {name: getattr(merged, name) for name in ("_write", "write_atomic")}
 
     def killed(name: str, survived: int, path: pathlib.Path, content: Any) -> None:
@@ -262,28 +265,28 @@ def test_what_cannot_be_written_is_refused(tmp_path: pathlib.Path, base: pathlib
     save = functools.partial(merged.save_merged, base_model=str(base), revision="", directory=out, dtype=jnp.float32)
     other = LoraConfig(8, 16.0, LORA.target_modules)
     with pytest.raises(ValueError, match=r"layers/down_proj/a of the adapter has shape \(3, 4, 48\); .* \(3, 8, 48\)"):
-        save(params, lora, other)
+        save(Weights(params, lora, other))
     with pytest.raises(ValueError, match=r"layers/up_proj/a of the adapter has shape \(3, 4, 32\); .* it has None"):
-        save(params, lora, LoraConfig(4, 16.0, ("q_proj", "v_proj", "o_proj", "down_proj")))
+        save(Weights(params, lora, LoraConfig(4, 16.0, ("q_proj", "v_proj", "o_proj", "down_proj"))))
     with pytest.raises(
         ValueError, match=rf"final_norm/scale of the parameters has shape \(4,\); by the config of {base}"
     ):
-        save({**params, "final_norm": {"scale": jnp.ones(4)}}, lora, LORA)
+        save(Weights({**params, "final_norm": {"scale": jnp.ones(4)}}, lora, LORA))
     with pytest.raises(ValueError, match="dtype: got int8, expected one of float32, bfloat16, float16"):
-        save(params, lora, LORA, dtype=jnp.int8)
+        save(Weights(params, lora, LORA), dtype=jnp.int8)
     with pytest.raises(ValueError, match="nowhere: no such directory; .*set config.model.path"):
-        save(params, lora, LORA, base_model=str(tmp_path / "nowhere"))
+        save(Weights(params, lora, LORA), base_model=str(tmp_path / "nowhere"))
     large = {**params, "final_norm": {"scale": params["final_norm"]["scale"] * 1e6}}
     with pytest.raises(
         ValueError, match="tensor model.norm.weight of .*out has entries that are not finite in float16"
     ):
-        save(large, lora, LORA, dtype=jnp.float16)
+        save(Weights(large, lora, LORA), dtype=jnp.float16)
     assert not out.exists()
 
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="out: already there; remove it"):
-        save(params, lora, LORA)
+        save(Weights(params, lora, LORA))
     with pytest.raises(ValueError, match="already there"):
-        save(params, lora, LORA, directory=base)
+        save(Weights(params, lora, LORA), directory=base)
     assert (out / "notes.txt").read_text() == "mine"

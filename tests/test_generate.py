@@ -26,7 +26,7 @@ from activedpo_jax.data.pool_files import PoolFiles
 from activedpo_jax.data.prompts import PromptRecord, read_prompts
 from activedpo_jax.data.records import read_records
 from activedpo_jax.generation.decoding import DecodingSpec, Requests, respond
-from activedpo_jax.generation.responses import GenerationSpec, generate
+from activedpo_jax.generation.responses import GenerationSpec, Responder, generate
 from activedpo_jax.generation.sampling import Sampling, truncate
 from activedpo_jax.huggingface import loading
 from activedpo_jax.models.config import LoraConfig, Rope
@@ -189,7 +189,8 @@ def our_greedy(folder: pathlib.Path, prompts: list[np.ndarray], length: int) -> 
     widths = [8, max(map(len, prompts))]
     text = lambda tokens: " ".join(map(str, tokens))  # noqa: E731
     seeds = np.zeros(len(prompts), np.uint32)
-    out = in_order(generate(generation, unstack(params, True), None, prompts, seeds, widths, text, range(len(prompts))))
+    responder = Responder(generation, unstack(params, True), None, text)
+    out = in_order(generate(responder, prompts, seeds, widths, range(len(prompts))))
     return np.stack([one.tokens[0] for one in out])
 
 
@@ -295,7 +296,8 @@ def sample_texts(resamples: int, text_of: Any, m: int = 4, count: int = 6) -> li
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, VOCABULARY, 3 + i).astype(np.int32) for i in range(count)]
     seeds = np.arange(count, dtype=np.uint32)
-    return in_order(generate(generation, unstack(params), None, prompts, seeds, [4, 16], text_of, range(count)))
+    responder = Responder(generation, unstack(params), None, text_of)
+    return in_order(generate(responder, prompts, seeds, [4, 16], range(count)))
 
 
 def test_empty_and_equal_responses_are_sampled_anew() -> None:

@@ -23,7 +23,9 @@ from activedpo_jax.models.decoder import Decoder, Params, init_params
 from activedpo_jax.models.lora import Lora, init_lora
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.rounds import staged
+from activedpo_jax.rounds.learn import Microbatch
 from activedpo_jax.rounds.state import RunState, empty_labelled
+from activedpo_jax.training.optimiser import Position
 from tests import tiny
 from tests.test_round import options
 
@@ -294,16 +296,15 @@ def test_adapters_gradients_and_moments_are_cut_over_fsdp_and_tensor(pod: Mesh) 
     opt_state = outputs(staged.init_program, lora)
     gradient = outputs(staged.no_gradient_program, lora)
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    after = outputs(staged.update_program, lora, opt_state, gradient[0], step, step)
+    after = outputs(staged.update_program, lora, opt_state, gradient[0], Position(step, step))
     for tree in (lora, opt_state, gradient, after):
         assert set(parts(tree)) == {8}
     assert len(parts(after)) == 3 * len(parts(lora))
     state = RunState(lora, jax.eval_shape(lambda: empty_labelled(spec)), jnp.uint32(0), jnp.int32(0))
     policy = Policy(task.decoder, task.params_shape, lora)
-    share = (jax.ShapeDtypeStruct((spec.training.microbatch,), x) for x in (jnp.int32, jnp.float32))
-    compiled = staged.gradient_program.lower(
-        spec, policy, lora, gradient, state.labelled, tuple(share), task.buckets[0]
-    ).compile()
+    slots, shares = (jax.ShapeDtypeStruct((spec.training.microbatch,), x) for x in (jnp.int32, jnp.float32))
+    microbatch = Microbatch(slots, shares, task.buckets[0])
+    compiled = staged.gradient_program.lower(spec, policy, lora, gradient, state.labelled, microbatch).compile()
     assert set(parts(placed(shapes, compiled.output_shardings[0]))) == {8}
 
 

@@ -307,7 +307,7 @@ def test_models_are_those_on_disk(store: ObjectServer, tmp_path: pathlib.Path) -
     lora = random_adapter(decoder.config, lora_config)
     for folder in (tmp_path / "local", files.folder_at(str(ROOT))):
         adapters.save_adapter(lora, lora_config, str(base), folder / "adapter")
-        arguments = (params, lora, lora_config, str(base), "")
+        arguments = (merged.Weights(params, lora, lora_config), str(base), "")
         merged.save_merged(*arguments, folder / "merged", jnp.float32, 20_000)
         with pytest.raises(ValueError, match="already there; remove it"):
             merged.save_merged(*arguments, folder / "merged", jnp.float32)
@@ -331,7 +331,7 @@ def test_a_merged_checkpoint_cut_short_is_written_again(store: ObjectServer, tmp
     decoder, params = load_decoder(tmp_path / "base")
     store.put("runs/a/merged/model-00007-of-00009.safetensors", b"half")
     folder: Any = ROOT
-    merged.save_merged(params, None, LoraConfig(), str(tmp_path / "base"), "", folder / "merged", jnp.float32)
+    merged.save_merged(merged.Weights(params), str(tmp_path / "base"), "", folder / "merged", jnp.float32)
     names = {name.rpartition("/")[2] for name in store.names("runs/a/merged")}
     assert {"model.safetensors", "config.json"} <= names and not any("00007" in name for name in names)
 

@@ -15,8 +15,9 @@ from safetensors.flax import save_file
 from safetensors.numpy import save_file as save_numpy
 
 from activedpo_jax import main, select
+from activedpo_jax.data.encoding import make_encoding
 from activedpo_jax.data.records import read_records
-from activedpo_jax.data.tokenize import tokenize
+from activedpo_jax.data.tokenize import encoded_pool
 from activedpo_jax.oracles import formats
 from activedpo_jax.selection.posterior import FLOOR, TIE
 from tests.test_api import CONFIG, ROWS, greedy, save_model
@@ -69,7 +70,7 @@ def ranked(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def pool_of(path: pathlib.Path) -> Any:
-    return tokenize(read_records(str(path)), TOKENIZER(), "chat", 64, 64, 3)
+    return encoded_pool(read_records(str(path)), make_encoding(TOKENIZER(), "chat", 64, 64), 3)
 
 
 # The second λ is raised to the least at which scores are known: to TIE / FLOOR.
@@ -124,8 +125,9 @@ def test_picks_of_given_features(
 
 def test_pairs_without_a_tokenizer_are_those_with_one(tmp_path: pathlib.Path) -> None:
     records = read_records(str(write_rows(tmp_path / "pool.jsonl")))
+    encoding = make_encoding(TOKENIZER(), "chat", 64, 64)
     for seed in range(4):
-        expected = tokenize(records, TOKENIZER(), "chat", 64, 64, seed)
+        expected = encoded_pool(records, encoding, seed)
         found = select.without_tokens(records, seed)
         assert found.pair_ids == expected.pair_ids and found.num_pairs == PAIRS
         np.testing.assert_array_equal(found.pairs, expected.pairs)

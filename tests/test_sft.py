@@ -221,7 +221,7 @@ def trained(
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "update_program", update)
         examples = Examples(random_texts(0, 20), None, buckets)
-        weights = sft.fit(recipe, Trainee(decoder, base, weights), examples, mesh, 3, folder)
+        weights = sft.fit(recipe, Trainee(decoder.clone(mesh=mesh), base, weights), examples, 3, folder)
     return Trained(gradients[0], jax.device_get(weights), learnt(read_metrics(folder / "metrics.jsonl")))
 
 
@@ -285,12 +285,11 @@ def test_a_few_examples_are_learnt_by_heart(base: pathlib.Path, tmp_path: pathli
 
 
 def test_divergence_stops_before_anything_is_saved(tmp_path: pathlib.Path) -> None:
-    decoder, params, _ = tiny.model()
+    decoder, params, _ = tiny.model(mesh=layout.make_mesh(default().mesh, jax.devices()[:1]))
     broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
-    mesh = layout.make_mesh(default().mesh, jax.devices()[:1])
     recipe = Recipe(OptimiserSpec(1e-3), epochs=1, batch_size=2, microbatch=2, checkpoint_minutes=0)
     with pytest.raises(FloatingPointError, match="step 1 of 2: the loss is nan; lower config.sft.learning_rate"):
-        sft.fit(recipe, Trainee(decoder, None, broken), Examples(random_texts(0, 4), None, BUCKETS), mesh, 0, tmp_path)
+        sft.fit(recipe, Trainee(decoder, None, broken), Examples(random_texts(0, 4), None, BUCKETS), 0, tmp_path)
     assert not any((tmp_path / "checkpoints").iterdir())
 
 

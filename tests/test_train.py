@@ -27,7 +27,7 @@ TOTAL = 40
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_learning_rate(schedule: str, warmup: float) -> None:
     spec = OptimiserSpec(0.5, schedule, warmup)
-    rate = jax.jit(lambda step, total: optimiser.learning_rate(spec, step, total))
+    rate = jax.jit(lambda step, total: optimiser.learning_rate(spec, optimiser.Position(step, total)))
     got = [float(rate(jnp.int32(step), jnp.int32(TOTAL))) for step in range(TOTAL)]
     up = round(warmup * TOTAL)
     after = np.arange(TOTAL - up) / max(TOTAL - up, 1)  # share of the way down that is behind

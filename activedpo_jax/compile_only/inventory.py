@@ -85,12 +85,12 @@ def _sft(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) -> Ite
         yield Program(
             name=f"SFT gradient {tuple(bucket)}",
             function=finetune.gradient_program,
-            arguments=(task.decoder, mesh, params, trained, (trained, rate), groups, rate),
+            arguments=(task.decoder, params, trained, (trained, rate), groups, rate),
             weights=weights,
             data=groups,
             stage="SFT",
             runs=microbatches if bucket == task.buckets[-1] else 0,
         )
-    arguments = (recipe.optimiser, mesh, trained, opt_state, trained, number, number)
+    arguments = (recipe.optimiser, mesh, trained, opt_state, trained, optimiser.Position(number, number))
     steps = recipe.epochs * chunks(examples, recipe.batch_size)
     yield Program("SFT update", finetune.update_program, arguments, weights, (), "SFT", steps)

@@ -233,8 +233,7 @@ class RoundPrograms:
             )
         yield self._append()
         schedule = spec.schedule(np.arange(count), 1, 0)
-        part = (schedule.slots[0][: training.microbatch], schedule.weight[0][: training.microbatch])
-        share = shapes.replicated(mesh, part)
+        slots, share = (x[0][: training.microbatch] for x in (schedule.slots, schedule.weight))
         gradient = (
             shapes.lora(self.task, mesh),
             shapes.replicated(mesh, jax.eval_shape(optimiser.no_gradient, lora)[1]),
@@ -255,13 +254,14 @@ class RoundPrograms:
             runs=1,
         )
         for bucket in self.task.buckets:
+            microbatch = shapes.replicated(mesh, learn.Microbatch(slots, share, bucket))
             microbatches = mean(parts(n, training.batch_size, training.microbatch) for n in learnt)
             yield Program(
                 name=f"training gradient {tuple(bucket)}, {self.strategy}",
                 function=staged.gradient_program,
-                arguments=(spec, self.policy, lora, gradient, state.labelled, share, bucket),
+                arguments=(spec, self.policy, lora, gradient, state.labelled, microbatch),
                 weights=weights,
-                data=(self.kept, share),
+                data=(self.kept, microbatch),
                 stage=stage,
                 runs=self._if_largest(bucket, training.epochs * microbatches),
                 pairs=training.microbatch,
@@ -269,7 +269,7 @@ class RoundPrograms:
         yield Program(
             name=f"training update, {self.strategy}",
             function=staged.update_program,
-            arguments=(spec, lora, opt_state, gradient[0], state.round, state.round),
+            arguments=(spec, lora, opt_state, gradient[0], optimiser.Position(state.round, state.round)),
             weights=weights,
             data=self.kept,
             stage=stage,

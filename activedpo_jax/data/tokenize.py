@@ -5,12 +5,12 @@ Several hosts take a share of the records each and exchange the results, so that
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
-from activedpo_jax.data.encoding import Encoding, encode, make_encoding
+from activedpo_jax.data.encoding import Encoding, encode
 from activedpo_jax.data.groups import PairPool, Texts
 from activedpo_jax.data.notes import copies_note, notes
 from activedpo_jax.data.pairs import shown_pairs
@@ -21,35 +21,7 @@ from activedpo_jax.data.store import ALONE, Column, Hosts
 from activedpo_jax.data.tally import Tally
 from activedpo_jax.data.templates import Exchange
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 _BATCH, _OVERHEAD = 1_000_000, 1000  # characters in a batch; what a record counts beside its own
-
-
-def tokenize_texts(
-    records: Sequence[Exchange],
-    tokenizer: "PreTrainedTokenizerBase",
-    template: str,
-    max_prompt: int,
-    max_response: int,
-    template_kwargs: Mapping[str, Any] | None = None,
-) -> Texts:
-    """`encoded_texts` with the encoding that `make_encoding` makes of the arguments."""
-    return encoded_texts(records, make_encoding(tokenizer, template, max_prompt, max_response, template_kwargs))
-
-
-def tokenize(
-    records: Sequence[Record],
-    tokenizer: "PreTrainedTokenizerBase",
-    template: str,
-    max_prompt: int,
-    max_response: int,
-    seed: int,
-    template_kwargs: Mapping[str, Any] | None = None,
-) -> PairPool:
-    """`encoded_pool` with the encoding that `make_encoding` makes of the arguments."""
-    return encoded_pool(records, make_encoding(tokenizer, template, max_prompt, max_response, template_kwargs), seed)
 
 
 def encoded_texts(records: Sequence[Exchange], encoding: Encoding, hosts: Hosts = ALONE) -> Texts:

@@ -23,16 +23,21 @@ from activedpo_jax.models.policy import Policy, response_logps
 from activedpo_jax.models.sketch import tiled_count_sketch
 
 
+def _probe(groups: Groups, dim: int, seed: jax.Array) -> Probe:
+    """What makes the gradient of each group a sketch to D dimensions."""
+    return Probe(jnp.zeros((groups.prompt_ids.shape[0], dim), jnp.float32), seed)
+
+
 def _weighted_gradient(
-    decoder: Decoder, params: Params, lora: Lora, groups: Groups, weights: jax.Array, dim: int, seed: jax.Array
+    decoder: Decoder, params: Params, lora: Lora, groups: Groups, weights: jax.Array, probe: Probe
 ) -> jax.Array:
     """Sketch of Σ_j w_j g(x, y_j) for each group, weights [m] or [G, m]: [G, D], one forward and one backward pass."""
 
     def total(zeros: jax.Array) -> jax.Array:
-        logps = decoder.apply({"params": params, "lora": lora}, groups, Probe(zeros, seed))
+        logps = decoder.apply({"params": params, "lora": lora}, groups, probe._replace(zeros=zeros))
         return jnp.sum(jnp.sum(logps, axis=-1) * weights)  # type: ignore[arg-type]
 
-    return jax.grad(total)(jnp.zeros((groups.prompt_ids.shape[0], dim), jnp.float32))
+    return jax.grad(total)(probe.zeros)
 
 
 def response_features(
@@ -52,7 +57,7 @@ def response_features(
 
     def single_response(response_ids: jax.Array, response_len: jax.Array) -> jax.Array:
         single = Groups(groups.prompt_ids, groups.prompt_len, response_ids[:, None], response_len[:, None])
-        return _weighted_gradient(decoder, params, lora, single, jnp.ones(1), dim, seed)
+        return _weighted_gradient(decoder, params, lora, single, jnp.ones(1), _probe(single, dim, seed))
 
     mapped = jax.vmap(single_response, in_axes=1, out_axes=1)
     return mapped(jnp.asarray(groups.response_ids), jnp.asarray(groups.response_len))
@@ -77,7 +82,8 @@ def pair_features(
     """
     m = groups.response_ids.shape[1]
     if spec.normalisation == "none" and m == 2:  # the difference itself is one gradient
-        return _weighted_gradient(decoder, params, lora, groups, jnp.array([1.0, -1.0]), spec.dim, seed)[:, None]
+        probe = _probe(groups, spec.dim, seed)
+        return _weighted_gradient(decoder, params, lora, groups, jnp.array([1.0, -1.0]), probe)[:, None]
     features = response_features(decoder, params, lora, groups, spec.dim, seed)
     if spec.normalisation == "response":
         features = normalise(features)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -35,6 +36,15 @@ class GenerationSpec:
             )
 
 
+class Responder(NamedTuple):
+    """A model that responds, and how it does."""
+
+    spec: GenerationSpec
+    params: Params  # as `models.decoder.unstack` returns them, like the adapter
+    lora: Lora | None  # None: the base model
+    text_of: Callable[[np.ndarray], str]  # the text of a response's tokens, int32 [length]
+
+
 def flawed(texts: Sequence[str]) -> list[int]:
     """The responses that are empty, or equal to an earlier one up to surrounding space."""
     texts = [text.strip() for text in texts]
@@ -61,37 +71,32 @@ class Generated:
 
 
 def generate(
-    spec: GenerationSpec,
-    params: Params,
-    lora: Lora | None,
+    responder: Responder,
     prompts: Sequence[np.ndarray],
     seeds: np.ndarray,
     widths: Sequence[int],
-    text_of: Callable[[np.ndarray], str],
     wanted: Collection[int],
 ) -> Iterator[dict[int, Generated]]:
     """Responses to prompts of all lengths, batch by batch, with a progress bar.
 
     Args:
-      params, lora: as `models.decoder.unstack` returns them.
       prompts: the tokens of each, int32 [length].
       seeds: [n] uint32, one per prompt.
       widths: each prompt is padded to the smallest that holds it; there is one compiled program per width.
-      text_of: the text of a response's tokens.
       wanted: the prompts that need responses.  A batch with one of these is made as a whole, so that its numbers are
         the same whatever else is wanted.
 
     Yields:
-      The responses of a batch, by the row of their prompt.  After `spec.resamples` attempts some may still be `flawed`.
+      The responses of a batch, by the row of their prompt.  After all `resamples` some may still be `flawed`.
 
     Raises:
       ValueError: a prompt is longer than the widest of `widths`.
     """
     with progress(total=len(prompts), initial=len(prompts) - len(wanted), desc="generating", unit="prompt") as bar:
-        for width, rows in plan(prompts, widths, spec):
+        for width, rows in plan(prompts, widths, responder.spec):
             asked = set(wanted).intersection(rows.tolist())
             if asked:
-                results = respond_to(spec, params, lora, [prompts[i] for i in rows], seeds[rows], width, text_of)
+                results = respond_to(responder, [prompts[i] for i in rows], seeds[rows], width)
                 yield dict(zip(rows.tolist(), results, strict=True))
                 bar.update(len(asked))
 
@@ -103,20 +108,13 @@ def plan(prompts: Sequence[np.ndarray], widths: Sequence[int], spec: GenerationS
     return [(buckets[b].prompt, rows) for b, rows in microbatches(assign_buckets(texts, buckets), spec.chunk)]
 
 
-def respond_to(
-    spec: GenerationSpec,
-    params: Params,
-    lora: Lora | None,
-    prompts: Sequence[np.ndarray],
-    seeds: np.ndarray,
-    width: int,
-    text_of: Callable[[np.ndarray], str],
-) -> list[Generated]:
+def respond_to(responder: Responder, prompts: Sequence[np.ndarray], seeds: np.ndarray, width: int) -> list[Generated]:
     """The responses of one batch, in its order; arguments as in `generate`.
 
     Flawed responses are replaced by further samples of the same prompt and seed, so that a prompt's responses do not
     depend on the rest of its batch.
     """
+    spec, params, lora, text_of = responder
     m, mesh = spec.responses, spec.decoding.mesh
     size = layout.round_up(spec.chunk, mesh)
     texts = Texts(prompt_tokens=prompts, response_tokens=[[np.zeros(0, np.int32)]] * len(prompts))

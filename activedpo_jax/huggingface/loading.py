@@ -8,7 +8,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,18 +116,19 @@ def load_model(
 
     default = jnp.zeros(()).sharding
     place = shardings or functools.partial(jax.tree.map, lambda _: default)
-    transits = jax.tree.leaves(place(shapes))
+    unquantised = jax.tree.leaves(place(shapes))
     result = jax.eval_shape(functools.partial(quantise_params, quantisation=quantisation), shapes)
     targets, structure = jax.tree.flatten(result, is_leaf=is_quantised)
     places = jax.tree.leaves(place(result), is_leaf=is_quantised)
     parts = [[tensors[name] for name in _names(w, x.shape)] for w, x in zip(weights, leaves, strict=True)]
-    params: list[Any] = [None] * len(leaves)
+    transits = [_transit(x, w, several[0]) for x, w, several in zip(unquantised, weights, parts, strict=True)]
+    routes = [_Route(*route) for route in zip(parts, weights, transits, targets, places, strict=True)]
+    params: list[Any] = [None] * len(routes)
     # The largest tensors first: the extra memory of their conversion is free again by the time the devices fill up.
-    order = sorted(range(len(leaves)), key=lambda i: -math.prod(parts[i][0].shape))
+    order = sorted(range(len(routes)), key=lambda i: -math.prod(parts[i][0].shape))
     with progress(total=sum(map(len, parts)), desc=f"loading {path}", unit="tensor") as bar:
         for i in order:
-            transit = _transit(transits[i], weights[i], parts[i][0])
-            params[i] = _load_leaf(parts[i], weights[i], targets[i], places[i], transit, quantisation, bar)
+            params[i] = _load_leaf(routes[i], quantisation, bar)
     return config, jax.tree.unflatten(structure, params)
 
 
@@ -209,21 +210,19 @@ def _check(
         raise ValueError("\n".join(["the checkpoint does not match its config:", *faults[:5], *rest]))
 
 
-def _load_leaf(
-    parts: Sequence[Tensor],
-    weight: Weight,
-    leaf: Any,
-    place: Any,
-    transit: Sharding,
-    quantisation: str,
-    bar: Progress,
-) -> Any:
-    """A leaf of the parameter tree: one tensor, or those of all layers written one by one into their stack.
+class _Route(NamedTuple):
+    """How a leaf of the parameter tree gets from the checkpoint to the devices."""
 
-    Args:
-      leaf, place: shape and dtype, and sharding, of the leaf, or of codes and scales if it is quantised.
-      transit: the sharding of a tensor on its way there.
-    """
+    parts: Sequence[Tensor]  # one tensor, or those of all layers
+    weight: Weight
+    transit: Sharding  # of a tensor on its way
+    leaf: Any  # shape and dtype of the leaf, or of codes and scales if it is quantised
+    place: Any  # the sharding of each
+
+
+def _load_leaf(route: _Route, quantisation: str, bar: Progress) -> Any:
+    """A leaf of the parameter tree: one tensor, or those of all layers written one by one into their stack."""
+    parts, weight, transit, leaf, place = route
 
     def convert(tensor: jax.Array) -> Any:
         tensor = tensor.T if weight.transposed else tensor

@@ -35,6 +35,14 @@ _COPIED = (
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # as safetensors calls them
 
 
+class Weights(NamedTuple):
+    """Base weights, and the adapter to merge into them."""
+
+    params: Params  # of `Decoder`, on any sharding; quantised kernels are written dequantised
+    lora: Lora | None = None  # None: the parameters are written as they are, as after training all of them
+    lora_config: LoraConfig = LoraConfig()  # of the adapter
+
+
 class _Source(NamedTuple):
     """Where one tensor of the checkpoint comes from."""
 
@@ -58,9 +66,7 @@ def _shape(leaf: Any) -> tuple[int, ...]:
 
 
 def save_merged(
-    params: Params,
-    lora: Lora | None,
-    lora_config: LoraConfig,
+    weights: Weights,
     base_model: str,
     revision: str,
     directory: pathlib.Path,
@@ -74,9 +80,6 @@ def save_merged(
     in an object store it is complete once its config.json is there, and the host's disk holds one file at a time.
 
     Args:
-      params: of `Decoder`, on any sharding; quantised kernels are written dequantised.
-      lora: the adapter to merge; None: the parameters as they are, as after training all of them.
-      lora_config: of the adapter.
       base_model, revision: the directory or Hub name that the parameters came from.
       directory: is made; may exist if it is empty.
       dtype: of the checkpoint: float32, bfloat16 or float16.
@@ -86,6 +89,7 @@ def save_merged(
       ValueError: `directory` is taken; there is no such base model; parameters or adapter do not have its shapes; the
         dtype is another; a weight is not finite in it.
     """
+    params, lora, lora_config = weights
     dtype = jnp.dtype(dtype)
     if dtype.name not in _DTYPES:
         raise ValueError(f"dtype: got {dtype.name}, expected one of {', '.join(_DTYPES)}")

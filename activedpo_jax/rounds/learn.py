@@ -1,6 +1,8 @@
 """The third verb of a round: DPO on the labels so far.  Pure functions, for `fused` and `staged` alike."""
 
-from typing import NamedTuple
+import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,17 +66,21 @@ def append(spec: RoundSpec, labelled: Labelled, chosen: Chosen, answers: Answers
     )
 
 
-def microbatch_gradient(
-    spec: RoundSpec, policy: Policy, lora: Lora, labelled: Labelled, share: tuple[jax.Array, jax.Array], bucket: Bucket
-) -> tuple[Lora, losses.DpoMetrics]:
-    """What some labelled pairs add to the gradient and the metrics of their batch.
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["slots", "weights"], meta_fields=["bucket"])
+@dataclasses.dataclass(frozen=True)
+class Microbatch:
+    """Some of a batch's labelled pairs; a pytree whose bucket is static."""
 
-    Args:
-      share: slots [B] int32, places among the labelled pairs; weights [B] float32, of each in the mean over the batch,
-        0 at padding.
-      bucket: which holds all of them; their padding beyond it is cut off.
-    """
-    slots, weight = share
+    slots: Any  # [B] int32, places among the labelled pairs
+    weights: Any  # [B] float32, of each in the mean over the batch; 0 at padding
+    bucket: Bucket  # which holds all of them; their padding beyond it is cut off
+
+
+def microbatch_gradient(
+    spec: RoundSpec, policy: Policy, lora: Lora, labelled: Labelled, microbatch: Microbatch
+) -> tuple[Lora, losses.DpoMetrics]:
+    """What some labelled pairs add to the gradient and the metrics of their batch."""
+    slots, weights, bucket = microbatch.slots, microbatch.weights, microbatch.bucket
     cut = Groups(
         labelled.groups.prompt_ids[slots, spec.bucket.prompt - bucket.prompt :],
         labelled.groups.prompt_len[slots],
@@ -82,7 +88,9 @@ def microbatch_gradient(
         labelled.groups.response_len[slots],
     )
     groups = jax.lax.with_sharding_constraint(cut, layout.batch(spec.mesh))
-    pairs = losses.Preferences(labelled.preferences[slots], labelled.ref_logps[slots], weight * labelled.weights[slots])
+    pairs = losses.Preferences(
+        labelled.preferences[slots], labelled.ref_logps[slots], weights * labelled.weights[slots]
+    )
     return optimiser.dpo_gradient(policy.decoder, spec.training.dpo, policy.params, lora, groups, pairs)
 
 
@@ -124,13 +132,13 @@ def learn(
     def step(i: jax.Array, carry):  # type: ignore[no-untyped-def]
         lora, opt_state, sums, good = carry
 
-        def add(total, share):  # type: ignore[no-untyped-def]
-            new = microbatch_gradient(spec, policy, lora, labelled, share, spec.bucket)
+        def add(total, part):  # type: ignore[no-untyped-def]
+            new = microbatch_gradient(spec, policy, lora, labelled, Microbatch(*part, spec.bucket))
             return added(spec, total, new), None
 
         parts = jax.tree.map(lambda x: x[i].reshape(-1, spec.training.microbatch), (schedule.slots, schedule.weight))
         (gradient, metrics), _ = jax.lax.scan(add, optimiser.no_gradient(lora), parts)
-        rate = optimiser.learning_rate(dpo.optimiser, i, total)
+        rate = optimiser.learning_rate(dpo.optimiser, optimiser.Position(i, total))
         lora, opt_state = optimiser.update(dpo.optimiser, lora, opt_state, gradient, rate)
         lora, opt_state = layout.like_weights(spec.mesh, lora), like_moments(spec, opt_state, lora)
         last_epoch = i >= total - schedule.steps_per_epoch

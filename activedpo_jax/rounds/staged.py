@@ -52,25 +52,24 @@ def no_gradient_program(spec: RoundSpec, lora: Lora) -> tuple[Lora, losses.DpoMe
     return layout.like_weights(spec.mesh, gradient), metrics
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def gradient_program(
     spec: RoundSpec,
     policy: Policy,
     lora: Lora,
     total: tuple[Lora, losses.DpoMetrics],
     labelled: Labelled,
-    share: tuple[jax.Array, jax.Array],
-    bucket: Bucket,
+    microbatch: learn.Microbatch,
 ) -> tuple[Lora, losses.DpoMetrics]:
-    """Adds the part of a batch's gradient and metrics that comes from one microbatch."""
-    return learn.added(spec, total, learn.microbatch_gradient(spec, policy, lora, labelled, share, bucket))
+    """Adds the part of a batch's gradient and metrics that comes from one microbatch; compiled once per bucket."""
+    return learn.added(spec, total, learn.microbatch_gradient(spec, policy, lora, labelled, microbatch))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def update_program(
-    spec: RoundSpec, lora: Lora, opt_state: optax.OptState, gradient: Lora, step: jax.Array, total: jax.Array
+    spec: RoundSpec, lora: Lora, opt_state: optax.OptState, gradient: Lora, position: optimiser.Position
 ) -> tuple[Lora, optax.OptState]:
-    rate = optimiser.learning_rate(spec.training.dpo.optimiser, step, total)
+    rate = optimiser.learning_rate(spec.training.dpo.optimiser, position)
     lora, opt_state = optimiser.update(spec.training.dpo.optimiser, lora, opt_state, gradient, rate)
     return layout.like_weights(spec.mesh, lora), learn.like_moments(spec, opt_state, lora)
 
@@ -159,11 +158,11 @@ def train(
         total = no_gradient_program(spec, lora)
         for b, part in microbatches(bucket_of[slots], spec.training.microbatch):
             pad = (0, spec.training.microbatch - len(part))
-            share = place((np.pad(slots[part], pad), np.pad(weight[part], pad)))
-            total = gradient_program(spec, policy, lora, total, labelled, share, buckets[b])
+            microbatch = place(learn.Microbatch(np.pad(slots[part], pad), np.pad(weight[part], pad), buckets[b]))
+            total = gradient_program(spec, policy, lora, total, labelled, microbatch)
         gradient, metrics = total
-        count = place((np.int32(step), np.int32(schedule.num_steps)))
-        return *update_program(spec, lora, opt_state, gradient, *count), metrics
+        position = place(optimiser.Position(np.int32(step), np.int32(schedule.num_steps)))
+        return *update_program(spec, lora, opt_state, gradient, position), metrics
 
     done, learning = _resumed(spec, policy, state, saved)
     work = learn.training_work(number, schedule, done)

@@ -50,9 +50,13 @@ class Recipe(NamedTuple):
 class Trainee(NamedTuple):
     """A model, and the part of it that is trained."""
 
-    decoder: Decoder
+    decoder: Decoder  # with the mesh of the programs
     params: Params | None  # the base weights under an adapter; None: `weights` are the whole model
     weights: Any  # the trained part, float32, laid out as in `layout.weight_shardings`
+
+    @property
+    def mesh(self) -> Mesh:
+        return _mesh(self.decoder)
 
 
 class Report(NamedTuple):
@@ -63,8 +67,9 @@ class Report(NamedTuple):
     tokens: int  # in the batch, of prompts and completions
 
 
-def steps(recipe: Recipe, trainee: Trainee, examples: Examples, mesh: Mesh, seed: int) -> Advance:
+def steps(recipe: Recipe, trainee: Trainee, examples: Examples, seed: int) -> Advance:
     """The optimiser steps of the whole stage, as `loop.descend` takes them."""
+    decoder, params, mesh = trainee.decoder, trainee.params, trainee.mesh
     texts, buckets = examples.train, examples.buckets
     bucket_of = assign_buckets(texts, buckets)
     learnt = longest_of(texts.response_tokens)  # of the only response
@@ -80,10 +85,10 @@ def steps(recipe: Recipe, trainee: Trainee, examples: Examples, mesh: Mesh, seed
         total = no_gradient(mesh, weights)
         for b, part in microbatches(bucket_of[rows], recipe.microbatch):
             groups = layout.put(pad_groups(texts, rows[part], buckets[b], recipe.microbatch), layout.batch(mesh))
-            total = gradient_program(trainee.decoder, mesh, trainee.params, weights, total, groups, share)
+            total = gradient_program(decoder, params, weights, total, groups, share)
         gradient, loss = total
-        place, count = jnp.int32(step), jnp.int32(total_steps)
-        weights, opt_state, rate = update_program(recipe.optimiser, mesh, weights, opt_state, gradient, place, count)
+        position = optimiser.Position(jnp.int32(step), jnp.int32(total_steps))
+        weights, opt_state, rate = update_program(recipe.optimiser, mesh, weights, opt_state, gradient, position)
         return weights, opt_state, Report(loss, rate, int(useful[rows].sum()))
 
     return advance
@@ -109,10 +114,9 @@ def no_gradient(mesh: Mesh, weights: Any) -> tuple[Any, jax.Array]:
     return layout.like_weights(mesh, jax.tree.map(jnp.zeros_like, weights)), jnp.float32(0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def gradient_program(
     decoder: Decoder,
-    mesh: Mesh,
     params: Params | None,
     weights: Any,
     total: tuple[Any, jax.Array],
@@ -120,10 +124,10 @@ def gradient_program(
     share: jax.Array,
 ) -> tuple[Any, jax.Array]:
     """Adds the part of a batch's gradient and loss that comes from one microbatch; compiled once per bucket."""
-    base, lora = (weights, None) if params is None else (params, weights)
+    base, lora = _base_and_adapter(params, weights)
     new = optimiser.completion_gradient(decoder, base, lora, groups, share)
     gradient, loss = jax.tree.map(jnp.add, total, new)
-    return layout.like_weights(mesh, gradient), loss
+    return layout.like_weights(_mesh(decoder), gradient), loss
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
@@ -133,11 +137,10 @@ def update_program(
     weights: Any,
     opt_state: optax.OptState,
     gradient: Any,
-    step: jax.Array,
-    total: jax.Array,
+    position: optimiser.Position,
 ) -> tuple[Any, optax.OptState, jax.Array]:
     """One step; also returns its learning rate."""
-    rate = optimiser.learning_rate(spec, step, total)
+    rate = optimiser.learning_rate(spec, position)
     shardings = optimiser.optimiser_shardings(spec, mesh, weights)
     weights, opt_state = optimiser.update(spec, weights, opt_state, gradient, rate)
     return layout.like_weights(mesh, weights), jax.lax.with_sharding_constraint(opt_state, shardings), rate
@@ -150,22 +153,25 @@ def loss_program(decoder: Decoder, params: Params, lora: Lora | None, groups: Gr
     return -jnp.sum(decoder.apply(variables, groups))  # type: ignore[arg-type]
 
 
-def mean_loss(
-    decoder: Decoder,
-    params: Params,
-    lora: Lora | None,
-    texts: Texts,
-    buckets: Sequence[Bucket],
-    size: int,
-    mesh: Mesh,
-) -> float:
+def mean_loss(trainee: Trainee, texts: Texts, buckets: Sequence[Bucket], size: int) -> float:
     """The mean negative log-likelihood of all completion tokens, in nats, `size` examples at a time."""
+    base, lora = _base_and_adapter(trainee.params, trainee.weights)
     total = 0.0
     parts = list(microbatches(assign_buckets(texts, buckets), size))
     for b, rows in progress(parts, desc="held-out loss", unit="batch"):
-        groups = layout.put(pad_groups(texts, rows, buckets[b], size), layout.batch(mesh))
-        total += float(loss_program(decoder, params, lora, groups))
+        groups = layout.put(pad_groups(texts, rows, buckets[b], size), layout.batch(trainee.mesh))
+        total += float(loss_program(trainee.decoder, base, lora, groups))
     return total / int(longest_of(texts.response_tokens).sum())
+
+
+def _mesh(decoder: Decoder) -> Mesh:
+    assert decoder.mesh is not None
+    return decoder.mesh
+
+
+def _base_and_adapter(params: Params | None, weights: Any) -> tuple[Params, Lora | None]:
+    """The base weights, and the adapter if there is one, of a `Trainee`."""
+    return (weights, None) if params is None else (params, weights)
 
 
 def _shapes(tree: Any, shardings: Any) -> Any:

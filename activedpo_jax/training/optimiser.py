@@ -37,8 +37,16 @@ class DpoSpec:
     optimiser: OptimiserSpec
 
 
-def learning_rate(spec: OptimiserSpec, step: jax.Array, total: jax.Array) -> jax.Array:
-    """The learning rate at `step` of `total`, both of which may be traced, so that more labels need no new program."""
+class Position(NamedTuple):
+    """Where a training stands.  Both numbers may be traced, so that more labels need no new program."""
+
+    step: Any  # scalar int32 or float32, from 0
+    total: Any  # how many steps there are, of the same type
+
+
+def learning_rate(spec: OptimiserSpec, position: Position) -> jax.Array:
+    """The learning rate of the step that is next."""
+    step, total = position
     warmup = jnp.ceil(spec.warmup_fraction * total)
     remaining = (total - step) / jnp.maximum(total - warmup, 1)
     decay = {
