@@ -191,6 +191,10 @@ def _disk_error(error: BaseException | None) -> str | None:
 # checkpoints and raises a ValueError.
 _CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs", "urllib3")
 _TENSORSTORE = re.compile(r"[A-Z_]+: .*?\b(gs://[^\s\"\]]+)")
+# What it says of a checkpoint that is damaged, and of which the store has answered all that there is.
+_DAMAGED = re.compile(
+    r"(OUT_OF_RANGE|DATA_LOSS|NOT_FOUND|FAILED_PRECONDITION|INVALID_ARGUMENT): (?!.*HTTP response code)"
+)
 _PASSING = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED|time(d )?.?out|[Cc]onnect")
 _STATUS = re.compile(r"(?:HTTP response code|status(?: code)?|code): ?(\d{3})|, (\d{3})$")
 
@@ -201,12 +205,12 @@ def store_error(error: BaseException, path: str) -> StoreError | None:
         return error
     text = " ".join(str(error).split())
     reason = f"the object store fails ({type(error).__name__}: {text[:200]})" if text else type(error).__name__
-    status = getattr(error, "code", None) or getattr(error, "status", None)
+    status = getattr(error, "code", None) or getattr(error, "status", None) or _status_of_s3(error)
     if not isinstance(status, int) and (found := _STATUS.search(text)):
         status = int(found[1] or found[2])
     from_client = type(error).__module__.partition(".")[0] in _CLIENTS
     if isinstance(status, int) and (from_client or isinstance(error, ValueError | RuntimeError | OSError)):
-        passing = status in (408, 429) or status >= 500
+        passing = status in (408, 409, 429) or status >= 500 or isinstance(error, TimeoutError)
     elif from_client or isinstance(error, OSError):  # TimeoutError and ConnectionError are OSErrors, too
         passing = isinstance(error, ConnectionError | TimeoutError) or bool(_PASSING.search(f"{type(error)} {text}"))
     elif isinstance(error, ValueError | RuntimeError):
@@ -214,6 +218,14 @@ def store_error(error: BaseException, path: str) -> StoreError | None:
     else:
         return None
     return StoreError.passing(path, reason) if passing else StoreError.lasting(path, reason)
+
+
+def _status_of_s3(error: BaseException) -> int | None:
+    """What S3 answered; s3fs raises an OSError for botocore's, which knows it."""
+    for one in (error, error.__cause__):
+        if isinstance(answer := getattr(one, "response", None), dict):
+            return int(answer["ResponseMetadata"]["HTTPStatusCode"])
+    return None
 
 
 def _store_error_behind(error: BaseException) -> StoreError | None:
@@ -228,7 +240,8 @@ def _store_error_behind(error: BaseException) -> StoreError | None:
 
 def store_error_of_checkpoints(error: BaseException) -> StoreError | None:
     """What an exception of Orbax says of an object store; None: nothing."""
-    found = _TENSORSTORE.match(" ".join(str(error).split()))
+    text = " ".join(str(error).split())
+    found = None if _DAMAGED.match(text) else _TENSORSTORE.match(text)
     if found or type(error).__module__.partition(".")[0] in _CLIENTS:
         return store_error(error, found[1] if found else "--workdir")
     return None

@@ -1,4 +1,4 @@
-"""Work directories in an object store: `gs://bucket/path`, and `s3://bucket/path` where no process writes checkpoints.
+"""Work directories in an object store: `gs://bucket/path` or `s3://bucket/path`.
 
 An object is written whole or not at all, so that writing one needs no rename.  Nothing can be appended to: who appends
 writes the whole object anew, which is safe with one writer, and the lock sees to that.
@@ -143,6 +143,8 @@ class RemotePath(pathlib.PurePosixPath):
         """Deletes an object, or a folder with all that is in it; nothing if there is none."""
         with _asking(self) as store, contextlib.suppress(FileNotFoundError):
             store.rm(str(self), recursive=True)
+        if self.exists():  # S3 says of each object whether it was deleted, and s3fs says nothing of it
+            raise StoreError.lasting(str(self), "the store does not delete it; expected the permission to")
 
     def _info(self) -> dict[str, Any] | None:
         with _asking(self) as store:
@@ -152,6 +154,10 @@ class RemotePath(pathlib.PurePosixPath):
                 return None
 
 
+# So that it is tried for about half a minute, as gcsfs does of itself.
+_OPTIONS = {"s3": {"config_kwargs": {"retries": {"mode": "legacy", "max_attempts": 6}}}}
+
+
 @functools.cache
 def _file_system(scheme: str) -> Any:
     import fsspec  # only here needed
@@ -159,7 +165,8 @@ def _file_system(scheme: str) -> Any:
     for name in ("gcsfs", "s3fs", "fsspec", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # they print what they raise, with its traceback
     try:
-        return fsspec.filesystem(scheme, use_listings_cache=False)  # others write here, too: people their answers
+        # Without a cache, since others write here, too: people their answers.
+        return fsspec.filesystem(scheme, use_listings_cache=False, **_OPTIONS.get(scheme, {}))
     except ImportError as error:
         raise UsageError(
             f"{scheme}://: {error}; a directory in an object store needs packages of its own: "

@@ -115,7 +115,7 @@ program_from() {
 need_bucket() {
     case $1 in
         gs://?* | s3://?*) ;;
-        *) fail "WORKDIR is $1: expected gs://BUCKET/PATH or s3://BUCKET/PATH, since $2" ;;
+        *) fail "WORKDIR is $1: expected gs://BUCKET/PATH (or s3://BUCKET/PATH, for one process), since $2" ;;
     esac
 }
 

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 from google_crc32c import value as crc32c
 
+from activedpo_jax.remote import RemotePath
+
 BUCKET = "bucket"
 _PATH = re.compile(r"/storage/v1/b/([^/]+)(?:/o(?:/([^/]+)(?:/(?:rewriteTo|copyTo)/b/([^/]+)/o/(.+))?)?)?")
 
@@ -36,16 +38,20 @@ class ObjectServer:
       objects: by name.
       failing: the HTTP status that every request gets; None: the store is well.
       refused: how many requests have got it.
+      tick: seconds between two changes whose times differ.
     """
+
+    scheme, tick = "gs", 0.01
+    handler: "type[Handler]"
 
     def __init__(self) -> None:
         self.objects: dict[str, Object] = {}
         self.failing: int | None = None
         self.refused = 0
         self.lock = threading.RLock()
-        self.uploads: dict[str, tuple[str, dict[str, str], bytes]] = {}  # resumable ones under way
+        self.uploads: dict[str, Any] = {}  # under way
         self._count = 1000
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"store": self}))
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (self.handler,), {"store": self}))
         self._server.daemon_threads = True
 
     def __enter__(self) -> "ObjectServer":
@@ -57,6 +63,11 @@ class ObjectServer:
     ) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    @property
+    def root(self) -> RemotePath:
+        """A work directory."""
+        return RemotePath(f"{self.scheme}://{BUCKET}/runs/a")
 
     @property
     def url(self) -> str:
@@ -94,22 +105,35 @@ class ObjectServer:
             return sorted(name for name in self.objects if name.startswith(prefix))
 
 
-class _Refused(Exception):
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
+class Refused(Exception):
+    """An answer with an error's HTTP status, and further arguments of `Handler.refuse`."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """What the stores have in common."""
+
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body in one packet
-    store: ObjectServer
+    store: Any
+
+    def handle_request(self, url: urllib.parse.SplitResult, query: dict[str, str], body: bytes) -> None:
+        """Answers; raises Refused."""
+        raise NotImplementedError
+
+    def refuse(self, status: int, code: str = "") -> None:
+        """Answers with an error."""
+        raise NotImplementedError
 
     def handle_one_request(self) -> None:
         with contextlib.suppress(ConnectionError):  # the client is gone, or is killed
             super().handle_one_request()
             return
         self.close_connection = True
+
+    def handle_expect_100(self) -> bool:
+        super().handle_expect_100()
+        self.wfile.flush()  # the client waits for it before it sends the body
+        return True
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -119,33 +143,16 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         if store.failing is not None:
             store.refused += 1
-            return self._error(store.failing)
+            return self.refuse(store.failing)
         url = urllib.parse.urlsplit(self.path)
         query = {name: values[0] for name, values in urllib.parse.parse_qs(url.query, True).items()}
-        path = re.sub(r"^/(upload|download)(?=/)", "", url.path)
         try:
             with store.lock:
-                match = _PATH.fullmatch(path)
-                if match is None:
-                    raise _Refused(400)
-                if match[1] != BUCKET or match[3] not in (None, BUCKET):
-                    raise _Refused(404)
-                name, target = (urllib.parse.unquote(part) if part else None for part in (match[2], match[4]))
-                if target is not None:
-                    assert name is not None
-                    copied = store.put(target, self._found(name, query).data)
-                    return self._json({"done": True, "resource": _metadata(target, copied)})
-                if url.path.startswith("/upload"):
-                    return self._upload(query, body)
-                if name is not None:
-                    return self._object(name, query)
-                if path.endswith("/o"):
-                    return self._json(self._listing(query))
-                return self._json({"kind": "storage#bucket", "id": BUCKET, "name": BUCKET})
-        except _Refused as refused:
-            self._error(refused.status)
+                self.handle_request(url, query, body)
+        except Refused as refused:
+            self.refuse(*refused.args)
 
-    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _handle
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = _handle
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -157,32 +164,67 @@ class _Handler(BaseHTTPRequestHandler):
             return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
+    def send_data(self, data: bytes, headers: dict[str, str]) -> None:
+        """Sends an object, or the range of it that is asked for."""
+        status = 200
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(wanted[1]), int(wanted[2] or len(data) - 1)
+            if first >= len(data):
+                raise Refused(416)
+            headers = headers | {"Content-Range": f"bytes {first}-{min(last, len(data) - 1)}/{len(data)}"}
+            data, status = data[first : last + 1], 206
+        self.send(status, data, headers | {"Content-Type": "application/octet-stream"})
+
+    def send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+class _Handler(Handler):
+    def handle_request(self, url: urllib.parse.SplitResult, query: dict[str, str], body: bytes) -> None:
+        store, path = self.store, re.sub(r"^/(upload|download)(?=/)", "", url.path)
+        match = _PATH.fullmatch(path)
+        if match is None:
+            raise Refused(400)
+        if match[1] != BUCKET or match[3] not in (None, BUCKET):
+            raise Refused(404)
+        name, target = (urllib.parse.unquote(part) if part else None for part in (match[2], match[4]))
+        if target is not None:
+            assert name is not None
+            copied = store.put(target, self._found(name, query).data)
+            return self._json({"done": True, "resource": _metadata(target, copied)})
+        if url.path.startswith("/upload"):
+            return self._upload(query, body)
+        if name is not None:
+            return self._object(name, query)
+        if path.endswith("/o"):
+            return self._json(self._listing(query))
+        self._json({"kind": "storage#bucket", "id": BUCKET, "name": BUCKET})
+
     def _found(self, name: str, query: dict[str, str]) -> Object:
-        found = self.store.objects.get(name)
+        found: Object | None = self.store.objects.get(name)
         if found is None:
-            raise _Refused(404)
+            raise Refused(404)
         if "ifGenerationMatch" in query and int(query["ifGenerationMatch"]) != found.generation:
-            raise _Refused(412)
+            raise Refused(412)
         if query.get("ifGenerationNotMatch") == str(found.generation):
-            raise _Refused(304)
+            raise Refused(304)
         return found
 
     def _object(self, name: str, query: dict[str, str]) -> None:
         found = self._found(name, query)
         if self.command == "DELETE":
             del self.store.objects[name]
-            return self._send(204, b"", {})
+            return self.send(204, b"", {})
         if query.get("alt") != "media":
             return self._json(_metadata(name, found))
-        data, status, headers = found.data, 200, {"x-goog-generation": str(found.generation)}
-        headers["x-goog-hash"] = f"md5={_md5(data)}"
-        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, last = int(wanted[1]), int(wanted[2] or len(data) - 1)
-            if first >= len(data):
-                raise _Refused(416)
-            headers["Content-Range"] = f"bytes {first}-{min(last, len(data) - 1)}/{len(data)}"
-            data, status = data[first : last + 1], 206
-        self._send(status, data, headers | {"Content-Type": "application/octet-stream"})
+        headers = {"x-goog-generation": str(found.generation), "x-goog-hash": f"md5={_md5(found.data)}"}
+        self.send_data(found.data, headers)
 
     def _upload(self, query: dict[str, str], body: bytes) -> None:
         store, name = self.store, query.get("name", "")
@@ -193,14 +235,12 @@ class _Handler(BaseHTTPRequestHandler):
             assert whole is not None
             if whole[1] == "*":
                 store.uploads[upload] = name, query, body
-                return self._send(308, b"", {"Range": f"bytes=0-{len(body) - 1}"})
+                return self.send(308, b"", {"Range": f"bytes=0-{len(body) - 1}"})
         elif query["uploadType"] == "resumable":
             name = name or json.loads(body)["name"]
             upload = str(len(store.uploads))
             store.uploads[upload] = name, query, b""
-            return self._send(
-                200, b"{}", {"Location": f"{store.url}/upload/storage/v1/b/{BUCKET}/o?upload_id={upload}"}
-            )
+            return self.send(200, b"{}", {"Location": f"{store.url}/upload/storage/v1/b/{BUCKET}/o?upload_id={upload}"})
         elif query["uploadType"] == "multipart":
             boundary = re.search(r"boundary=['\"]?([^'\";]+)", self.headers["Content-Type"])
             assert boundary is not None
@@ -211,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = query.get("ifGenerationMatch")
         found = store.objects.get(name)
         if wanted is not None and int(wanted) != (found.generation if found else 0):
-            raise _Refused(412)
+            raise Refused(412)
         self._json(_metadata(name, store.put(name, body)))
 
     def _listing(self, query: dict[str, str]) -> dict[str, Any]:
@@ -229,21 +269,16 @@ class _Handler(BaseHTTPRequestHandler):
         return {"kind": "storage#objects", "items": items, "prefixes": sorted(folders)}
 
     def _json(self, value: Any) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _error(self, status: int) -> None:
+    def refuse(self, status: int, code: str = "") -> None:
         if status == 304:
-            return self._send(304, b"", {})
+            return self.send(304, b"", {})
         value = {"error": {"code": status, "message": f"the fake store says {status}"}}
-        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+        self.send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+
+ObjectServer.handler = _Handler
 
 
 def _md5(data: bytes) -> str:

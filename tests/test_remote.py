@@ -1,5 +1,6 @@
 """Work directories in an object store: what a local one holds, a lock for one process, and a store that fails."""
 
+import asyncio
 import errno
 import json
 import os
@@ -22,31 +23,34 @@ from activedpo_jax.errors import StoreError
 from activedpo_jax.huggingface import adapters, hub, merged
 from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.oracles.people import PeopleOracle
-from activedpo_jax.record import folders, metrics
+from activedpo_jax.record import folders, metrics, staged
 from activedpo_jax.record.checkpoints import Checkpoints
 from activedpo_jax.record.labels import RoundRecord
 from activedpo_jax.record.saved_work import SavedWork
 from activedpo_jax.remote import RemotePath
 from activedpo_jax.rounds.picked import Picked
-from tests import test_people, test_resume
+from tests import test_people, test_resume, test_sft
 from tests.object_server import ObjectServer
+from tests.s3_server import S3Server
 from tests.test_export import random_adapter
 from tests.test_metrics import events, timeless, write_rounds
 from tests.tiny_hf import load_decoder, tiny_llama
+from tests.tiny_tokenizer import make_tokenizer
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read when gcsfs is imported; see `ObjectServer`
-gcsfs = pytest.importorskip("gcsfs")
+gcsfs, s3fs = pytest.importorskip("gcsfs"), pytest.importorskip("s3fs")
 
 
-@pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer]:
-    with ObjectServer() as server:
+@pytest.fixture(params=[ObjectServer, S3Server], ids=["gs", "s3"])
+def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    with request.param() as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
 
         def forget() -> None:
             remote._file_system.cache_clear()
             gcsfs.GCSFileSystem.clear_instance_cache()
+            s3fs.S3FileSystem.clear_instance_cache()
 
         forget()
         fsspec.config.set_conf_env(fsspec.config.conf)
@@ -58,30 +62,30 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """gcsfs tries as often as ever, without waiting."""
+    """The clients try as often as ever, without waiting."""
 
-    async def sleep(seconds: float) -> None:
+    async def sleep(*_: Any) -> None:
         pass
 
     monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=sleep))
-
-
-ROOT = RemotePath("gs://bucket/runs/a")
+    monkeypatch.setattr("aiobotocore.endpoint.AioEndpoint._sleep", sleep)
+    monkeypatch.setattr("s3fs.core.asyncio", SimpleNamespace(**(vars(asyncio) | {"sleep": sleep})))
 
 
 def test_paths() -> None:
-    path = ROOT / "rounds" / "001"
+    root = RemotePath("gs://bucket/runs/a")
+    path = root / "rounds" / "001"
     assert str(path) == os.fspath(path) == f"{path}" == "gs://bucket/runs/a/rounds/001"
     assert str(path.parent.parent) == str(RemotePath("gs://bucket/runs/a/")) == "gs://bucket/runs/a"
-    assert path.name == "001" and path.relative_to(ROOT).as_posix() == "rounds/001"
-    assert path.with_name("002") == ROOT / "rounds/002" and hash(RemotePath(str(path))) == hash(path)
+    assert path.name == "001" and path.relative_to(root).as_posix() == "rounds/001"
+    assert path.with_name("002") == root / "rounds/002" and hash(RemotePath(str(path))) == hash(path)
     assert isinstance(files.folder_at("s3://bucket/x"), RemotePath) and isinstance(files.folder_at("x"), pathlib.Path)
     assert not remote.is_remote("gs:/bucket") and not remote.is_remote("runs/gs://x")
 
 
 def test_files_are_as_on_disk(store: ObjectServer, tmp_path: pathlib.Path) -> None:
     found = []
-    for folder in (tmp_path, files.folder_at(str(ROOT))):
+    for folder in (tmp_path, files.folder_at(str(store.root))):
         path = folder / "labels.jsonl"
         assert not path.exists() and list(files.read_lines(path)) == []
         files.append_lines(path, ["1\n", "sep\u2028arator\n"])
@@ -102,20 +106,20 @@ def test_files_are_as_on_disk(store: ObjectServer, tmp_path: pathlib.Path) -> No
 
 def test_no_object_is_ever_half_there(store: ObjectServer) -> None:
     """A writer dies in the middle of a large object: what was there stays."""
-    path = ROOT / "big"
+    path = store.root / "big"
     path.write_bytes(b"old")
-    file_system = fsspec.filesystem("gs")
-    with file_system.open(str(path), "wb", block_size=2**18) as file:
-        file.write(b"x" * 2**20)
+    file_system = fsspec.filesystem(store.scheme)
+    with file_system.open(str(path), "wb", block_size=2**23) as file:
+        file.write(b"x" * 2**24)
         assert store.uploads and path.read_bytes() == b"old"
-    assert len(path.read_bytes()) == 2**20
+    assert len(path.read_bytes()) == 2**24
 
 
 @pytest.mark.parametrize(("status", "number"), [(503, errno.EAGAIN), (429, errno.EAGAIN), (403, errno.EIO)])
 def test_what_cannot_be_asked_for_is_not_absent(
     store: ObjectServer, impatient: None, status: int, number: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = files.folder_at(str(ROOT)) / "labels.jsonl"
+    path = files.folder_at(str(store.root)) / "labels.jsonl"
     files.append_lines(path, ["1\n"])
     store.failing = status
     for ask in (
@@ -131,7 +135,7 @@ def test_what_cannot_be_asked_for_is_not_absent(
     ):
         with pytest.raises(StoreError) as raised:
             ask()
-        assert raised.value.errno == number and raised.value.filename.startswith(str(ROOT)), raised.value
+        assert raised.value.errno == number and raised.value.filename.startswith(str(store.root)), raised.value
     store.failing = None
     assert list(files.read_lines(path)) == ["1"]
     assert capfd.readouterr() == ("", "")
@@ -139,8 +143,8 @@ def test_what_cannot_be_asked_for_is_not_absent(
 
 def test_a_bucket_that_is_not_there(store: ObjectServer) -> None:
     with pytest.raises(StoreError, match="there is no such bucket") as raised:
-        folders.open_workdir(files.folder_at("gs://other/runs/a"), config.default(), "main")
-    assert raised.value.filename == "gs://other" and raised.value.errno == errno.EIO
+        folders.open_workdir(files.folder_at(f"{store.scheme}://other/runs/a"), config.default(), "main")
+    assert raised.value.filename == f"{store.scheme}://other" and raised.value.errno == errno.EIO
     again = pickle.loads(pickle.dumps(raised.value))  # it has to reach the other processes of a run
     assert (again.errno, again.strerror, again.filename) == raised.value.args or str(again) == str(raised.value)
 
@@ -152,7 +156,7 @@ def test_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsspec, "filesystem", absent)
     remote._file_system.cache_clear()
     with pytest.raises(ValueError, match=r"install gcsfs.*activedpo_jax\[remote\]"):
-        (ROOT / "x").exists()
+        RemotePath("gs://bucket/x").exists()
 
 
 def ending(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
@@ -185,14 +189,14 @@ def test_how_a_command_ends(capsys: pytest.CaptureFixture[str]) -> None:
 # One process at a time
 
 
-def elsewhere(number: int) -> None:
+def elsewhere(store: ObjectServer, number: int) -> None:
     """A lock as a process of another machine leaves it when it is killed."""
     holder = {"process": 7, "host": "other", "machine": "another boot", "time": time.time()}
-    (ROOT / ".lock" / f"{number:06d}").write_bytes(json.dumps(holder).encode())
+    (store.root / ".lock" / f"{number:06d}").write_bytes(json.dumps(holder).encode())
 
 
 def test_of_many_that_start_at_once_one_gets_the_lock(store: ObjectServer) -> None:
-    path, won = ROOT / ".lock" / "000001", []
+    path, won = store.root / ".lock" / "000001", []
 
     def want(number: int) -> None:
         try:
@@ -212,42 +216,42 @@ def test_of_many_that_start_at_once_one_gets_the_lock(store: ObjectServer) -> No
 def test_a_lock_that_is_renewed_holds(store: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "RENEWAL_SECONDS", 0.2)
     monkeypatch.setattr(remote, "_machine", lambda: "mine")
-    remote.lock(ROOT)
-    remote.lock(ROOT)  # by this process already
-    held = remote._locks.pop(ROOT)  # another process knows nothing of it
+    remote.lock(store.root)
+    remote.lock(store.root)  # by this process already
+    held = remote._locks.pop(store.root)  # another process knows nothing of it
     monkeypatch.setattr(remote, "_machine", lambda: "another")
     begun = time.monotonic()
-    with pytest.raises(ValueError, match=rf"gs://bucket/runs/a: process {os.getpid()} on \S+ works here; wait"):
-        remote.lock(ROOT)
+    with pytest.raises(ValueError, match=rf"{store.root}: process {os.getpid()} on \S+ works here; wait"):
+        remote.lock(store.root)
     assert time.monotonic() - begun < 10 < remote.STALE_SECONDS
     held.release()
     time.sleep(0.5)  # it is renewed no more
-    remote.lock(ROOT)
+    remote.lock(store.root)
     assert store.names("runs/a/.lock") == ["runs/a/.lock/000002"]
 
 
 def test_a_lock_that_nobody_renews_is_taken_over(store: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "STALE_SECONDS", 1.0)
-    elsewhere(3)
+    elsewhere(store, 3)
     begun = time.monotonic()
-    remote.lock(ROOT)
+    remote.lock(store.root)
     assert time.monotonic() - begun >= 1.0 and store.names("runs/a/.lock") == ["runs/a/.lock/000004"]
     # This process hangs, another one takes over, and this one goes on: it writes nothing more.
-    lock = remote._locks[ROOT]
-    elsewhere(5)
-    files.write_json(files.folder_at(str(ROOT)) / "early.json", 1)  # it cannot know yet
+    lock = remote._locks[store.root]
+    elsewhere(store, 5)
+    files.write_json(files.folder_at(str(store.root)) / "early.json", 1)  # it cannot know yet
     lock._renewed -= 1.0
     with pytest.raises(StoreError, match="process 7 on other has taken over") as raised:
-        files.write_json(files.folder_at(str(ROOT)) / "late.json", 1)
+        files.write_json(files.folder_at(str(store.root)) / "late.json", 1)
     assert raised.value.errno == errno.EIO and store.names("runs/a/late") == []
-    assert json.loads((ROOT / ".lock/000005").read_bytes())["process"] == 7
+    assert json.loads((store.root / ".lock/000005").read_bytes())["process"] == 7
 
 
 def test_a_lock_of_a_dead_process_of_this_machine_is_free_at_once(store: ObjectServer) -> None:
     dead = {"process": 2**22 + 1, "host": "here", "machine": remote._machine(), "time": time.time()}
-    (ROOT / ".lock" / "000001").write_bytes(json.dumps(dead).encode())
+    (store.root / ".lock" / "000001").write_bytes(json.dumps(dead).encode())
     begun = time.monotonic()
-    remote.lock(ROOT)
+    remote.lock(store.root)
     assert time.monotonic() - begun < remote.RENEWAL_SECONDS / 5 < remote.STALE_SECONDS
 
 
@@ -256,12 +260,15 @@ def test_a_lock_of_a_dead_process_of_this_machine_is_free_at_once(store: ObjectS
 
 def test_answers_of_people_are_taken_up(store: ObjectServer) -> None:
     picked = Picked([test_people.question(name) for name in ("a", "b/1", "c")], [1.5, 1.25, 0.1], 0.5, False)
-    folder: Any = ROOT
+    folder: Any = store.root
     record, oracle = RoundRecord(folder, 1), PeopleOracle(folder, 1)
     record.ask(picked)
     assert RoundRecord(folder, 1).picked() == picked
     first = record.collect(oracle, picked)
-    assert not isinstance(first, dict) and f"fill in `preference` in {ROOT}/rounds/001/label/pairs.csv" in first.message
+    assert (
+        not isinstance(first, dict)
+        and f"fill in `preference` in {store.root}/rounds/001/label/pairs.csv" in first.message
+    )
     label = "runs/a/rounds/001/label"
     assert {f"{label}/{name}" for name in ("pairs.csv", "argilla.json", "README.txt")} <= set(store.names(label))
 
@@ -270,7 +277,7 @@ def test_answers_of_people_are_taken_up(store: ObjectServer) -> None:
         store.put(f"{label}/{name}", "".join(lines).encode())
 
     answer("z.jsonl", ("a", "first"))
-    time.sleep(0.01)
+    time.sleep(store.tick)
     answer("a.jsonl", ("a", "second"), ("b/1", "skip"))
     second = record.collect(oracle, picked)
     assert not isinstance(second, dict) and "2 of 3" in second.message
@@ -278,7 +285,7 @@ def test_answers_of_people_are_taken_up(store: ObjectServer) -> None:
     found = test_people.complete(record.collect(oracle, picked))
     assert found == {"a": "second", "b/1": "skip", "c": "both_bad"}  # of two files the newer counts
     answer("odd.jsonl", ("c", "tie"), ("d", "first"))
-    with pytest.raises(ValueError, match=rf"^gs://bucket/{label}/odd\.jsonl:2: there is no pair 'd'"):
+    with pytest.raises(ValueError, match=rf"^{store.scheme}://bucket/{label}/odd\.jsonl:2: there is no pair 'd'"):
         record.collect(oracle, picked)
 
 
@@ -286,7 +293,7 @@ def test_metrics_are_those_on_disk(store: ObjectServer, tmp_path: pathlib.Path) 
     local, there = tmp_path / "local", tmp_path / "there"
     with metrics.MetricsWriter(local) as writer:
         write_rounds(writer, range(4))
-    folder: Any = ROOT
+    folder: Any = store.root
     with metrics.MetricsWriter(folder) as writer:
         write_rounds(writer, range(2))
         writer.sync()
@@ -305,7 +312,7 @@ def test_models_are_those_on_disk(store: ObjectServer, tmp_path: pathlib.Path) -
     decoder, params = load_decoder(base)
     lora_config = LoraConfig(rank=4, alpha=8.0)
     lora = random_adapter(decoder.config, lora_config)
-    for folder in (tmp_path / "local", files.folder_at(str(ROOT))):
+    for folder in (tmp_path / "local", files.folder_at(str(store.root))):
         adapters.save_adapter(lora, lora_config, str(base), folder / "adapter")
         arguments = (merged.Weights(params, lora, lora_config), str(base), "")
         merged.save_merged(*arguments, folder / "merged", jnp.float32, 20_000)
@@ -321,23 +328,23 @@ def test_models_are_those_on_disk(store: ObjectServer, tmp_path: pathlib.Path) -
     newest = max(store.names("runs/a/merged"), key=lambda name: store.objects[name].generation)
     assert newest == "runs/a/merged/config.json"  # it says that the others are there
 
-    again = adapters.load_adapter(f"{ROOT}/adapter", "", decoder.config, lora_config)
+    again = adapters.load_adapter(f"{store.root}/adapter", "", decoder.config, lora_config)
     jax.tree.map(np.testing.assert_array_equal, again, lora)
-    assert hub.fingerprint(f"{ROOT}/adapter", "") == hub.fingerprint(str(tmp_path / "local" / "adapter"), "")
+    assert hub.fingerprint(f"{store.root}/adapter", "") == hub.fingerprint(str(tmp_path / "local" / "adapter"), "")
 
 
 def test_a_merged_checkpoint_cut_short_is_written_again(store: ObjectServer, tmp_path: pathlib.Path) -> None:
     tiny_llama(tmp_path / "base")
     decoder, params = load_decoder(tmp_path / "base")
     store.put("runs/a/merged/model-00007-of-00009.safetensors", b"half")
-    folder: Any = ROOT
+    folder: Any = store.root
     merged.save_merged(merged.Weights(params), str(tmp_path / "base"), "", folder / "merged", jnp.float32)
     names = {name.rpartition("/")[2] for name in store.names("runs/a/merged")}
     assert {"model.safetensors", "config.json"} <= names and not any("00007" in name for name in names)
 
 
 def test_checkpoints_and_work_under_way(store: ObjectServer) -> None:
-    folder: Any = ROOT
+    folder: Any = store.root
     tree = {"a": jnp.arange(5.0), "b": jnp.ones((3, 4))}
     checkpoints = Checkpoints(folder)
     assert checkpoints.restore_latest(tree) == (None, None)
@@ -348,6 +355,19 @@ def test_checkpoints_and_work_under_way(store: ObjectServer) -> None:
     checkpoints = Checkpoints(folder)
     latest, found = checkpoints.restore_latest(tree)
     assert latest == 1
+    jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(lambda x: x + 1, tree))
+    longer = {"a": jnp.full(7, 9.0), "b": tree["b"]}  # of a run that is to have more rounds
+    np.testing.assert_array_equal(checkpoints.restore(1, longer)["a"], [1, 2, 3, 4, 5, 9, 9])
+    checkpoints.save(2, tree)
+    checkpoints.close()
+    kept = {name.split("/")[3] for name in store.names("runs/a/checkpoints/")}
+    assert kept == {"1", "2"}
+    for name in store.names("runs/a/checkpoints/2/"):
+        if "/d/" in name:
+            store.put(name, b"damaged")
+    checkpoints = Checkpoints(folder)
+    latest, found = checkpoints.restore_latest(tree)
+    assert latest == 1 and store.names("runs/a/checkpoints/2/") == []
     jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(lambda x: x + 1, tree))
     checkpoints.save(2, tree)
     checkpoints.close()
@@ -373,7 +393,7 @@ def test_checkpoints_and_work_under_way(store: ObjectServer) -> None:
 def test_a_checkpoint_that_orbax_misses_is_not_taken_for_absent(
     store: ObjectServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder: Any = ROOT
+    folder: Any = store.root
     tree = {"a": jnp.arange(5.0)}
     checkpoints = Checkpoints(folder)
     checkpoints.save(0, tree)
@@ -382,6 +402,47 @@ def test_a_checkpoint_that_orbax_misses_is_not_taken_for_absent(
     with pytest.raises(StoreError, match="has not listed the checkpoint 0"):
         checkpoints.restore_latest(tree)
     checkpoints.close()
+
+
+only_s3 = pytest.mark.parametrize("store", [S3Server], indirect=True)
+
+
+@only_s3
+def test_a_checkpoint_that_is_copied_in_part_is_not_there(store: S3Server) -> None:
+    folder: Any = store.root
+    tree = {"a": jnp.arange(5.0)}
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(0, tree)
+    checkpoints.wait()
+    store.failing_after = 2  # objects of the next one
+    checkpoints.save(1, tree)
+    with pytest.raises(StoreError, match="says 403"):
+        checkpoints.wait()
+    assert store.names("runs/a/checkpoints/1/") != []
+    store.failing = store.failing_after = None
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.restore_latest(tree)[0] == 0
+    checkpoints.save(7, tree)
+    checkpoints.close()
+    assert {name.split("/")[3] for name in store.names("runs/a/checkpoints/")} == {"0", "7"}
+
+
+@only_s3
+def test_what_may_not_be_deleted(store: S3Server) -> None:
+    path = store.root / "x"
+    path.write_bytes(b"1")
+    store.undeletable = True
+    with pytest.raises(StoreError, match=r"does not delete it.* permission") as raised:
+        path.remove()
+    assert raised.value.filename == str(path) and raised.value.errno == errno.EIO
+
+
+def test_several_processes_save_nothing_in_s3(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staged.hosts, "several", lambda: True)
+    folder = files.folder_at("s3://bucket/runs/a")
+    with pytest.raises(ValueError, match=r"^s3://bucket/runs/a: several processes .* or a directory in gs:"):
+        staged.check_processes(folder)
+    staged.check_processes(files.folder_at("gs://bucket/runs/a"))
 
 
 # Real processes
@@ -397,11 +458,12 @@ def finish(process: Any, code: int) -> str:
 @pytest.mark.slow
 def test_a_run_leaves_the_record_of_a_local_one(store: ObjectServer, tmp_path: pathlib.Path) -> None:
     """Though it is killed twice, kept waiting by a store that fails for a while, and ended by one that goes on to."""
-    whole, there = tmp_path / "whole", RemotePath("gs://bucket/there")
+    whole: pathlib.Path = tmp_path / "whole"
+    there: Any = RemotePath(f"{store.scheme}://bucket/there")
     test_resume.finish(test_resume.start(whole, "staged"))
 
     def start(**more: Any) -> Any:
-        return test_resume.start(there, "staged", **more)  # type: ignore[arg-type]
+        return test_resume.start(there, "staged", **more)
 
     def is_there(*names: str) -> Any:
         return lambda: all(store.names(f"there/{name}") for name in names)
@@ -433,17 +495,41 @@ def test_a_run_leaves_the_record_of_a_local_one(store: ObjectServer, tmp_path: p
     (line,) = [line for line in ended.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: {there}/") and line.endswith("once it answers the same command resumes")
     # It does not begin either, and says so in one line.
-    assert finish(start(), 75).count("error: gs://bucket/there") == 1
+    assert finish(start(), 75).count(f"error: {there}") == 1
     store.failing = 403
-    assert finish(start(), 1).count("error: gs://bucket/there") == 1
+    assert finish(start(), 1).count(f"error: {there}") == 1
     store.failing = None
     finish(start(), 0)
     assert test_resume.record(store.fetch("there", tmp_path / "fetched")) == test_resume.record(whole)
 
 
+@only_s3
+@pytest.mark.slow
+def test_an_sft_stage_that_is_killed_goes_on(store: S3Server, tmp_path: pathlib.Path) -> None:
+    base, data, flag = tmp_path / "base", tmp_path / "data.jsonl", "--config.sft.weights=full"
+    tokenizer = make_tokenizer()
+    tiny_llama(base, vocab_size=len(tokenizer), tie_word_embeddings=True)
+    tokenizer.save_pretrained(base)
+    rows = [
+        {"prompt": f"{row['prompt']} {i}", "completion": row["completion"]} for i in range(8) for row in test_sft.ROWS
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole: Any = tmp_path / "whole"
+    there: Any = RemotePath("s3://bucket/there")
+    finish(test_sft.start(base, data, whole, flag), 0)
+
+    ready = "there/checkpoints/4/commit_success.txt"
+    test_resume.kill_when(test_sft.start(base, data, there, flag), lambda: ready in store.objects)
+    finish(test_sft.start(base, data, there, flag), 0)
+    fetched = store.fetch("there", tmp_path / "fetched")
+    name = "model/model.safetensors"
+    assert test_sft.left_behind(fetched, name) == test_sft.left_behind(whole, name)
+    assert not (fetched / "checkpoints").exists()
+
+
 @pytest.mark.slow
 def test_people_label_in_an_object_store(store: ObjectServer, tmp_path: pathlib.Path) -> None:
-    there: Any = RemotePath("gs://bucket/there")
+    there: Any = RemotePath(f"{store.scheme}://bucket/there")
     for number in (1, 2):
         output = finish(test_people.start(there), 0)
         assert f"round {number}: 0 of 6 pairs are labelled" in output

@@ -17,6 +17,7 @@ from absl import logging as absl_logging
 from etils import epath
 
 from activedpo_jax import errors, hosts
+from activedpo_jax.record import staged
 from activedpo_jax.remote import in_store
 
 
@@ -27,10 +28,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: pathlib.Path):
-        options = ocp.CheckpointManagerOptions(max_to_keep=2)
         self._folder = folder.absolute() / "checkpoints"
-        handler = ocp.StandardCheckpointHandler()
-        self._manager = ocp.CheckpointManager(place_of(self._folder), options=options, item_handlers=handler)
+        self._manager = _manager(self._folder, kept=2)
 
     def save(self, round_number: int, state: Any) -> None:
         """Begins to save, in the background; `wait` for the end before anything is recorded that builds on it."""
@@ -86,6 +85,14 @@ class Checkpoints:
         self._manager.close()
 
 
+def _manager(folder: pathlib.Path, kept: int) -> Any:
+    if staged.is_staged(folder):
+        return staged.Manager(place_of(folder), kept)
+    options = ocp.CheckpointManagerOptions(max_to_keep=kept)
+    handler = ocp.StandardCheckpointHandler()
+    return ocp.CheckpointManager(place_of(folder), options=options, item_handlers=handler)
+
+
 def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
@@ -127,27 +134,29 @@ class Clock:
 
 def save_tree(path: pathlib.Path, tree: Any) -> None:
     """Writes one pytree of arrays, all or nothing."""
-    with each_error_once(), ocp.StandardCheckpointer() as checkpointer:
+    with each_error_once(), contextlib.closing(checkpointer_for(path)) as checkpointer:
         checkpointer.save(place_of(path), tree, force=True)
 
 
 def restore_tree(path: pathlib.Path, like: Any) -> Any:
     """Reads what `save_tree` wrote, with the shapes, dtypes and shardings of `like`."""
-    with each_error_once(), ocp.StandardCheckpointer() as checkpointer:
+    with each_error_once(), contextlib.closing(checkpointer_for(path)) as checkpointer:
         return checkpointer.restore(place_of(path), abstract(like))
 
 
-def place_of(path: pathlib.Path) -> epath.Path:
-    """A path as Orbax takes it."""
-    return epath.Path(os.fspath(path.absolute()))
+def checkpointer_for(path: pathlib.Path) -> Any:
+    """What saves and restores pytrees at this path, or below it."""
+    return staged.Checkpointer() if staged.is_staged(path) else ocp.StandardCheckpointer()
+
+
+def place_of(path: pathlib.Path) -> Any:
+    """A path as its checkpointer takes it."""
+    return path if staged.is_staged(path) else epath.Path(os.fspath(path.absolute()))
 
 
 def is_whole(path: pathlib.Path) -> bool:
     """Whether there is a pytree that `save_tree` has finished: on disk its name tells, which it gets at the end."""
-    return (path / _LAST_WRITTEN).exists() if in_store(path) else path.exists()
-
-
-_LAST_WRITTEN = "commit_success.txt"  # by Orbax, in an object store, where nothing can be renamed as a whole
+    return (path / staged.LAST_WRITTEN).exists() if in_store(path) else path.exists()
 
 
 def _check_listing(folder: pathlib.Path, rounds: Sequence[int]) -> None:

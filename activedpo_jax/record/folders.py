@@ -24,6 +24,7 @@ from activedpo_jax import __version__, remote
 from activedpo_jax.files import flatten, plain, read_json, write_atomic, write_json
 from activedpo_jax.hosts import on_first
 from activedpo_jax.oracles.labels import PREFERENCES, Preference
+from activedpo_jax.record import staged
 from activedpo_jax.record.labels import Verdict
 from activedpo_jax.rounds.picked import Picked
 
@@ -100,13 +101,10 @@ def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, comm
 
     Raises:
       ValueError: `config.json` has other options (names each of them with both values) or is malformed; a file is in
-        the way of the directory; it is in an object store where the command cannot write checkpoints.
+        the way of the directory; it is in an object store where so many processes cannot write checkpoints.
     """
-    if str(workdir).startswith("s3://") and command in ("main", "sft"):
-        raise ValueError(
-            f"--workdir {workdir}: {command} saves checkpoints with Orbax, which writes to disk and to gs:// alone; "
-            "give a directory there"
-        )
+    if command in ("main", "sft"):
+        staged.check_processes(workdir)
     for place in () if remote.in_store(workdir) else (workdir, *workdir.parents):
         if place.exists() and not place.is_dir():
             raise ValueError(f"--workdir {workdir}: {place} is a file; expected a directory: give another one")

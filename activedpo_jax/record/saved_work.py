@@ -13,10 +13,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import orbax.checkpoint as ocp
-
 from activedpo_jax import errors, files, hosts
-from activedpo_jax.record.checkpoints import Clock, abstract, each_error_once, is_whole, place_of
+from activedpo_jax.record.checkpoints import Clock, abstract, checkpointer_for, each_error_once, is_whole, place_of
 
 Span = tuple[int, int]
 
@@ -32,7 +30,7 @@ class SavedWork:
     def __init__(self, folder: pathlib.Path, minutes: float) -> None:
         self._root, self._clock = folder.absolute() / "partial", Clock(minutes)
         self._folder = self._root / "000" / "all"
-        self._writer = ocp.StandardCheckpointer()
+        self._writer = checkpointer_for(self._root)
         self._obsolete: pathlib.Path | None = None  # replaced by what is being written
         self._lasting: int | None = None  # the first of the rounds that are needed in later ones
 
