@@ -37,13 +37,13 @@ def make(
     """The rounds of a run, fused or staged.
 
     Args:
-      saved: what is kept of a staged round under way.
+      saved: what is kept of a round under way.
 
     Raises:
       ValueError: as of `specs.is_fused`, or the data has no labels where they are asked for.
     """
     if specs.is_fused(config, task):
-        return _fused(config, spec, task, policy, seed)
+        return _fused(config, spec, task, policy, seed, saved)
 
     def candidates(state: RunState) -> Candidates:
         if task.prompts is None:
@@ -64,7 +64,7 @@ def _drawn(config: ml_collections.ConfigDict, task: Task, seed: int, number: int
 
 
 def _fused(
-    config: ml_collections.ConfigDict, spec: RoundSpec, task: Task, policy: Policy, seed: int
+    config: ml_collections.ConfigDict, spec: RoundSpec, task: Task, policy: Policy, seed: int, saved: SavedWork
 ) -> fused.FusedRound:
     pool, bucket = task.pool, spec.bucket
     placed = None if pool is None else fused.place(spec, pool, bucket)
@@ -91,7 +91,7 @@ def _fused(
         assert pool is not None
         noise = make_noise(config, seed)
         ask = fused.known_answers(spec, answers(pool, noise)), f"dataset ({noise.kind} noise)"
-    return fused.FusedRound(spec, policy, source, candidates, ask)
+    return fused.FusedRound(spec, policy, source, candidates, ask, saved)
 
 
 class Asking(NamedTuple):

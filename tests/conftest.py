@@ -30,9 +30,20 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 
-@pytest.fixture(autouse=True, scope="module")
-def programs_of_one_module_at_a_time() -> Iterator[None]:
+def clear_programs() -> None:
     """Every compiled program has memory maps of its own, and a process that is given no more of them (65,530 on Linux)
     dies in the compiler."""
-    yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_module_at_a_time() -> Iterator[None]:
+    yield
+    clear_programs()
+
+
+@pytest.fixture(autouse=True)
+def programs_of_one_slow_test_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if request.node.get_closest_marker("slow"):
+        clear_programs()

@@ -125,12 +125,13 @@ def test_signals_end_in_one_line_and_the_same_command_goes_on(whole: Whole, tmp_
         wait_for(process, functools.partial(ready, process.pid))
         process.send_signal(number)
         assert end(process, code=75) == INTERRUPTED
-    # The first round, one program, is waited for and saved.
+    # The first round, one program, is waited for and kept.
     process = start(folder)
     wait_for(process, (folder / "checkpoints" / "0").exists)
     process.send_signal(signal.SIGINT)
     assert end(process, code=75) == SAVING + INTERRUPTED
-    assert (folder / "checkpoints" / "1").exists() and not (folder / "checkpoints" / "2").exists()
+    assert (folder / "partial" / "001" / "choice" / "round" / "000000-000001").exists()
+    assert not (folder / "checkpoints" / "1").exists()
     end(start(folder), code=0)
     assert record(folder) == record(whole.folder)
 

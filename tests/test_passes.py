@@ -166,7 +166,11 @@ def test_without_what_was_kept_there_is_a_pass(setting: Any, tmp_path: pathlib.P
 
 @pytest.mark.parametrize(
     ("changes", "shape"),
-    [({}, (1, 1, 1)), ({"strategies": ("apo",)}, (1, 1, 1)), ({"selection.posterior": "frozen"}, (4, 2, 1))],
+    [
+        ({}, (1, 1, 1)),
+        pytest.param({"strategies": ("apo",)}, (1, 1, 1), marks=pytest.mark.slow),
+        pytest.param({"selection.posterior": "frozen"}, (4, 2, 1), marks=pytest.mark.slow),
+    ],
 )
 def test_features_on_the_host_give_the_same_picks(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], shape: tuple[int, int, int]

@@ -23,7 +23,7 @@ from activedpo_jax.errors import StoreError
 from activedpo_jax.huggingface import adapters, hub, merged
 from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.oracles.people import PeopleOracle
-from activedpo_jax.record import folders, metrics, staged
+from activedpo_jax.record import copied_checkpoints, folders, metrics
 from activedpo_jax.record.checkpoints import Checkpoints
 from activedpo_jax.record.labels import RoundRecord
 from activedpo_jax.record.saved_work import SavedWork
@@ -438,11 +438,11 @@ def test_what_may_not_be_deleted(store: S3Server) -> None:
 
 
 def test_several_processes_save_nothing_in_s3(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staged.hosts, "several", lambda: True)
+    monkeypatch.setattr(copied_checkpoints.hosts, "several", lambda: True)
     folder = files.folder_at("s3://bucket/runs/a")
     with pytest.raises(ValueError, match=r"^s3://bucket/runs/a: several processes .* or a directory in gs:"):
-        staged.check_processes(folder)
-    staged.check_processes(files.folder_at("gs://bucket/runs/a"))
+        copied_checkpoints.check_processes(folder)
+    copied_checkpoints.check_processes(files.folder_at("gs://bucket/runs/a"))
 
 
 # Real processes

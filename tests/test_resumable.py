@@ -11,20 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from activedpo_jax import errors, layout, specs
+from activedpo_jax import errors, layout, specs, verbs
 from activedpo_jax.evaluation import heldout
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.oracles.labels import Label, Preference
 from activedpo_jax.record.labels import fingerprint
 from activedpo_jax.record.saved_work import SavedWork
 from activedpo_jax.resumable import NothingSaved, pieces
-from activedpo_jax.rounds import pool_pass, staged
+from activedpo_jax.rounds import fused, pool_pass, staged
+from activedpo_jax.rounds.picked import as_answers
 from activedpo_jax.rounds.pool_evidence import pool_evidence
 from activedpo_jax.rounds.state import Answers, Chosen, RunState, initial_state
 from activedpo_jax.selection.greedy import Picks
 from activedpo_jax.tasks import Task
 from activedpo_jax.training import optimiser
-from tests import tiny
+from tests import test_fresh, tiny
 from tests.test_round import options
 from tests.test_stages import BUCKETS, pool
 
@@ -224,6 +225,30 @@ def test_a_signal_saves_and_ends(setting: Any, tmp_path: pathlib.Path, monkeypat
         pool_evidence(spec, policy, state, data, BUCKETS, saved)
     (stage,) = (tmp_path / "partial" / "000" / "all").iterdir()
     assert saved.spans(stage.name) == [(0, 1)]  # whole on disk before the end
+
+
+@pytest.mark.parametrize("changes", [{"candidates.source": "pool"}, {}], ids=["pool", "on-policy"])
+def test_a_fused_round_is_kept_until_it_is_evaluated(
+    changes: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, task, policy, spec, state = test_fresh.setting({"round.mode": "fused"} | changes)
+
+    def picked_and_learnt() -> Any:
+        saved = SavedWork(tmp_path, 0)
+        rounds = verbs.make(config, spec, task, policy, 0, saved)
+        picks = rounds.choose(state)
+        saved.close()
+        assert isinstance(rounds, fused.FusedRound)
+        labels = rounds.ask(picks.questions)
+        return picks.questions, [str(label) for label in labels], rounds.learn(state, picks, as_answers(spec, labels))
+
+    whole = picked_and_learnt()
+    monkeypatch.setattr(jax, "block_until_ready", lambda _: pytest.fail("computed again"))
+    again = picked_and_learnt()
+    assert again[:2] == whole[:2]
+    jax.tree.map(np.testing.assert_array_equal, again[2], whole[2])
+    restored = [(a.sharding, b.sharding) for a, b in zip(*map(jax.tree.leaves, (again[2][0], state)), strict=True)]
+    assert all(a == b for a, b in restored)  # or the next round would be compiled anew
 
 
 def test_held_out_scores_resume(setting: Any, tmp_path: pathlib.Path) -> None:

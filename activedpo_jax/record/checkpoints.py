@@ -17,7 +17,7 @@ from absl import logging as absl_logging
 from etils import epath
 
 from activedpo_jax import errors, hosts
-from activedpo_jax.record import staged
+from activedpo_jax.record import copied_checkpoints
 from activedpo_jax.remote import in_store
 
 
@@ -86,8 +86,8 @@ class Checkpoints:
 
 
 def _manager(folder: pathlib.Path, kept: int) -> Any:
-    if staged.is_staged(folder):
-        return staged.Manager(place_of(folder), kept)
+    if copied_checkpoints.is_copied(folder):
+        return copied_checkpoints.Manager(place_of(folder), kept)
     options = ocp.CheckpointManagerOptions(max_to_keep=kept)
     handler = ocp.StandardCheckpointHandler()
     return ocp.CheckpointManager(place_of(folder), options=options, item_handlers=handler)
@@ -146,17 +146,17 @@ def restore_tree(path: pathlib.Path, like: Any) -> Any:
 
 def checkpointer_for(path: pathlib.Path) -> Any:
     """What saves and restores pytrees at this path, or below it."""
-    return staged.Checkpointer() if staged.is_staged(path) else ocp.StandardCheckpointer()
+    return copied_checkpoints.Checkpointer() if copied_checkpoints.is_copied(path) else ocp.StandardCheckpointer()
 
 
 def place_of(path: pathlib.Path) -> Any:
     """A path as its checkpointer takes it."""
-    return path if staged.is_staged(path) else epath.Path(os.fspath(path.absolute()))
+    return path if copied_checkpoints.is_copied(path) else epath.Path(os.fspath(path.absolute()))
 
 
 def is_whole(path: pathlib.Path) -> bool:
     """Whether there is a pytree that `save_tree` has finished: on disk its name tells, which it gets at the end."""
-    return (path / staged.LAST_WRITTEN).exists() if in_store(path) else path.exists()
+    return (path / copied_checkpoints.LAST_WRITTEN).exists() if in_store(path) else path.exists()
 
 
 def _check_listing(folder: pathlib.Path, rounds: Sequence[int]) -> None:

@@ -20,14 +20,14 @@ from activedpo_jax.remote import RemotePath, in_store
 LAST_WRITTEN = "commit_success.txt"
 
 
-def is_staged(path: pathlib.Path) -> bool:
+def is_copied(path: pathlib.Path) -> bool:
     """Whether what is saved there has to be copied."""
     return in_store(path) is not None and str(path).startswith("s3://")
 
 
 def check_processes(folder: pathlib.Path) -> None:
     """Raises ValueError if several processes would save there."""
-    if is_staged(folder) and hosts.several():
+    if is_copied(folder) and hosts.several():
         raise ValueError(
             f"{folder}: several processes save their checkpoints together, which Orbax cannot do in s3://; expected "
             "one process, or a directory in gs:// or on a disk that all hosts share: give another --workdir"

@@ -24,7 +24,7 @@ from activedpo_jax import __version__, remote
 from activedpo_jax.files import flatten, plain, read_json, write_atomic, write_json
 from activedpo_jax.hosts import on_first
 from activedpo_jax.oracles.labels import PREFERENCES, Preference
-from activedpo_jax.record import staged
+from activedpo_jax.record import copied_checkpoints
 from activedpo_jax.record.labels import Verdict
 from activedpo_jax.rounds.picked import Picked
 
@@ -104,7 +104,7 @@ def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, comm
         the way of the directory; it is in an object store where so many processes cannot write checkpoints.
     """
     if command in ("main", "sft"):
-        staged.check_processes(workdir)
+        copied_checkpoints.check_processes(workdir)
     for place in () if remote.in_store(workdir) else (workdir, *workdir.parents):
         if place.exists() and not place.is_dir():
             raise ValueError(f"--workdir {workdir}: {place} is a file; expected a directory: give another one")

@@ -6,6 +6,7 @@ The program shows no progress, and nothing leaves the device before its end.
 import functools
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from activedpo_jax.data.groups import Bucket, Candidates, pad_groups
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.oracles.labels import Label, Preference, Question
 from activedpo_jax.oracles.reward import Reward, preferences
+from activedpo_jax.resumable import NOTHING_SAVED, SavedWork, pieces
 from activedpo_jax.rounds.checks import check_picks
 from activedpo_jax.rounds.choose import DeviceCandidates, Rows, choose
 from activedpo_jax.rounds.learn import learn, training_work
@@ -109,6 +111,7 @@ class FusedRound:
       source: what the program takes its candidates from, by the number of the round.
       candidates: the same on the host, once the program has run from a state.
       ask: the oracle of the program; name: of it, for the record.
+      saved: what is kept of the round until it is evaluated.
     """
 
     answers_per_pair = 1
@@ -122,8 +125,10 @@ class FusedRound:
         source: Callable[[int], Source],
         candidates: Callable[[RunState, DeviceCandidates | None], Candidates],
         ask: tuple[Ask, str],
+        saved: SavedWork = NOTHING_SAVED,
     ) -> None:
         self._spec, self._policy, self._source, self._candidates = spec, policy, source, candidates
+        self._saved = saved
         self._ask, self._name = ask
         self._after: tuple[RunState, RoundResult, list[Question]] | None = None
         self.seconds: dict[str, float] = {}
@@ -143,9 +148,19 @@ class FusedRound:
         """
         clock = time.perf_counter()
         number, size = int(state.round) + 1, int(state.labelled.size)
-        after, result, fresh = jax.block_until_ready(
-            fused_round(self._spec, self._policy, state, *self.arguments(number, int(state.seed)))
-        )
+        arguments = self._policy, state, *self.arguments(number, int(state.seed))
+
+        def run(_: int) -> Any:
+            return jax.block_until_ready(fused_round(self._spec, *arguments))
+
+        def like(_: int) -> Any:
+            found = jax.eval_shape(functools.partial(fused_round, self._spec), *arguments)
+            whole = layout.replicated(self._spec.mesh)
+            result, fresh = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), found[1:])
+            return state, result, fresh
+
+        # One piece, so that neither a signal waits for the evaluation nor a restart computes the round again.
+        ((after, result, fresh),) = pieces(self._saved, "round", 1, run, like)
         self.seconds = {"round": time.perf_counter() - clock}
         result = layout.get(result)
         candidates = self._candidates(state, fresh)
