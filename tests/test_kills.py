@@ -1,0 +1,106 @@
+"""A staged run of one process or two that is interrupted again and again: what comes out, and what is done twice."""
+
+import collections
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.test_hosts import ROOT, free_port
+from tests.test_resume import OPTIONS, record
+
+KILLS = 20
+LONG = OPTIONS | {
+    "round.mode": "staged",
+    "features.groups_per_chunk": 4,
+    "evaluation.pairs_per_chunk": 4,
+    "dpo.epochs": 40,
+    "checkpoint_minutes": 0,
+}
+
+
+class Life:
+    """The processes of the run from one start to the next end, and what they do.
+
+    Args:
+      count: of processes.
+      log: where they write it.
+    """
+
+    def __init__(self, folder: pathlib.Path, count: int, log: pathlib.Path) -> None:
+        self.logs, port = [log.with_name(f"{log.name}.{i}") for i in range(count)], free_port()
+        flags = [f"--config.{name}={value}" for name, value in LONG.items()]
+        command = [sys.executable, "tests/logged_main.py", "--config=configs/quickstart.py", f"--workdir={folder}"]
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "WORK_LOG": str(log),
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+        }
+        self.processes = []
+        for i in range(count):
+            address = [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={i}"]
+            self.processes.append(
+                subprocess.Popen(
+                    [*command, *flags, *(address if count > 1 else ())],
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+
+    def done(self) -> list[str]:
+        """The pieces of work done, as the process that has done more of them tells."""
+        logs = [log.read_text().splitlines() if log.exists() else [] for log in self.logs]
+        return [line.rsplit(" ", 2)[0] for line in max(logs, key=len)]
+
+    def interrupt(self, number: signal.Signals, victim: int, pieces: int) -> None:
+        """Sends the signal to one process once so many pieces are done."""
+        deadline = time.monotonic() + 400
+        while len(self.done()) < pieces:
+            assert all(process.poll() is None for process in self.processes), self.end()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        self.processes[victim].send_signal(number)
+
+    def end(self) -> list[tuple[int, str]]:
+        """The exit codes, and what was written on stderr."""
+        written = [process.communicate(timeout=400)[1] for process in self.processes]
+        return [(process.returncode, text) for process, text in zip(self.processes, written, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_twenty_interruptions_change_nothing_and_cost_what_is_said(
+    tmp_path: pathlib.Path, count: int, number: signal.Signals
+) -> None:
+    whole, cut, draw = tmp_path / "whole", tmp_path / "cut", random.Random(0)
+    undisturbed = Life(whole, count, tmp_path / "undisturbed")
+    assert [code for code, _ in undisturbed.end()] == [0] * count
+    work, done = undisturbed.done(), collections.Counter[str]()
+    assert len(work) == len(set(work)) > 10 * KILLS
+    for life in range(KILLS):
+        part = Life(cut, count, tmp_path / f"life{life}")
+        victim = draw.randrange(count)
+        part.interrupt(number, victim, draw.randint(1, len(work) // KILLS))
+        for process, (code, text) in enumerate(part.end()):
+            killed = number == signal.SIGKILL and process == victim
+            assert code == (-signal.SIGKILL if killed else 75), (life, process, code, text)
+            assert "Traceback" not in text
+        done.update(part.done())
+    last = Life(cut, count, tmp_path / "last")
+    assert [code for code, _ in last.end()] == [0] * count
+    done.update(last.done())
+    assert record(cut) == record(whole)
+    twice = collections.Counter({piece: times - 1 for piece, times in done.items() if times > 1})
+    print(f"{len(work)} pieces of work, {KILLS} interruptions: {twice.total()} pieces done twice: {dict(twice)}")
+    assert done.keys() == set(work)
+    # Of what a kill interrupts, the last piece may be on its way to the disk, and the one before it, too.
+    assert twice.total() <= (2 * KILLS if number == signal.SIGKILL else 0)
