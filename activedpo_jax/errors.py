@@ -133,12 +133,13 @@ def clean_errors() -> Iterator[None]:
             then = "once it answers" if passing else "once that is mended"
             line = f"{store.filename}: {store.strerror}; what is there is whole, and {then} the same command resumes"
             _fail_on_the_spot(line, _RESUMABLE if passing else 1)
+        if lost := _lost_process(error):
+            _fail_on_the_spot(_ABANDONED.format(reason=lost), _RESUMABLE)
         found = _in_one_line(error)
         if found is None:
             raise
         _print(found[0])
-        if found[1] != _RESUMABLE:
-            _leave()
+        _leave()
         sys.exit(found[1])
 
 
@@ -150,12 +151,21 @@ def _leave() -> None:
     hosts.leave()
 
 
+def _lost_process(error: BaseException | None) -> str | None:
+    """What says that another process has ended, in an error or those that led to it; None: nothing does."""
+    import jax  # not at the top, see there
+
+    while error is not None and jax.distributed.is_initialized():
+        if _LOST.match(str(error)):
+            return " ".join(str(error).split())[:200]
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _in_one_line(error: Exception) -> tuple[str, int] | None:
     """What to print of an error, and the exit code; None: it is a defect of the program, which needs the traceback."""
     import jax  # not at the top, see there
 
-    if jax.distributed.is_initialized() and _LOST.match(str(error)):
-        return _ABANDONED.format(reason=" ".join(str(error).split())[:200]), _RESUMABLE
     if isinstance(error, MemoryError) or (
         isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     ):
@@ -264,8 +274,8 @@ def fail(error: object, code: int = 2) -> NoReturn:
 def _fail_on_the_spot(error: object, code: int = 1) -> NoReturn:
     """As `fail`; a process that is the command's own ends without what runs at the end of a process.
 
-    On a full disk, or without an object store, the libraries' threads and exit handlers fail, too, and print
-    tracebacks, or try again for minutes.
+    On a full disk, or without an object store or the other processes, the libraries' threads and exit handlers fail,
+    too, and print tracebacks, or try again for minutes.
     """
     _print(error)
     if signal.getsignal(signal.SIGTERM) is _end:

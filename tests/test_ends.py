@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -431,6 +432,18 @@ def test_a_full_disk_that_tensorstore_met(capsys: pytest.CaptureFixture[str]) ->
     assert code == 1 and "/runs/d/: No space left on device" in line
 
 
+def test_a_lost_process_is_known_behind_other_errors(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Orbax raises it from a save in the background."""
+    barrier = jax.errors.JaxRuntimeError("UNAVAILABLE: Task /job:jax_worker/replica:0/task:1 heartbeat timeout")
+    error = chained(TimeoutError("Timed out while waiting for async_write_complete barrier."), barrier, "__cause__")
+    assert ending(error, capsys)[0] == 1
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    code, line = ending(error, capsys)
+    assert code == 75 and line.startswith("error: another process of this run has ended (UNAVAILABLE: Task")
+
+
 def test_other_errors_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     missing = FileNotFoundError(errno.ENOENT, "No such file or directory", "x.jsonl")
     assert ending(missing, capsys) == (1, "error: x.jsonl: No such file or directory\n")
@@ -459,6 +472,12 @@ def test_what_orbax_logs_is_heard_unless_it_is_raised() -> None:
                 if name == "saving":
                     raise
 
+    def failing(name: str) -> None:
+        try:
+            raise OSError(name)
+        except OSError:
+            absl_logging.exception("%s failed", name)
+
     listener, logger = Listener(), absl_logging.get_absl_logger()
     logger.addHandler(listener)
     try:
@@ -466,9 +485,14 @@ def test_what_orbax_logs_is_heard_unless_it_is_raised() -> None:
             work("saving")
         work("tidying")
         absl_logging.error("later")
+        # The next wait raises what a save in the background could not do: Orbax logs it in a thread of this name.
+        for thread in ("async_save", "another"):
+            logging_thread = threading.Thread(name=thread, target=failing, args=(thread,))
+            logging_thread.start()
+            logging_thread.join()
     finally:
         logger.removeHandler(listener)
-    assert heard == ["saving begins", "tidying begins", "tidying failed", "later"]
+    assert heard == ["saving begins", "tidying begins", "tidying failed", "later", "another failed"]
 
 
 def test_fewer_examples_than_a_batch_are_refused() -> None:

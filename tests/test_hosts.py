@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import signal
 import socket
 import subprocess
@@ -20,6 +21,8 @@ from activedpo_jax import cluster, flags, hosts
 from activedpo_jax.errors import UsageError
 from activedpo_jax.selection.strategies import STRATEGIES
 from tests.test_resume import OPTIONS, record
+from tests.tiny_hf import tiny_llama
+from tests.tiny_tokenizer import CHATML, make_tokenizer
 
 ROOT = pathlib.Path(hosts.__file__).parents[1]
 TINY = OPTIONS | {"dpo.epochs": 2, "rounds": 2}
@@ -108,12 +111,14 @@ class Run:
 
     Args:
       count: of processes; devices: of each.
+      options: to change; `config`: the file of the others.
     """
 
     def __init__(self, folder: pathlib.Path, count: int, devices: int, **options: Any) -> None:
+        config = options.pop("config", "configs/quickstart.py")
         self.folder, port = folder, free_port()
         arguments = [f"--config.{name.replace('__', '.')}={value}" for name, value in (TINY | options).items()]
-        command = [sys.executable, "-m", "activedpo_jax.main", "--config=configs/quickstart.py", f"--workdir={folder}"]
+        command = [sys.executable, "-m", "activedpo_jax.main", f"--config={config}", f"--workdir={folder}"]
         environment = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
         }
@@ -190,6 +195,65 @@ def test_several_processes_come_to_what_one_comes_to(
     close(tmp_path / "run", alone.folder)
     assert written[0][0].startswith(f"{count} processes (--coordinator), {count * devices} devices\n")
     assert all("round" not in out for out, _ in written[1:])  # process 0 alone says what happens
+
+
+WORDS = ["red", "blue", "green", "cold", "warm", "tall", "deep", "soft", "loud", "late"]
+
+
+def written_data(folder: pathlib.Path) -> str:
+    """A config of preferences in files, with a model of Hugging Face's formats; its path."""
+    tokenizer = make_tokenizer(CHATML, eos="<|im_end|>")
+    tiny_llama(folder / "base", vocab_size=len(tokenizer), tie_word_embeddings=True)
+    tokenizer.save_pretrained(folder / "base")
+    draw = random.Random(0)
+
+    def text(least: int, most: int) -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(least, most)))
+
+    for name, count in (("train", 37), ("heldout", 9)):
+        rows = [
+            {"prompt": f"{name} {i} {text(1, 9)}", "chosen": text(3, 6), "rejected": text(1, 6)} for i in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.py").write_text(
+        "from activedpo_jax.config import default\n\n\n"
+        "def get_config():\n"
+        "    config = default()\n"
+        f"    config.model.path = {str(folder / 'base')!r}\n"
+        f"    config.data.train = {str(folder / 'train.jsonl')!r}\n"
+        f"    config.data.heldout = {str(folder / 'heldout.jsonl')!r}\n"
+        "    config.data.buckets = ((64, 32), (128, 64))\n"
+        "    return config\n"
+    )
+    return str(folder / "config.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["files", "policy"])
+def test_two_processes_share_the_reading_and_the_responding(tmp_path: pathlib.Path, source: str) -> None:
+    """Each tokenises a part of the files, and samples the responses to a part of the prompts."""
+    options: dict[str, Any] = {"round__mode": "staged"}
+    if source == "files":
+        options["config"] = written_data(tmp_path)
+    else:
+        options |= {
+            "candidates__source": "policy",
+            "oracle__kind": "reward",
+            "generation__responses": 3,
+            "generation__max_new_tokens": 6,
+        }
+    Run(tmp_path / "alone", 1, 1, **options).end()
+    Run(tmp_path / "two", 2, 2, **options).end()
+    close(tmp_path / "two", tmp_path / "alone")
+    names = [path.relative_to(tmp_path / "two").as_posix() for path in (tmp_path / "two").glob("rounds/*/*.jsonl")]
+    assert ("rounds/001/responses.jsonl" in names) == (source == "policy")
+    for name in names:
+        lines = [(tmp_path / run / name).read_text().splitlines() for run in ("two", "alone")]
+        texts = [[[row.get(key) for key in KEYS] for row in map(json.loads, some)] for some in lines]
+        assert texts[0] == texts[1]
+
+
+KEYS = ("pair_id", "prompt", "first", "second", "first_tokens", "second_tokens", "responses", "tokens")
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def test_twenty_interruptions_change_nothing_and_cost_what_is_said(
         for process, (code, text) in enumerate(part.end()):
             killed = number == signal.SIGKILL and process == victim
             assert code == (-signal.SIGKILL if killed else 75), (life, process, code, text)
-            assert "Traceback" not in text
+            assert "Traceback" not in text, (life, process, text)
         done.update(part.done())
     last = Life(cut, count, tmp_path / "last")
     assert [code for code, _ in last.end()] == [0] * count

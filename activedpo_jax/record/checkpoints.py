@@ -174,7 +174,7 @@ def each_error_once() -> Iterator[None]:
 
     Errors that Orbax logs while nothing is raised appear in the log, if only at the end.
     """
-    _drop_late_echoes()
+    _drop_echoes()
     held: list[logging.LogRecord] = []
 
     def has_no_traceback(record: logging.LogRecord) -> bool:
@@ -197,11 +197,12 @@ def each_error_once() -> Iterator[None]:
 
 
 @functools.cache
-def _drop_late_echoes() -> None:
-    """Keeps off stderr the writes that were under way when another write failed, whose error is the one raised.
+def _drop_echoes() -> None:
+    """Keeps off stderr what is raised elsewhere.
 
-    They end at any time, up to the end of the process: TensorStore reports that the event loop which waited for them
-    is closed, and asyncio that nobody asked for their errors.
+    A save in the background that fails: the next wait for it raises its error.  And the writes that were under way when
+    another one failed: they end at any time, up to the end of the process, and TensorStore reports that the event loop
+    which waited for them is closed, and asyncio that nobody asked for their errors.
     """
     hook = sys.unraisablehook
 
@@ -213,10 +214,15 @@ def _drop_late_echoes() -> None:
         frames = traceback.extract_tb(record.exc_info[2]) if record.exc_info else []
         return not any(frame.filename.startswith(_ORBAX) for frame in frames)
 
+    def is_not_of_a_save(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and record.threadName == _SAVING_THREAD)
+
     sys.unraisablehook = report_others
+    absl_logging.get_absl_logger().addFilter(is_not_of_a_save)
     logging.getLogger("asyncio").addFilter(is_not_from_orbax)
 
 
+_SAVING_THREAD = "async_save"  # Orbax's name for it
 _ORBAX = str(pathlib.Path(ocp.__file__).parent)
 
 
