@@ -174,6 +174,36 @@ def at_use(mesh: Mesh | None, module: str, leaf: str, matrix: jax.Array) -> jax.
     return jax.lax.with_sharding_constraint(matrix, fit(mesh, _AT_USE.get((module, leaf), P()), matrix.shape))
 
 
+def at_weights(mesh: Mesh | None, module: str, matrix: Sequence[int], x: jax.Array) -> jax.Array:
+    """Traced activations [G, ..., d] of few tokens, cut along d as the map's matrix is in memory.
+
+    They go to the weights, since the weights would be more to move: the compiler alone may gather those for each token.
+
+    Args:
+      matrix: [d, out] of a linear map, [V, d] of an output table.
+    """
+    return x if mesh is None else _rows_whole(mesh, x, _cuts(mesh, module, matrix)[0])
+
+
+def from_weights(mesh: Mesh | None, module: str, matrix: Sequence[int], x: jax.Array) -> jax.Array:
+    """What the map makes of them, [G, ..., out]: first where the matrix has its outputs, then where examples are."""
+    return x if mesh is None else like_batch(mesh, _rows_whole(mesh, x, _cuts(mesh, module, matrix)[1]))
+
+
+def _cuts(mesh: Mesh, module: str, matrix: Sequence[int]) -> tuple[Any, Any]:
+    """The axes that cut inputs and outputs of a map in memory."""
+    if (module, "kernel") in _IN_MEMORY:
+        inputs, outputs = _choose(mesh, _IN_MEMORY[module, "kernel"], (1, *matrix))[1:]
+    else:
+        outputs, inputs = _choose(mesh, _IN_MEMORY[module, "embedding"], matrix)
+    return inputs, outputs
+
+
+def _rows_whole(mesh: Mesh, x: jax.Array, last: Any) -> jax.Array:
+    spec = P("data", *(None,) * (x.ndim - 2), last)
+    return jax.lax.with_sharding_constraint(x, fit(mesh, spec, x.shape))
+
+
 def like_batch(mesh: Mesh | None, x: jax.Array) -> jax.Array:
     """Traced activations [G, ...], constrained to the layout of their examples; whole along `tensor`."""
     return x if mesh is None else jax.lax.with_sharding_constraint(x, fit(mesh, P(BATCH_AXES), x.shape))

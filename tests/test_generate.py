@@ -229,7 +229,7 @@ def test_greedy_of_a_real_model_equals_transformers(variable: str) -> None:
 
 
 def sampled(where: Any, batch: Groups, m: int, length: int = 6, seed: int = 0, first: int = 0) -> np.ndarray:
-    decoder, params, lora = tiny.model()
+    decoder, params, lora = tiny.model(mesh=where)
     weights = [jax.device_put(x, layout.weight_shardings(where, x)) for x in (params, lora)]
     weights = [jax.jit(unstack)(x) for x in weights]
     batch = jax.device_put(requests(batch, m, seed, first), layout.batch(where))

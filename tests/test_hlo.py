@@ -15,11 +15,14 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from activedpo_jax import hlo, layout, specs, tasks
+from activedpo_jax.compile_only.cost import with_loop_length
 from activedpo_jax.compile_only.topology import tpu_devices
 from activedpo_jax.data.groups import Groups
 from activedpo_jax.evidence.gradients import FeatureSpec, pair_features
+from activedpo_jax.generation.decoding import DecodingSpec, Requests, respond
+from activedpo_jax.generation.sampling import Sampling
 from activedpo_jax.models.config import LoraConfig, ModelConfig
-from activedpo_jax.models.decoder import Decoder, Params, init_params
+from activedpo_jax.models.decoder import Decoder, Params, init_params, unstack
 from activedpo_jax.models.lora import Lora, init_lora
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.rounds import staged
@@ -208,11 +211,13 @@ def placed(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def model_on(mesh: Mesh, logits_chunk: int) -> tuple[Decoder, Params, Lora]:
+def model_on(mesh: Mesh, logits_chunk: int, dtype: Any = jnp.float32, **changes: Any) -> tuple[Decoder, Params, Lora]:
     """A decoder, and the shapes of its weights and of an adapter."""
-    decoder = Decoder(MODEL, LoraConfig(RANK, 32.0), remat="full", logits_chunk=logits_chunk, mesh=mesh)
+    model = dataclasses.replace(MODEL, **changes)
+    decoder = Decoder(model, LoraConfig(RANK, 32.0), dtype, remat="full", logits_chunk=logits_chunk, mesh=mesh)
     params = jax.eval_shape(lambda: init_params(decoder, jax.random.key(0)))
-    lora = jax.eval_shape(lambda: init_lora(MODEL, decoder.lora, jax.random.key(0)))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+    lora = jax.eval_shape(lambda: init_lora(model, decoder.lora, jax.random.key(0)))
     return decoder, *(placed(tree, layout.weight_shardings(mesh, tree)) for tree in (params, lora))
 
 
@@ -275,6 +280,34 @@ def test_weights_stay_cut(features_text: str, pod: Mesh) -> None:
     assert max(math.prod(a.shape) for a in layers) <= kernel // 8
     gathered = [c.bytes for c in hlo.collectives(features_text) if c.kind == "all-gather" and c.count > 1]
     assert max(gathered) <= MODEL.hidden_size * MODEL.intermediate_size * 4 // 2
+
+
+LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_heads": 32, "num_kv_heads": 32, "head_dim": 128}
+QWEN = LLAMA | {"hidden_size": 2560, "intermediate_size": 9728, "num_kv_heads": 8, "tie_embeddings": True}
+
+
+@pytest.mark.parametrize("changes", [LLAMA, QWEN], ids=["tiles", "no tiles"])
+@pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (4, 2)])
+def test_a_sampled_token_moves_no_weights(fsdp: int, tensor: int, changes: dict[str, Any]) -> None:
+    """A token of every response goes to the weights.  The compiler alone gathers a Qwen's for each token."""
+    pytest.importorskip("libtpu", reason="needs libtpu: pip install '.[tpu]'")
+    sizes = ml_collections.ConfigDict({"data": 1, "fsdp": fsdp, "tensor": tensor})
+    mesh = layout.make_mesh(sizes, tpu_devices("v5e:2x4"))
+    decoder, *trees = model_on(mesh, CHUNK, jnp.bfloat16, num_layers=1, **changes)
+    params, lora = (
+        placed(jax.eval_shape(unstack, tree), jax.jit(unstack).lower(tree).compile().output_shardings) for tree in trees
+    )
+    length, rows, m = 9, 8, 3
+    spec = DecodingSpec(decoder.clone(unrolled=True), Sampling(), (), length, mesh)
+    shapes = [((rows, PROMPT), jnp.int32), ((rows,), jnp.int32), ((rows,), jnp.uint32), ((rows, m), jnp.int32)]
+    requests = Requests(*(jax.ShapeDtypeStruct(s, d, sharding=layout.batch(mesh)) for s, d in shapes))
+    compiled = respond.lower(spec, params, lora, requests).compile()
+    text = with_loop_length(compiled.as_text() or "", length - 1)
+    moved = [c.bytes for c in hlo.collectives(text) if c.count == length - 1]
+    config = decoder.config
+    hidden_units, smallest = rows * m * config.intermediate_size, config.hidden_size * config.num_kv_heads * 128
+    # The largest: the sums of gate and up, in one all-reduce.
+    assert moved and max(moved) <= 2 * 2 * 2 * hidden_units < 2 * smallest // tensor
 
 
 def test_adapters_gradients_and_moments_are_cut_over_fsdp_and_tensor(pod: Mesh) -> None:

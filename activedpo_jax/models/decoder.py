@@ -83,12 +83,13 @@ class Layer(nn.Module):
         """Returns the blocks, and what later tokens need: for prompts alone, their keys and values; for one more
         token of every response, the cache that includes it."""
         config = self.config
-        # Sampling has few tokens, for which the compiler may do better than gather the weights.
-        mesh = self.backend.mesh if len(blocks) > 1 else None
+        # Prompts alone: the compiler may do better than gather the weights.
+        few_tokens = per_layer.cache is not None
+        mesh = self.backend.mesh if len(blocks) > 1 or few_tokens else None
         pre, post = config.norms in ("pre", "both"), config.norms in ("post", "both")
 
         def linear(name: str, features: int, blocks: Sequence[jax.Array], bias: bool = False) -> list[jax.Array]:
-            module = LoraLinear(features, self.lora_scale, self.dtype, bias, mesh, name=name)
+            module = LoraLinear(features, self.lora_scale, self.dtype, bias, mesh, few_tokens, name=name)
             return module(blocks, per_layer.layer, probe)
 
         def whole(blocks: Sequence[jax.Array]) -> list[jax.Array]:
@@ -276,9 +277,12 @@ class Decoder(nn.Module):
 
     def _logits(self, states: jax.Array) -> jax.Array:
         states, table, softcap = self.final_norm(states), self._output_table(), self.config.logit_softcap
-        if self.unrolled and kernels.Backend(self.attention, self.mesh).platform == "cpu":
-            return soft_capped(few_tokens.product(states, table), softcap)
-        return make_logits(states, table, softcap)
+        states = layout.at_weights(self.mesh, "lm_head", table.shape, states)
+        if kernels.Backend(self.attention, self.mesh).platform == "cpu":
+            logits = soft_capped(few_tokens.product(states, table), softcap)
+        else:
+            logits = make_logits(states, table, softcap)
+        return layout.from_weights(self.mesh, "lm_head", table.shape, logits)
 
     def _through_layers(
         self,
