@@ -10,7 +10,8 @@ on every host of the slice (`launch/` does that).  What it needs is said beforeh
 Data, recipe and oracle are those of `tldr_llama2_7b.py`.  Weights are cut in 16 by `fsdp` and in 4 by `tensor`: with
 `fsdp` alone there would have to be 64 examples at a time, and each chip would gather every layer whole.
 
-Estimate: the command above prints it.  Expected result: not run.
+Estimate of a round, the least at the chips' published peak numbers, in chip-hours: responses 0.415, features 0.290,
+training 0.173; all 0.917.  Expected result: not run.
 """
 
 import ml_collections

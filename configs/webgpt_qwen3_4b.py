@@ -13,7 +13,8 @@ without the comparisons whose scores are equal.  SFT learns the chosen answers; 
 policy's own answers.  Recipe and oracle are those of `tldr_llama2_7b.py`, in batches of 8; answers are as long as 256
 tokens, without thinking.
 
-Estimate: the command above prints it.  Expected result: not run.
+Estimate of a round, the least at the chips' published peak numbers, in chip-hours: responses 0.139, features 0.031,
+training 0.028; all 0.202.  Expected result: not run.
 """
 
 import ml_collections

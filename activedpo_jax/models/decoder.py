@@ -84,12 +84,12 @@ class Layer(nn.Module):
         token of every response, the cache that includes it."""
         config = self.config
         # Prompts alone: the compiler may do better than gather the weights.
-        few_tokens = per_layer.cache is not None
-        mesh = self.backend.mesh if len(blocks) > 1 or few_tokens else None
+        one_token = per_layer.cache is not None
+        mesh = self.backend.mesh if len(blocks) > 1 or one_token else None
         pre, post = config.norms in ("pre", "both"), config.norms in ("post", "both")
 
         def linear(name: str, features: int, blocks: Sequence[jax.Array], bias: bool = False) -> list[jax.Array]:
-            module = LoraLinear(features, self.lora_scale, self.dtype, bias, mesh, few_tokens, name=name)
+            module = LoraLinear(features, self.lora_scale, self.dtype, bias, mesh, one_token, name=name)
             return module(blocks, per_layer.layer, probe)
 
         def whole(blocks: Sequence[jax.Array]) -> list[jax.Array]:

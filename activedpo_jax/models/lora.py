@@ -154,14 +154,14 @@ class LoraLinear(nn.Module):
     dtype: Any
     use_bias: bool = False
     mesh: Mesh | None = None  # over which the program cuts its weights; None: as the compiler likes
-    few_tokens: bool = False  # a token of each response: they go to the weights, which are gathered otherwise
+    one_token: bool = False  # of each response: they go to the weights, which are gathered otherwise
 
     @nn.compact
     def __call__(self, blocks: Sequence[jax.Array], layer: jax.Array, probe: Probe | None) -> list[jax.Array]:
         d_in = blocks[0].shape[-1]
         kernel = self._kernel(d_in)
         assert self.name is not None
-        if self.few_tokens:
+        if self.one_token:
             blocks = [layout.at_weights(self.mesh, self.name, (d_in, self.features), x) for x in blocks]
         if not self.has_variable("lora", "a"):
             out = [quantise.matmul(x, kernel) for x in blocks]
@@ -177,7 +177,7 @@ class LoraLinear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
             out = [y + bias for y in out]
-        if self.few_tokens:
+        if self.one_token:
             out = [layout.from_weights(self.mesh, self.name, (d_in, self.features), y) for y in out]
         return out
 
@@ -191,4 +191,4 @@ class LoraLinear(nn.Module):
 
     def _at_use(self, leaf: str, matrix: jax.Array) -> jax.Array:
         assert self.name is not None
-        return matrix if self.few_tokens else layout.at_use(self.mesh, self.name, leaf, matrix)
+        return matrix if self.one_token else layout.at_use(self.mesh, self.name, leaf, matrix)
