@@ -1,13 +1,11 @@
 """`python -m activedpo_jax.main`, which appends a line to the file $WORK_LOG for every piece of work that it has done.
 
-A line says what was done, and when it began and ended, in seconds.  With several processes each has a file of its own,
-and one that is killed is missed sooner than by default.
+With several processes each has a file of its own, and one that is killed is missed sooner than by default.
 """
 
 import os
 import runpy
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,9 +25,8 @@ _pieces, _descend = resumable.pieces, loop.descend
 
 def _logged(compute: Callable[..., Any], name: str) -> Callable[..., Any]:
     def run(number: int, *args: Any) -> Any:
-        begin = time.monotonic()
         result = compute(number, *args)
-        os.write(_log, f"{name}/{number} {begin} {time.monotonic()}\n".encode())
+        os.write(_log, f"{name}/{number}\n".encode())
         return result
 
     return run

@@ -106,6 +106,25 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def processes(command: Sequence[str], count: int, devices: int, **environment: str) -> list["subprocess.Popen[str]"]:
+    """A command of the package started `count` times, as the processes of one run with so many devices each."""
+    port = free_port()
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+
+    def start(number: int) -> "subprocess.Popen[str]":
+        address = [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={number}"]
+        return subprocess.Popen(
+            [sys.executable, *command, *(address if count > 1 else ())],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return [start(number) for number in range(count)]
+
+
 class Run:
     """The processes of one run, as a user starts them.
 
@@ -116,25 +135,9 @@ class Run:
 
     def __init__(self, folder: pathlib.Path, count: int, devices: int, **options: Any) -> None:
         config = options.pop("config", "configs/quickstart.py")
-        self.folder, port = folder, free_port()
         arguments = [f"--config.{name.replace('__', '.')}={value}" for name, value in (TINY | options).items()]
-        command = [sys.executable, "-m", "activedpo_jax.main", f"--config={config}", f"--workdir={folder}"]
-        environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-        }
-        self.processes = []
-        for i in range(count):
-            address = [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={i}"]
-            self.processes.append(
-                subprocess.Popen(
-                    [*command, *arguments, *(address if count > 1 else ())],
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
+        command = ["-m", "activedpo_jax.main", f"--config={config}", f"--workdir={folder}", *arguments]
+        self.processes = processes(command, count, devices)
 
     def end(self, code: int = 0) -> list[tuple[str, str]]:
         """What every process wrote on stdout and stderr until it ended, each with this exit code."""
@@ -197,6 +200,7 @@ def test_several_processes_come_to_what_one_comes_to(
     assert all("round" not in out for out, _ in written[1:])  # process 0 alone says what happens
 
 
+KEYS = ("pair_id", "prompt", "first", "second", "first_tokens", "second_tokens", "responses", "tokens")
 WORDS = ["red", "blue", "green", "cold", "warm", "tall", "deep", "soft", "loud", "late"]
 
 
@@ -251,9 +255,6 @@ def test_two_processes_share_the_reading_and_the_responding(tmp_path: pathlib.Pa
         lines = [(tmp_path / run / name).read_text().splitlines() for run in ("two", "alone")]
         texts = [[[row.get(key) for key in KEYS] for row in map(json.loads, some)] for some in lines]
         assert texts[0] == texts[1]
-
-
-KEYS = ("pair_id", "prompt", "first", "second", "first_tokens", "second_tokens", "responses", "tokens")
 
 
 @pytest.mark.slow

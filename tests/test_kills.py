@@ -1,17 +1,14 @@
 """A staged run of one process or two that is interrupted again and again: what comes out, and what is done twice."""
 
 import collections
-import os
 import pathlib
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.test_hosts import ROOT, free_port
+from tests.test_hosts import ROOT, processes
 from tests.test_resume import OPTIONS, record
 
 KILLS = 20
@@ -33,32 +30,14 @@ class Life:
     """
 
     def __init__(self, folder: pathlib.Path, count: int, log: pathlib.Path) -> None:
-        self.logs, port = [log.with_name(f"{log.name}.{i}") for i in range(count)], free_port()
+        self.logs = [log.with_name(f"{log.name}.{i}") for i in range(count)]
         flags = [f"--config.{name}={value}" for name, value in LONG.items()]
-        command = [sys.executable, "tests/logged_main.py", "--config=configs/quickstart.py", f"--workdir={folder}"]
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "WORK_LOG": str(log),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
-        }
-        self.processes = []
-        for i in range(count):
-            address = [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={i}"]
-            self.processes.append(
-                subprocess.Popen(
-                    [*command, *flags, *(address if count > 1 else ())],
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
+        command = ["tests/logged_main.py", "--config=configs/quickstart.py", f"--workdir={folder}", *flags]
+        self.processes = processes(command, count, 1, PYTHONPATH=str(ROOT), WORK_LOG=str(log))
 
     def done(self) -> list[str]:
         """The pieces of work done, as the process that has done more of them tells."""
-        logs = [log.read_text().splitlines() if log.exists() else [] for log in self.logs]
-        return [line.rsplit(" ", 2)[0] for line in max(logs, key=len)]
+        return max((log.read_text().splitlines() if log.exists() else [] for log in self.logs), key=len)
 
     def interrupt(self, number: signal.Signals, victim: int, pieces: int) -> None:
         """Sends the signal to one process once so many pieces are done."""

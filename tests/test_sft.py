@@ -202,16 +202,12 @@ def trained(
     buckets: tuple[Bucket, ...] = BUCKETS,
     dtype: Any = jnp.float32,
     batch_size: int = 8,
-    rounding: int | None = None,
 ) -> Trained:
-    """An epoch of random texts.
-
-    Args:
-      rounding: a seed by which all weights are changed by as much as float32 rounds them.
-    """
+    """An epoch of random texts."""
     decoder, params, lora = tiny.model(dtype=dtype)
-    if rounding is not None:
-        params, lora = rounded_otherwise((params, lora), rounding)
+    # With the weights as they are, those that float32 rounds otherwise change the gradient by 0.6e-5 to 1.9e-5 of its
+    # largest entry; with half of them by 0.3e-5 at most, and a bound of 1e-5 tells a fault from rounding.
+    params = jax.tree.map(lambda x: x / 2 if x.ndim > 1 and x.shape[-1] > 1 else x, params)
     sizes = default().mesh
     sizes.data, sizes.fsdp, sizes.tensor = shape
     mesh = layout.make_mesh(sizes, jax.devices()[: math.prod(shape)])
@@ -232,13 +228,6 @@ def trained(
     return Trained(gradients[0], jax.device_get(weights), learnt(read_metrics(folder / "metrics.jsonl")))
 
 
-def rounded_otherwise(tree: Any, seed: int) -> Any:
-    draw = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: jnp.asarray(np.asarray(x, np.float64) * (1 + 2**-23 * draw.uniform(-1, 1, x.shape)), x.dtype), tree
-    )
-
-
 RATE = 1e-3
 
 
@@ -249,14 +238,6 @@ def test_microbatches_buckets_and_mesh_do_not_matter(
 ) -> None:
     plain = trained(tmp_path / "plain", monkeypatch, full)
     assert len(plain.losses) == 3
-
-    def error(other: Trained) -> float:
-        pairs = zip(*map(jax.tree.leaves, (other.first_gradient, plain.first_gradient)), strict=True)
-        return max(tiny.relative_error(got, wanted) for got, wanted in pairs)
-
-    # How far the gradient moves if nothing but the rounding of the weights is another: about 1e-5.
-    rounding = max(error(trained(tmp_path / f"rounded{i}", monkeypatch, full, rounding=i)) for i in range(3))
-    assert 1e-7 < rounding < 1e-4
     ways: dict[str, dict[str, Any]] = {"eight devices": {"shape": (2, 2, 2), "microbatch": 4}}
     if not full:
         ways["one bucket, small parts"] = {"buckets": (Bucket(9, 12),), "microbatch": 3}
@@ -270,7 +251,8 @@ def test_microbatches_buckets_and_mesh_do_not_matter(
             "gradient_program": len(changes.get("buckets", BUCKETS)),
             "update_program": 1,
         }
-        assert error(other) < 2 * rounding, name
+        for got, wanted in zip(*map(jax.tree.leaves, (other.first_gradient, plain.first_gradient)), strict=True):
+            assert tiny.relative_error(got, wanted) < 1e-5, name
         np.testing.assert_allclose(other.losses, plain.losses, rtol=1e-5, err_msg=name)
         # Adam makes steps of full size of gradients that are next to nothing, and of their rounding.
         for got, wanted in zip(*map(jax.tree.leaves, (other.weights, plain.weights)), strict=True):

@@ -83,8 +83,8 @@ class Layer(nn.Module):
         """Returns the blocks, and what later tokens need: for prompts alone, their keys and values; for one more
         token of every response, the cache that includes it."""
         config = self.config
-        # Prompts alone: the compiler may do better than gather the weights.
         one_token = per_layer.cache is not None
+        # None for prompts alone: the compiler may do better than gather the weights.
         mesh = self.backend.mesh if len(blocks) > 1 or one_token else None
         pre, post = config.norms in ("pre", "both"), config.norms in ("post", "both")
 
