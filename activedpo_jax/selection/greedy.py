@@ -143,6 +143,7 @@ def _greedy(
     def hold(progress: Progress, rows: Rows, pace: Pace) -> tuple[Progress, Rows, Pace]:
         """Picks among the best rows, none or more."""
         _, held = jax.lax.top_k(rows.scores, block)
+        held = held[jnp.argsort(rows.ages[held])]
         outside = best_of((rows.scores + rows.tolerance).at[held].set(-jnp.inf), axes)
         some = jax.tree.map(lambda x: x[held], rows)
         made, bar = progress.made, Bar(outside, limit, lam)

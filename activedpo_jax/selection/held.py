@@ -16,6 +16,9 @@ NO_ROW = jnp.iinfo(jnp.int32).max
 # A pass over the pool is cheaper than bringing this share of it up to date a block at a time.
 _DEAR = 1 / 8
 
+# Parts of the held rows that are brought up to date one after the other, each from its oldest on.
+_PARTS = 4
+
 # Passes, with a pick each as in the naive loop, once holding rows has not paid; twice as many each further time.  So a
 # pool where every pick changes every score costs no more than the naive loop.
 _PATIENCE = 8
@@ -73,11 +76,11 @@ def lowered(scores: jax.Array, reduction: jax.Array) -> jax.Array:
     return jnp.where(scores < 0, -jnp.inf, jnp.maximum(scores - reduction, 0.0))  # −∞ stays, whatever the row holds
 
 
-def up_to_date(features: jax.Array, rows: Rows, progress: Progress) -> Rows:
+def up_to_date(features: jax.Array, rows: Rows, progress: Progress, parts: int = 1) -> Rows:
     """The rows, of these features [n, D] float32 or bfloat16, with scores that have seen all picks."""
     end = progress.known + progress.made
     first = jnp.where(rows.scores < 0, end, progress.known + rows.ages)
-    scores = lowered(rows.scores, explained_since(features, progress.w, first, end))
+    scores = lowered(rows.scores, explained_since(features, progress.w, first, end, parts))
     return Rows(scores, rows.tolerance, jnp.full_like(rows.ages, progress.made))
 
 
@@ -97,7 +100,8 @@ def pick_among(
     """Picks among the rows of all devices for as long as their best is above the bar.
 
     Args:
-      features: [b, D] float32, those of the rows that this device holds.
+      features: [b, D] float32, those of the rows that this device holds, in rising order of their ages: then a part
+        that has seen most picks is not computed from the first one on for the sake of another.
       numbers: [b] int32, which rows of the pool they are.
 
     Returns:
@@ -117,7 +121,7 @@ def pick_among(
         scores = jnp.where(mine, -jnp.inf, lowered(scores, explained(features, w[None])))
         return progress, scores, best_of(scores, axes)
 
-    rows = up_to_date(features, rows, progress)
+    rows = up_to_date(features, rows, progress, _PARTS)
     progress, scores, _ = jax.lax.while_loop(unfinished, one_pick, (progress, rows.scores, best_of(rows.scores, axes)))
     return progress, Rows(scores, rows.tolerance, jnp.full_like(rows.ages, progress.made))
 

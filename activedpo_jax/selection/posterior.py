@@ -151,12 +151,19 @@ def widened(function: Callable[..., jax.Array], features: jax.Array, *of_rows: j
     if features.dtype == jnp.float32:
         return function(features, *of_rows)
     count, dim = features.shape
-    size = min(max(_WIDENED // (4 * dim), 1), -(-count // 32))
+    return _in_tiles(function, min(max(_WIDENED // (4 * dim), 1), -(-count // 32)), features, *of_rows)
+
+
+def _in_tiles(function: Callable[..., jax.Array], size: int, features: jax.Array, *of_rows: jax.Array) -> jax.Array:
+    """`function` as in `widened`, of `size` rows at a time."""
+    count = features.shape[0]
 
     def tile(k: jax.Array, found: jax.Array) -> jax.Array:
         start = jnp.minimum(k * size, count - size)  # the last one overlaps
         rows, start = jax.lax.optimization_barrier((features, start))  # else XLA copies all rows before the loop
-        part = _from_bits(jax.lax.dynamic_slice_in_dim(_bits(rows), start, size))
+        stored = rows if rows.dtype == jnp.float32 else _bits(rows)
+        part = jax.lax.dynamic_slice_in_dim(stored, start, size)
+        part = part if rows.dtype == jnp.float32 else _from_bits(part)
         others = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in of_rows)
         return jax.lax.dynamic_update_slice_in_dim(found, function(part, *others), start, 0)
 
@@ -173,16 +180,20 @@ def explained(features: jax.Array, posterior: jax.Array) -> jax.Array:
     return widened(products, features)
 
 
-def explained_since(features: jax.Array, rows: jax.Array, first: jax.Array, end: jax.Array) -> jax.Array:
+def explained_since(
+    features: jax.Array, rows: jax.Array, first: jax.Array, end: jax.Array, parts: int = 1
+) -> jax.Array:
     """‖Wφ‖² of the rows of W from `first` on, which every feature has its own number of.
+
+    The products begin at the lowest `first` of a part of the features, so that parts pay where `first` rises.
 
     Args:
       features: [N, D] float32 or bfloat16; rows: W `with_room`; first: [N] int32; end: how many rows of W there are.
+      parts: how many there are at least.
 
     Returns:
       [N] float32.
     """
-    begin = jnp.min(first)
 
     def of(features: jax.Array, first: jax.Array) -> jax.Array:
         def tile(width: int, start: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -198,9 +209,11 @@ def explained_since(features: jax.Array, rows: jax.Array, first: jax.Array, end:
             return jax.lax.switch(choice, [functools.partial(tile, n) for n in (1, _NARROW, _WIDE)], *carry)
 
         none = jnp.zeros_like(features[:, 0])
-        return jax.lax.while_loop(lambda carry: carry[0] < end, next_tile, (begin, none))[1]
+        return jax.lax.while_loop(lambda carry: carry[0] < end, next_tile, (jnp.min(first), none))[1]
 
-    return widened(of, features, first)
+    if parts == 1:
+        return widened(of, features, first)
+    return _in_tiles(of, -(-features.shape[0] // parts), features, first)
 
 
 def variances(features: jax.Array, posterior: jax.Array, lam: jax.Array | float) -> jax.Array:

@@ -116,6 +116,7 @@ class _Pool:
         """Picks among the best rows, none or more."""
         best = np.argpartition(-rows.scores, min(self.held, len(rows.scores)) - 1)
         held = np.sort(best[: self.held])
+        held = held[np.argsort(rows.ages[held], kind="stable")]
         bounds = rows.scores + rows.tolerance
         bounds[held] = -np.inf
         bar = Bar(jnp.float32(bounds.max()), jnp.int32(limit), lam)
