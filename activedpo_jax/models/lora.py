@@ -62,6 +62,15 @@ def init_lora(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Lora:
     return {"layers": {n: matrices(n, k) for n, k in zip(names, jax.random.split(key, len(names)), strict=True)}}
 
 
+def _outer_sum(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Σ_t left_t ⊗ right_t of [..., T, i] and [..., T, j]: [..., i, j] float32."""
+    if left.shape[-1] > right.shape[-1]:
+        # XLA on CPU turns the first operand round before it multiplies; so that is the narrow one, and the small result
+        # is turned instead.
+        return jnp.swapaxes(_outer_sum(right, left), -1, -2)
+    return jnp.einsum("...ti,...tj->...ij", left, right, preferred_element_type=jnp.float32)
+
+
 @jax.custom_vjp
 def _low_rank(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """x Mᵀ in x's dtype, for a float32 matrix M of an adapter.
@@ -78,8 +87,7 @@ def _low_rank_fwd(x, matrix):  # type: ignore[no-untyped-def]
 
 def _low_rank_bwd(residuals, d_out):  # type: ignore[no-untyped-def]
     x, matrix = residuals
-    tokens = tuple(range(x.ndim - 1))
-    d_matrix = jnp.tensordot(d_out, x, (tokens, tokens), preferred_element_type=jnp.float32)
+    d_matrix = _outer_sum(d_out.reshape(-1, d_out.shape[-1]), x.reshape(-1, x.shape[-1]))
     return d_out @ matrix.astype(x.dtype), d_matrix
 
 
@@ -134,7 +142,7 @@ def _probed_linear_bwd(place, residuals, d_out):  # type: ignore[no-untyped-def]
         total: Any = 0.0
         for x, y in zip(lefts, rights, strict=True):
             x, y = x.reshape(batch, -1, x.shape[-1]), y.reshape(batch, -1, y.shape[-1])
-            total += jnp.einsum("gti,gtj->gij", x, y, preferred_element_type=jnp.float32)
+            total += _outer_sum(x, y)
         return scale * total
 
     sketch = functools.partial(sketch_on_mesh, mesh, dim=dim, seed=probe.seed, layer=layer)
