@@ -131,6 +131,9 @@ OPTIONS: dict[str, Option] = {
     ),
     "data.template_kwargs": Option("", 'options for the chat template as JSON, {"enable_thinking": false} for example'),
     "data.buckets": Option(((128, 128), (256, 512)), "(prompt, response) tokens: one compiled program each", BUCKETS),
+    "data.more_buckets": Option(
+        6, "at most so many buckets are added, where the pool's lengths make them worth compiling for", NOT_NEGATIVE
+    ),
     # The procedural task
     "synthetic.families": Option(32, "kinds of prompts", between(1, 2**20)),
     "synthetic.styles": Option(3, "that responses are written in, each named by a letter", between(2, 26)),

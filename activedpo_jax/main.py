@@ -81,9 +81,12 @@ def compete(config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh,
     for seed in config.seeds:
         task = first if seed == config.seeds[0] else tasks.load(config, seed, mesh, folder, hosts.readers())
         inputs.hold(folder / "inputs" / f"seed{seed}.json", described(config, task))
+        task = specs.with_more_buckets(config, task)
         for name, texts in (("pool", task.candidate_texts), ("held-out set", task.heldout)):
             for note in texts.notes:
                 print(f"{name}: {note}")
+        if task.pool is not None:
+            print(f"pool: {specs.padding_note(config, task)}")
         task, policy = starting_point(config, task, mesh, seed, folder)
         setting = Setting(config, mesh, seed, task, policy, evaluator(config, task, policy, seed, folder))
         for strategy in config.strategies:
@@ -167,6 +170,8 @@ def run(setting: Setting, strategy: str, folder: pathlib.Path) -> folders.RunSum
             scores = setting.judge(state.lora, saved)
             seconds = rounds.seconds | {"evaluation": time.perf_counter() - clock}
             entry = report.round_summary(spec.selection, picked, verdicts, training, scores, seconds)
+            if rounds.useful is not None:
+                entry["useful"] = rounds.useful
             save(state, entry)
             print(report.round_line(strategy, setting.seed, config.rounds, entry), flush=True)
             for kind, note in report.round_notes(spec, entry).items():

@@ -1,11 +1,14 @@
 """Options become what the programs of a round are compiled for."""
 
+import dataclasses
+
 import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
 from activedpo_jax import layout, start
+from activedpo_jax.data.batches import fitted, useful_share
 from activedpo_jax.data.groups import Bucket, assign_buckets
 from activedpo_jax.data.ragged import sizes_of
 from activedpo_jax.evidence.gradients import FeatureSpec
@@ -19,6 +22,14 @@ from activedpo_jax.training.optimiser import DpoSpec, OptimiserSpec
 # A fused round shows no progress while it runs, so `auto` takes it where it is short: up to so many
 # token-times-parameter products in the pool, about a minute on two CPU cores.
 _SHORT_ROUND = 1e12
+
+# What the programs of a bucket take to compile, and what a device does meanwhile: both are guesses at the order.
+_COMPILE_SECONDS = 30.0
+_FLOPS = {"cpu": 1e11}  # a second; of accelerators:
+_ACCELERATOR_FLOPS = 1e14
+
+# Tokens that the sizes of new buckets are multiples of: on TPUs, of the attention kernel's blocks.
+_MULTIPLE = {"tpu": 128, "gpu": 64, "cpu": 32}
 
 
 def round_spec(config: ml_collections.ConfigDict, strategy: str, task: Task, mesh: Mesh) -> RoundSpec:
@@ -107,6 +118,32 @@ def fits_one_program(task: Task) -> bool:
     """Whether the candidates are of one shape: one bucket, and as many responses for every prompt."""
     sizes = sizes_of(task.candidate_texts.response_tokens)
     return len(used_buckets(task)) == 1 and sizes.min() == sizes.max()
+
+
+def with_more_buckets(config: ml_collections.ConfigDict, task: Task) -> Task:
+    """The task with up to `config.data.more_buckets` others that its pool's lengths make worth compiling for.
+
+    A bucket has to save more time in all passes over the pool than its programs take to compile.  The lengths of the
+    policy's own responses are not known before, so that on-policy runs get none; nor do rounds that are one program.
+    """
+    mesh = task.decoder.mesh
+    if task.pool is None or task.prompts is not None or mesh is None or is_fused(config, task):
+        return task
+    platform = mesh.devices.flat[0].platform
+    parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(task.params_shape))
+    compiling = _COMPILE_SECONDS * _FLOPS.get(platform, _ACCELERATOR_FLOPS) * mesh.size / (4 * parameters)  # in tokens
+    passes = config.rounds * len(config.strategies) * len(config.seeds)
+    multiple, most = _MULTIPLE.get(platform, 64), config.data.more_buckets
+    return dataclasses.replace(task, buckets=fitted(task.pool, task.buckets, most, multiple, compiling / passes))
+
+
+def padding_note(config: ml_collections.ConfigDict, task: Task) -> str:
+    """What a pass over the pool computes, for the log."""
+    assert task.pool is not None and task.decoder.mesh is not None
+    size = layout.round_up(config.features.groups_per_chunk, task.decoder.mesh)
+    share, used = useful_share(task.pool, task.buckets, size), used_buckets(task)
+    shapes = ", ".join(f"({prompt}, {response})" for prompt, response in used)
+    return f"{share:.0%} of the tokens that a pass computes are text, the rest pads it to buckets of {shapes}"
 
 
 def one_bucket(task: Task, source: str) -> Bucket:

@@ -100,6 +100,16 @@ def work_on(source: str) -> dict[str, Any]:
         def tokenised(records: Any) -> groups.PairPool:
             return tokenize.tokenize(records, tokenizer, "chat", *longest, 0)  # type: ignore[attr-defined]
 
+    try:
+        from activedpo_jax.data.batches import parts
+
+        def cut(bucket_of: Any) -> Any:
+            return ((part.bucket, part.places) for part in parts(bucket_of, buckets, 2, (CHUNK,)))
+    except ImportError:  # likewise
+
+        def cut(bucket_of: Any) -> Any:
+            return groups.microbatches(bucket_of, CHUNK)  # type: ignore[attr-defined]
+
     tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)  # imports what it needs
     meter = Meter()
 
@@ -114,7 +124,7 @@ def work_on(source: str) -> dict[str, Any]:
     meter("ids to rows for selection", lambda: pool.digests)
 
     def one_pass() -> None:
-        for b, rows in groups.microbatches(bucket_of, CHUNK):
+        for b, rows in cut(bucket_of):
             groups.pad_groups(pool, rows, buckets[b], CHUNK)
 
     meter("one pass of padded batches", one_pass)

@@ -8,7 +8,7 @@ padding id may be any token, the end-of-sequence token included.
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -152,21 +152,6 @@ def assign_buckets(texts: Texts, buckets: Sequence[Bucket]) -> np.ndarray:
             f"response) are {[tuple(b) for b in buckets]}: add a larger one to config.data.buckets"
         )
     return holds.argmax(axis=0)
-
-
-def microbatches(bucket_of: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Cuts a batch bucket by bucket into parts of at most `size`, so that a long example does not pad short ones.
-
-    Args:
-      bucket_of: [n], the bucket of each example.
-
-    Yields:
-      A bucket, and the places in the batch [≤ size] of the examples that go through it together.
-    """
-    for bucket in np.unique(bucket_of):
-        members = np.flatnonzero(bucket_of == bucket)
-        for i in range(0, len(members), size):
-            yield int(bucket), members[i : i + size]
 
 
 def pad_groups(texts: Texts, group_rows: np.ndarray, bucket: Bucket, size: int | None = None) -> Groups:

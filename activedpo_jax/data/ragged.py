@@ -4,7 +4,7 @@ What works on texts takes these as well as plain lists of arrays.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
@@ -170,13 +170,24 @@ def sizes_of(groups: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
 
 def longest_of(groups: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     """The length of the longest array of each group, [n] int64."""
+    return _of_lengths(groups, np.maximum, max)
+
+
+def totals_of(groups: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """The length of all arrays of each group together, [n] int64."""
+    return _of_lengths(groups, np.add, sum)
+
+
+def _of_lengths(
+    groups: Sequence[Sequence[np.ndarray]], at_once: np.ufunc, one: Callable[[Iterable[int]], int]
+) -> np.ndarray:
     if isinstance(groups, Chained):
-        return np.concatenate([longest_of(part) for part in groups.parts])
+        return np.concatenate([_of_lengths(part, at_once, one) for part in groups.parts])
     if isinstance(groups, Taken):
-        return longest_of(groups.items)[groups.rows]
+        return _of_lengths(groups.items, at_once, one)[groups.rows]
     if isinstance(groups, Nested):
-        return np.maximum.reduceat(groups.arrays.lengths, groups.starts[:-1])
-    return np.fromiter((max(map(len, several)) for several in groups), np.int64, len(groups))
+        return at_once.reduceat(groups.arrays.lengths, groups.starts[:-1])
+    return np.fromiter((one(map(len, several)) for several in groups), np.int64, len(groups))
 
 
 def largest(arrays: Sequence[np.ndarray]) -> int:

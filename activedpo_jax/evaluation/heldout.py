@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from activedpo_jax import layout
-from activedpo_jax.data.groups import Bucket, Groups, PairPool, assign_buckets, microbatches, pad_pairs
+from activedpo_jax.data.batches import parts
+from activedpo_jax.data.groups import Bucket, Groups, PairPool, assign_buckets, pad_pairs
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.models.policy import Policy, response_logps
@@ -30,10 +31,8 @@ class Batches:
     def __init__(self, pool: PairPool, rows: np.ndarray, buckets: Sequence[Bucket], size: int, mesh: jax.sharding.Mesh):
         self._pool, self._buckets, self._sharding = pool, buckets, layout.batch(mesh)
         self._size = layout.round_up(size, mesh)
-        bucket_of_group = assign_buckets(pool, buckets)
-        self._chunks: list[tuple[int, np.ndarray]] = [
-            (b, rows[part]) for b, part in microbatches(bucket_of_group[pool.pairs[rows, 0]], self._size)
-        ]
+        bucket_of = assign_buckets(pool, buckets)[pool.pairs[rows, 0]]
+        self._chunks = [(part.bucket, rows[part.places]) for part in parts(bucket_of, buckets, 2, (self._size,))]
 
     def __len__(self) -> int:
         return len(self._chunks)

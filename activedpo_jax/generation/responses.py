@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from activedpo_jax import layout
-from activedpo_jax.data.groups import Bucket, Texts, assign_buckets, microbatches, pad_groups
+from activedpo_jax.data.batches import parts
+from activedpo_jax.data.groups import Bucket, Texts, assign_buckets, pad_groups
 from activedpo_jax.generation.decoding import DecodingSpec, Requests, respond
 from activedpo_jax.models.decoder import Params
 from activedpo_jax.models.lora import Lora
@@ -105,7 +106,8 @@ def plan(prompts: Sequence[np.ndarray], widths: Sequence[int], spec: GenerationS
     """Batches of prompts of one width each: (width, rows)."""
     buckets = [Bucket(width, spec.decoding.length) for width in sorted(set(widths))]
     texts = Texts(prompt_tokens=prompts, response_tokens=[[np.zeros(0, np.int32)]] * len(prompts))
-    return [(buckets[b].prompt, rows) for b, rows in microbatches(assign_buckets(texts, buckets), spec.chunk)]
+    found = parts(assign_buckets(texts, buckets), buckets, spec.responses, (spec.chunk,))
+    return [(buckets[part.bucket].prompt, part.places) for part in found]
 
 
 def respond_to(responder: Responder, prompts: Sequence[np.ndarray], seeds: np.ndarray, width: int) -> list[Generated]:

@@ -64,9 +64,9 @@ def init_lora(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Lora:
 
 def _outer_sum(left: jax.Array, right: jax.Array) -> jax.Array:
     """Σ_t left_t ⊗ right_t of [..., T, i] and [..., T, j]: [..., i, j] float32."""
-    if left.shape[-1] > right.shape[-1]:
-        # XLA on CPU turns the first operand round before it multiplies; so that is the narrow one, and the small result
-        # is turned instead.
+    if left.dtype == jnp.float32 and left.shape[-1] > right.shape[-1]:
+        # XLA on CPU, where float32 is computed, turns the first operand round before it multiplies; so that is the
+        # narrow one, and the small result is turned instead.
         return jnp.swapaxes(_outer_sum(right, left), -1, -2)
     return jnp.einsum("...ti,...tj->...ij", left, right, preferred_element_type=jnp.float32)
 

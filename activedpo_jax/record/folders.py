@@ -43,6 +43,7 @@ class RoundSummary(TypedDict):
     score_min: NotRequired[float | None]  # of the round's picks
     score_max: NotRequired[float | None]
     lam: NotRequired[float]  # the λ used, where it differs from the option
+    useful: NotRequired[float]  # of the tokens that staged training computed, the share that are text, not padding
     computed: NotRequired[int]  # prompts with evidence of the round's θ, where that of others is of an earlier one
     fallback: NotRequired[str]  # why the strategy picked at random
     unlearnt: NotRequired[int]  # pairs of the round without a preference: skipped, or both bad

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from activedpo_jax import layout
+from activedpo_jax.data import batches
 from activedpo_jax.data.digests import digests_of_bytes
 from activedpo_jax.data.groups import (
     Bucket,
@@ -21,7 +22,6 @@ from activedpo_jax.data.groups import (
     Texts,
     assign_buckets,
     group_pairs,
-    microbatches,
     pad_groups,
 )
 from activedpo_jax.data.ragged import Chained, Taken
@@ -223,17 +223,17 @@ def fresh_candidates(
     tokens: list[list[np.ndarray]] = [[] for _ in range(count)]
     pairs = group_pairs(m)
     valid, digests = np.zeros((count, len(pairs)), bool), np.zeros((count, len(pairs), 4), np.uint32)
-    chunks = list(microbatches(assign_buckets(prompts.texts, buckets), spec.chunk))
+    chunks = batches.parts(assign_buckets(prompts.texts, buckets), buckets, m, (spec.chunk,))
 
     def compute(i: int) -> FreshChunk:
-        b, part = chunks[i]
-        padded = pad_groups(prompts.texts, part, buckets[b], spec.chunk)
+        b, rows, size = chunks[i]
+        padded = pad_groups(prompts.texts, rows, buckets[b], size)
         batch = layout.put(Prompts(padded.prompt_ids, padded.prompt_len), layout.batch(spec.mesh))
         round_number = layout.put(np.int32(number), layout.replicated(spec.mesh))
         return chunk_program(spec, weights, state.seed, round_number, batch)
 
     def like(i: int) -> Any:
-        ids = jax.ShapeDtypeStruct((spec.chunk, buckets[chunks[i][0]].prompt), jnp.int32)
+        ids = jax.ShapeDtypeStruct((spec.chunk, buckets[chunks[i].bucket].prompt), jnp.int32)
         like_prompts = Prompts(ids, jax.ShapeDtypeStruct((spec.chunk,), jnp.int32))
         shapes = jax.eval_shape(chunk_program, spec, weights, state.seed, jnp.int32(number), like_prompts)
         sharding = layout.batch(spec.mesh)
@@ -241,13 +241,13 @@ def fresh_candidates(
 
     results = pieces(saved, f"responses_{len(chunks)}x{spec.chunk}", len(chunks), compute, like)
     with progress(total=count, desc="responses", unit="prompt") as bar:
-        for (_, part), result in zip(chunks, results, strict=True):
+        for (_, rows, _), result in zip(chunks, results, strict=True):
             found = layout.get(result)
-            for place, row in enumerate(part):
+            for place, row in enumerate(rows):
                 lengths = found.responses.length[place]
                 tokens[row] = [found.responses.tokens[place, j, : lengths[j]] for j in range(m)]
-            valid[part], digests[part] = found.valid[: len(part)], found.digests[: len(part)]
-            bar.update(len(part))
+            valid[rows], digests[rows] = found.valid[: len(rows)], found.digests[: len(rows)]
+            bar.update(len(rows))
     # Different tokens may read the same, which a program cannot see: people would be shown one text twice.
     for row, responses in enumerate(tokens):
         useless = flawed([prompts.text_of(response) for response in responses])

@@ -132,6 +132,7 @@ class FusedRound:
         self._ask, self._name = ask
         self._after: tuple[RunState, RoundResult, list[Question]] | None = None
         self.seconds: dict[str, float] = {}
+        self.useful: float | None = None  # there is one shape, and nothing to choose
 
     def arguments(self, number: int, seed: int) -> tuple[Source, Ask, optimiser.BatchSchedule]:
         """What `fused_round` takes beside policy and state in round `number`."""

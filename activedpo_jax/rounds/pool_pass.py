@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from activedpo_jax import layout
-from activedpo_jax.data.groups import Bucket, Candidates, Groups, assign_buckets, microbatches, pad_groups
+from activedpo_jax.data.batches import parts
+from activedpo_jax.data.groups import Bucket, Candidates, Groups, assign_buckets, pad_groups
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.progress import progress
 from activedpo_jax.resumable import SavedWork, pieces
@@ -36,7 +37,8 @@ class Chunks:
         self.responses = candidates.responses_per_group
         members = np.arange(candidates.num_groups) if members is None else members
         bucket_of = assign_buckets(candidates, buckets)[members]
-        self._parts = [(b, members[places]) for b, places in microbatches(bucket_of, size)]
+        found = parts(bucket_of, buckets, self.responses, (size,))
+        self._parts = [(part.bucket, members[part.places]) for part in found]
         # Of a pair in its group: the number of canonical pairs before (i, j).
         group, low = candidates.pairs[:, 0], candidates.pairs[:, 1:].min(axis=1)
         high = candidates.pairs[:, 1:].max(axis=1)

@@ -52,7 +52,7 @@ class TrainingSpec:
     dpo: optimiser.DpoSpec
     epochs: int
     batch_size: int  # pairs an optimiser step
-    microbatch: int  # pairs whose activations exist at a time, divided evenly by the mesh
+    microbatch: int  # pairs whose activations exist at a time at most, divided evenly by the mesh
     on_newest: bool  # train on the labels of this round alone, else on all
     from_reference: bool  # each round starts from the adapter of π_ref, else from the current θ
 

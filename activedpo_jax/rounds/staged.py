@@ -16,7 +16,8 @@ import numpy as np
 import optax
 
 from activedpo_jax import layout
-from activedpo_jax.data.groups import Bucket, Candidates, Groups, microbatches
+from activedpo_jax.data import batches
+from activedpo_jax.data.groups import Bucket, Candidates, Groups
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.progress import progress
@@ -61,7 +62,7 @@ def gradient_program(
     labelled: Labelled,
     microbatch: learn.Microbatch,
 ) -> tuple[Lora, losses.DpoMetrics]:
-    """Adds the part of a batch's gradient and metrics that comes from one microbatch; compiled once per bucket."""
+    """Adds the part of a batch's gradient and metrics that comes from one microbatch; compiled once per shape."""
     return learn.added(spec, total, learn.microbatch_gradient(spec, policy, lora, labelled, microbatch))
 
 
@@ -147,17 +148,14 @@ def train(
     """
     labelled = layout.put(_labelled(spec, policy, state, asked, buckets), layout.replicated(spec.mesh))
     number = int(state.round) + 1
-    usable = np.flatnonzero(np.asarray(labelled.weights) > 0)
-    schedule = spec.schedule(usable, number, int(state.seed))
-    bucket_of = _bucket_of(layout.get(labelled.groups), buckets)
+    schedule, plan = _plan(spec, state._replace(labelled=labelled, round=jnp.int32(number)), buckets)
     place = functools.partial(layout.put, sharding=layout.replicated(spec.mesh))
 
     def advance(step: int, lora: Lora, opt_state: optax.OptState) -> tuple[Lora, optax.OptState, losses.DpoMetrics]:
-        present = schedule.weight[step] > 0
-        slots, weight = schedule.slots[step][present], schedule.weight[step][present]
+        slots, weight = schedule.slots[step], schedule.weight[step]
         total = no_gradient_program(spec, lora)
-        for b, part in microbatches(bucket_of[slots], spec.training.microbatch):
-            pad = (0, spec.training.microbatch - len(part))
+        for b, part, size in plan[step]:
+            pad = (0, size - len(part))
             microbatch = place(learn.Microbatch(np.pad(slots[part], pad), np.pad(weight[part], pad), buckets[b]))
             total = gradient_program(spec, policy, lora, total, labelled, microbatch)
         gradient, metrics = total
@@ -180,6 +178,32 @@ def train(
 
 
 _TRAINING = "training"
+
+
+def _plan(
+    spec: RoundSpec, after: RunState, buckets: Sequence[Bucket]
+) -> tuple[optimiser.BatchSchedule, list[list[batches.Part]]]:
+    """The labels of every step of a round's training, and their microbatches, as places in the step's batch.
+
+    Args:
+      after: the round, with its labels and its number.
+    """
+    usable = np.flatnonzero(np.asarray(after.labelled.weights) > 0)
+    schedule = spec.schedule(usable, int(after.round), int(after.seed))
+    bucket_of = _bucket_of(layout.get(after.labelled.groups), buckets)
+    sizes = batches.sizes(spec.training.microbatch, layout.round_up(1, spec.mesh))
+    steps = (schedule.examples(step) for step in range(schedule.num_steps))
+    return schedule, [batches.parts(bucket_of[slots], buckets, 2, sizes) for slots in steps]
+
+
+def _useful(spec: RoundSpec, after: RunState, buckets: Sequence[Bucket]) -> float | None:
+    """The share of the tokens that a round's training computed that are text; None: nothing was learnt."""
+    schedule, plan = _plan(spec, after, buckets)
+    groups = after.labelled.groups
+    lengths = np.asarray(groups.prompt_len) + np.asarray(groups.response_len).sum(axis=1)
+    computed = sum(batches.computed(parts, buckets, 2) for parts in plan)
+    text = sum(int(lengths[schedule.examples(step)].sum()) for step in range(schedule.num_steps))
+    return text / computed if computed else None
 
 
 def _resumed(spec: RoundSpec, policy: Policy, state: RunState, saved: SavedWork) -> tuple[int, Learning]:
@@ -237,6 +261,7 @@ class StagedRound:
         self._spec, self._policy, self._source, self._buckets, self._saved = spec, policy, source, buckets, saved
         self._evidence = PoolEvidence(Pass(spec, policy, buckets), saved)
         self.seconds: dict[str, float] = {}
+        self.useful: float | None = None  # of the tokens that training computed, the share that are text
 
     def choose(self, state: RunState) -> Picked:
         """The picks of the round.
@@ -262,6 +287,7 @@ class StagedRound:
         asked = as_chosen(self._spec, picks), answers
         out = jax.block_until_ready(train(self._spec, self._policy, state, asked, self._buckets, self._saved))
         self.seconds |= {"learn": time.perf_counter() - clock}
+        self.useful = _useful(self._spec, out[0], self._buckets)
         return out
 
 
@@ -269,7 +295,8 @@ def _batches(
     spec: RoundSpec, pairs: Groups, rows: np.ndarray, buckets: Sequence[Bucket]
 ) -> Iterator[tuple[np.ndarray, Groups]]:
     """Some pairs of wide groups, bucket by bucket: their rows, and a batch of `spec.chunk` on the mesh."""
-    for b, part in microbatches(_bucket_of(Groups(*(x[rows] for x in pairs)), buckets), spec.chunk):
+    bucket_of = _bucket_of(Groups(*(x[rows] for x in pairs)), buckets)
+    for b, part, _ in batches.parts(bucket_of, buckets, 2, (spec.chunk,)):
         prompt, response = buckets[b]
         chunk = np.pad(rows[part], (0, spec.chunk - len(part)), mode="edge")
         width = pairs.prompt_ids.shape[1]

@@ -17,7 +17,8 @@ import optax
 from jax.sharding import Mesh
 
 from activedpo_jax import layout
-from activedpo_jax.data.groups import Bucket, Groups, Texts, assign_buckets, microbatches, pad_groups
+from activedpo_jax.data import batches
+from activedpo_jax.data.groups import Bucket, Groups, Texts, assign_buckets, pad_groups
 from activedpo_jax.data.ragged import lengths_of, longest_of
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
@@ -40,7 +41,7 @@ class Recipe(NamedTuple):
     optimiser: optimiser.OptimiserSpec
     epochs: int
     batch_size: int  # examples per optimiser step
-    microbatch: int  # examples whose activations exist at a time, divided evenly by the mesh
+    microbatch: int  # examples whose activations exist at a time at most, divided evenly by the mesh
     checkpoint_minutes: float  # that a kill may cost
 
     def steps_per_epoch(self, examples: Examples) -> int:
@@ -77,14 +78,15 @@ def steps(recipe: Recipe, trainee: Trainee, examples: Examples, seed: int) -> Ad
     total_steps = recipe.epochs * recipe.steps_per_epoch(examples)
     every = np.arange(texts.num_groups)
     size = recipe.batch_size
+    part_sizes = batches.sizes(recipe.microbatch, layout.round_up(1, mesh))
     schedule = optimiser.batch_schedule(every, recipe.epochs, size, size, total_steps, seed)
 
     def advance(step: int, weights: Any, opt_state: optax.OptState) -> tuple[Any, optax.OptState, Report]:
         rows = schedule.slots[step][schedule.weight[step] > 0]
         share = np.float32(1 / learnt[rows].sum())
         total = no_gradient(mesh, weights)
-        for b, part in microbatches(bucket_of[rows], recipe.microbatch):
-            groups = layout.put(pad_groups(texts, rows[part], buckets[b], recipe.microbatch), layout.batch(mesh))
+        for b, places, width in batches.parts(bucket_of[rows], buckets, 1, part_sizes):
+            groups = layout.put(pad_groups(texts, rows[places], buckets[b], width), layout.batch(mesh))
             total = gradient_program(decoder, params, weights, total, groups, share)
         gradient, loss = total
         position = optimiser.Position(jnp.int32(step), jnp.int32(total_steps))
@@ -123,7 +125,7 @@ def gradient_program(
     groups: Groups,
     share: jax.Array,
 ) -> tuple[Any, jax.Array]:
-    """Adds the part of a batch's gradient and loss that comes from one microbatch; compiled once per bucket."""
+    """Adds the part of a batch's gradient and loss that comes from one microbatch; compiled once per shape."""
     base, lora = _base_and_adapter(params, weights)
     new = optimiser.completion_gradient(decoder, base, lora, groups, share)
     gradient, loss = jax.tree.map(jnp.add, total, new)
@@ -157,8 +159,8 @@ def mean_loss(trainee: Trainee, texts: Texts, buckets: Sequence[Bucket], size: i
     """The mean negative log-likelihood of all completion tokens, in nats, `size` examples at a time."""
     base, lora = _base_and_adapter(trainee.params, trainee.weights)
     total = 0.0
-    parts = list(microbatches(assign_buckets(texts, buckets), size))
-    for b, rows in progress(parts, desc="held-out loss", unit="batch"):
+    parts = batches.parts(assign_buckets(texts, buckets), buckets, 1, (size,))
+    for b, rows, _ in progress(parts, desc="held-out loss", unit="batch"):
         groups = layout.put(pad_groups(texts, rows, buckets[b], size), layout.batch(trainee.mesh))
         total += float(loss_program(trainee.decoder, base, lora, groups))
     return total / int(longest_of(texts.response_tokens).sum())
