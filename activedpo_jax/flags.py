@@ -1,7 +1,7 @@
 """The command line: a config file, single options changed on top of it, and errors that say what to type.
 
     --config configs/x.py --workdir DIR [--config.dpo.beta=0.2 --config.seeds=0,1,2] [--compile_only=v5e:4x4]
-    [--coordinator=HOST:PORT --num_processes=N --process_id=I]
+    [--program_cache=DIR] [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 
 A config file has `get_config()`, which starts from `config.default()` and changes some of its options.
 """
@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from activedpo_jax import errors, files, option_checks
+from activedpo_jax import errors, files, option_checks, programs
 from activedpo_jax.cluster import FLAGS, Address
 from activedpo_jax.config import OPTIONS
 from activedpo_jax.errors import UsageError
@@ -86,6 +86,7 @@ class Command(NamedTuple):
     config: ml_collections.ConfigDict  # locked, and valid
     workdir: pathlib.Path | None  # None only with `compile_only`
     compile_only: str  # empty, or the topology to compile the programs of the run for, and stop
+    program_cache: str  # where compiled programs are kept; empty: nowhere
     address: Address = Address()  # of the other processes of the run
 
 
@@ -110,6 +111,7 @@ def read_config(argv: Sequence[str], strategies: Collection[str]) -> Command:
 class PlainRun(NamedTuple):
     config: ml_collections.ConfigDict
     workdir: pathlib.Path
+    program_cache: str
     address: Address
 
 
@@ -121,7 +123,7 @@ def read_plain_run(argv: Sequence[str], strategies: Collection[str]) -> PlainRun
     if command.address.coordinator is not None and _command(argv) != "sft":
         errors.fail("--coordinator is an option of activedpo_jax.main and sft; leave it out")
     assert command.workdir is not None
-    return PlainRun(command.config, command.workdir, command.address)
+    return PlainRun(command.config, command.workdir, command.program_cache, command.address)
 
 
 def _command(argv: Sequence[str]) -> str:
@@ -144,6 +146,10 @@ def help_text(command: str) -> str:
             "several processes find each other on Cloud TPU, GKE, Slurm and under Open MPI; elsewhere each gets "
             "--coordinator=HOST:PORT --num_processes=N --process_id=I"
         )
+    lines.append(
+        f"--program_cache=DIR    where compiled programs are kept for the next start ({programs.default_place()}); "
+        "empty: nowhere"
+    )
     for other, usage in COMMANDS.items():
         if other != command:
             lines.append(f"python -m activedpo_jax.{other} --help    {usage.about}")
@@ -171,6 +177,7 @@ def parse(argv: Sequence[str], strategies: Collection[str]) -> Command:
     values = absl_flags.FlagValues()
     absl_flags.DEFINE_string("workdir", None, "where the run lies", flag_values=values)
     absl_flags.DEFINE_string("compile_only", "", "platform:topology", flag_values=values)
+    absl_flags.DEFINE_string("program_cache", programs.default_place(), "a folder", flag_values=values)
     absl_flags.DEFINE_string("coordinator", None, "host:port of process 0", flag_values=values)
     absl_flags.DEFINE_integer("num_processes", None, "of the run", lower_bound=1, flag_values=values)
     absl_flags.DEFINE_integer("process_id", None, "of this process, from 0", lower_bound=0, flag_values=values)
@@ -196,7 +203,8 @@ def parse(argv: Sequence[str], strategies: Collection[str]) -> Command:
         raise UsageError("--workdir is missing: the directory that the run is written to, and goes on from")
     address = Address(values.coordinator, values.num_processes, values.process_id)
     _check_address(address)
-    return Command(config, files.folder_at(values.workdir) if values.workdir else None, values.compile_only, address)
+    workdir = files.folder_at(values.workdir) if values.workdir else None
+    return Command(config, workdir, values.compile_only, values.program_cache, address)
 
 
 def _check_address(address: Address) -> None:

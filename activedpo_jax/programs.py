@@ -1,0 +1,34 @@
+"""Compiled programs are kept on disk, so that a command compiles them once, and not again at every start.
+
+JAX's own variables count more than what is said here: JAX_COMPILATION_CACHE_DIR (where), and those for what is kept.
+"""
+
+import os
+import pathlib
+
+import jax
+
+# Of all commands together; what was not used for longest goes first.
+_MOST_BYTES = 4 * 2**30
+
+
+def default_place() -> str:
+    """`activedpo_jax/programs` in the user's folder for caches."""
+    caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return str(pathlib.Path(caches) / "activedpo_jax" / "programs")
+
+
+def keep(place: str) -> None:
+    """Has JAX keep every program that it compiles from now on, and look there before it compiles one.
+
+    Args:
+      place: a folder, which is made; empty: nothing is kept.
+    """
+    if not place:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", place)
+        jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
+        # By default, programs that compile within a second are not kept: of 65 that a run has, all but one.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
