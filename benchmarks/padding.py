@@ -3,7 +3,7 @@
     python -m benchmarks.padding --model models/smollm2-135m --pairs PAIRS.jsonl --out benchmarks/results/padding.json
 
 For every setting of configs/alpaca_eval_smollm2.py, and for the defaults: a pass over the pool, and minibatches of DPO
-that are drawn from it; as they are, and as they would be with the buckets of the config alone and every part of a bucket
+that are drawn from it; as they are, and as they would be with the buckets of the config alone and every part of one
 padded to `pairs_per_chunk`.  Nothing is computed but numbers of tokens.
 """
 

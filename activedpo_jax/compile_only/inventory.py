@@ -22,7 +22,9 @@ from activedpo_jax.training import finetune, optimiser
 def programs(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) -> Iterator[Program]:
     """The programs of a run, in the order in which it comes to them.
 
-    Of several buckets, the largest is taken to hold everything: `runs` of the others' programs is 0.
+    Of several buckets, the largest is taken to hold everything: `runs` of the others' programs is 0.  What needs less
+    of the same is left out: buckets that a run adds for the lengths of its pool, and parts of a batch that are smaller
+    than a whole microbatch.
     """
     yield from _base_model(config, task, mesh)
     yield from _sft(config, task, mesh)
