@@ -15,7 +15,7 @@ from activedpo_jax.models.policy import Policy
 from activedpo_jax.resumable import NOTHING_SAVED
 from activedpo_jax.rounds import pool_pass, staged
 from activedpo_jax.rounds.pool_evidence import PoolEvidence, pool_evidence
-from activedpo_jax.rounds.state import initial_state
+from activedpo_jax.rounds.state import Answers, RunState, initial_state
 from activedpo_jax.tasks import Task
 from activedpo_jax.training.losses import LossSpec
 from tests import tiny
@@ -45,6 +45,18 @@ def pool(seed: int = 0) -> PairPool:
         rewards=None,
         prompt_texts=[""] * len(prompts),
         response_texts=[[""] * len(r) for r in responses],
+    )
+
+
+def pool_of_pairs() -> PairPool:
+    """The first two responses of every group."""
+    data = pool()
+    return dataclasses.replace(
+        data,
+        response_tokens=[several[:2] for several in data.response_tokens],
+        pairs=np.array([[g, 0, 1] for g in range(data.num_groups)], np.int32),
+        pair_ids=[str(g) for g in range(data.num_groups)],
+        preferences=data.preferences[: data.num_groups],
     )
 
 
@@ -114,3 +126,67 @@ def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown() -> None:
     judge = heldout.Evaluator(policy, other_way.preferences, batches, loss)
     again = judge(lora)
     assert np.isclose(again["margin"], got["margin"], atol=1e-6) and again["accuracy"] == got["accuracy"]
+
+
+@pytest.fixture
+def task() -> Task:
+    decoder, params, _ = tiny.model()
+    mesh = layout.make_mesh(options().mesh, jax.devices()[:1])
+    return Task(decoder.clone(mesh=mesh), "tiny", params, lambda: params, pool(), pool(), BUCKETS)
+
+
+def test_buckets_are_added_where_they_save_more_than_they_cost(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = options()
+    config.round.mode, config.data.more_buckets = "staged", 3
+    monkeypatch.setitem(specs._MULTIPLE, "cpu", 1)
+    assert specs.with_more_buckets(config, task) is not task
+    assert specs.with_more_buckets(config, task).buckets == BUCKETS  # a model as small as this computes no padding long
+    monkeypatch.setattr(specs, "_COMPILE_SECONDS", 0.0)
+    found = specs.with_more_buckets(config, task).buckets
+    assert len(found) == 5 and set(BUCKETS) < set(found)
+    config.data.more_buckets = 0
+    assert specs.with_more_buckets(config, task).buckets == BUCKETS
+
+
+def test_rounds_that_are_one_program_or_on_policy_keep_their_buckets(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = options()
+    monkeypatch.setitem(specs._MULTIPLE, "cpu", 2)
+    monkeypatch.setattr(specs, "_COMPILE_SECONDS", 0.0)
+    whole = dataclasses.replace(task, buckets=BUCKETS[-1:], pool=pool_of_pairs())
+    assert specs.is_fused(config, whole)
+    assert specs.with_more_buckets(config, whole) is whole
+    config.round.mode = "staged"
+    assert len(specs.with_more_buckets(config, whole).buckets) > 1
+    on_policy = dataclasses.replace(task, pool=None)
+    assert specs.with_more_buckets(config, on_policy) is on_policy
+
+
+def test_a_round_does_not_depend_on_its_buckets(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = options()
+    config.round.mode, config.dpo.batch_size, config.dpo.pairs_per_chunk = "staged", 4, 4
+    monkeypatch.setitem(specs._MULTIPLE, "cpu", 2)
+    monkeypatch.setattr(specs, "_COMPILE_SECONDS", 0.0)
+    fitted = specs.with_more_buckets(config, task)
+    assert len(fitted.buckets) > len(BUCKETS)
+    mesh, (_, params, lora) = task.decoder.mesh, tiny.model()
+    assert mesh is not None
+    spec = specs.round_spec(config, "activedpo", task, mesh)
+    policy, data = Policy(task.decoder, params, lora), pool()
+
+    def one_round(buckets: tuple[Bucket, ...]) -> tuple[list[str], RunState, float | None]:
+        rounds = staged.StagedRound(spec, policy, lambda state: data, buckets)
+        state = initial_state(spec, lora, 0)
+        picked = rounds.choose(state)
+        count = len(picked.questions)
+        preferences = np.arange(count, dtype=np.float32) % 2
+        after, _ = rounds.learn(state, picked, Answers(preferences, np.ones(count, np.float32)))  # type: ignore[arg-type]
+        return [question.pair_id for question in picked.questions], after, rounds.useful
+
+    picks, state, useful = one_round(BUCKETS)
+    other_picks, other_state, more_useful = one_round(fitted.buckets)
+    assert picks == other_picks
+    assert useful is not None and more_useful is not None and useful < more_useful <= 1
+    for got, wanted in zip(jax.tree.leaves(other_state.lora), jax.tree.leaves(state.lora), strict=True):
+        assert tiny.relative_error(np.asarray(got), np.asarray(wanted)) < 1e-5
