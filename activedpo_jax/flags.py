@@ -91,7 +91,9 @@ class Command(NamedTuple):
 
 
 def read_config(argv: Sequence[str], strategies: Collection[str]) -> Command:
-    """Reads `sys.argv`; on a mistake prints one line that says what was expected, and exits with code 2.
+    """Reads `sys.argv`, and has compiled programs kept where it says.
+
+    On a mistake it prints one line that says what was expected, and exits with code 2.
 
     Args:
       argv: the program's name, which tells the command, then its arguments.
@@ -103,15 +105,16 @@ def read_config(argv: Sequence[str], strategies: Collection[str]) -> Command:
             print(help_text(_command(argv)))
         sys.exit(0)
     try:
-        return parse(argv, strategies)
+        command = parse(argv, strategies)
     except UsageError as error:
         errors.fail(error)
+    programs.keep(command.program_cache)
+    return command
 
 
 class PlainRun(NamedTuple):
     config: ml_collections.ConfigDict
     workdir: pathlib.Path
-    program_cache: str
     address: Address
 
 
@@ -123,7 +126,7 @@ def read_plain_run(argv: Sequence[str], strategies: Collection[str]) -> PlainRun
     if command.address.coordinator is not None and _command(argv) != "sft":
         errors.fail("--coordinator is an option of activedpo_jax.main and sft; leave it out")
     assert command.workdir is not None
-    return PlainRun(command.config, command.workdir, command.program_cache, command.address)
+    return PlainRun(command.config, command.workdir, command.address)
 
 
 def _command(argv: Sequence[str]) -> str:

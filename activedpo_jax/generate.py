@@ -19,7 +19,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from activedpo_jax import errors, flags, layout, programs, start
+from activedpo_jax import errors, flags, layout, start
 from activedpo_jax.data.encoding import make_encoding
 from activedpo_jax.data.groups import Texts, check_tokens
 from activedpo_jax.data.pool_files import PoolFiles
@@ -49,8 +49,7 @@ def described(config: ml_collections.ConfigDict, texts: Texts) -> dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config, folder, program_cache, _ = flags.read_plain_run(sys.argv if argv is None else argv, STRATEGIES)
-    programs.keep(program_cache)
+    config, folder, _ = flags.read_plain_run(sys.argv if argv is None else argv, STRATEGIES)
     options, model = config.generation, config.model
     with errors.clean_errors():
         if not options.prompts or not model.path:

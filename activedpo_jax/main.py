@@ -25,21 +25,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from activedpo_jax import (
-    cluster,
-    compile_only,
-    errors,
-    files,
-    flags,
-    hosts,
-    layout,
-    programs,
-    sft,
-    specs,
-    start,
-    tasks,
-    verbs,
-)
+from activedpo_jax import cluster, compile_only, errors, files, flags, hosts, layout, sft, specs, start, tasks, verbs
 from activedpo_jax.data.groups import shared_prompts
 from activedpo_jax.evaluation import heldout
 from activedpo_jax.huggingface import adapters, merged
@@ -72,7 +58,6 @@ class Setting:
 def main(argv: Sequence[str] | None = None) -> None:
     command = flags.read_config(sys.argv if argv is None else argv, STRATEGIES)
     config, folder = command.config, command.workdir
-    programs.keep(command.program_cache)
     with errors.clean_errors():
         if command.compile_only:
             compile_only.compile_for(config, command.compile_only, folder)

@@ -1,6 +1,6 @@
 """Compiled programs are kept on disk, so that a command compiles them once, and not again at every start.
 
-JAX's own variables count more than what is said here: JAX_COMPILATION_CACHE_DIR (where), and those for what is kept.
+Where the variable JAX_COMPILATION_CACHE_DIR is set, JAX's own settings hold instead.
 """
 
 import os
@@ -29,6 +29,6 @@ def keep(place: str) -> None:
     elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", place)
         jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
-        # By default, programs that compile within a second are not kept: of 65 that a run has, all but one.
+        # By default, programs that compile within a second are not kept, as most of a run's do.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

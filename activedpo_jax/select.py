@@ -30,7 +30,7 @@ import ml_collections
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from activedpo_jax import api, errors, files, flags, layout, programs, start
+from activedpo_jax import api, errors, files, flags, layout, start
 from activedpo_jax.data.draws import limit
 from activedpo_jax.data.groups import Candidates, PairPool, check_tokens
 from activedpo_jax.data.pairs import shown_pairs
@@ -53,8 +53,7 @@ _LABELLED = (".jsonl", ".csv", ".tsv", ".json", ".txt")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config, folder, program_cache, _ = flags.read_plain_run(sys.argv if argv is None else argv, STRATEGIES)
-    programs.keep(program_cache)
+    config, folder, _ = flags.read_plain_run(sys.argv if argv is None else argv, STRATEGIES)
     with errors.clean_errors():
         check_options(config)
         folders.check_workdir(folder, config, "select")

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from activedpo_jax import cluster, errors, files, flags, hosts, layout, programs, start
+from activedpo_jax import cluster, errors, files, flags, hosts, layout, start
 from activedpo_jax.data.completions import Completion, limit, read_completions
 from activedpo_jax.data.draws import split_by_prompt
 from activedpo_jax.data.groups import Bucket, assign_buckets, check_tokens
@@ -211,8 +211,7 @@ def _in_words(records: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: the stage alone, once for every seed."""
-    config, folder, program_cache, address = flags.read_plain_run(sys.argv if argv is None else argv, STRATEGIES)
-    programs.keep(program_cache)
+    config, folder, address = flags.read_plain_run(sys.argv if argv is None else argv, STRATEGIES)
     with errors.clean_errors():
         hosts.start(address, cluster.detected(sys.argv[1:], os.environ))
         if not config.sft.data:

@@ -25,8 +25,7 @@ _SHORT_ROUND = 1e12
 
 # What the programs of a bucket take to compile, and what a device does meanwhile: both are guesses at the order.
 _COMPILE_SECONDS = 30.0
-_FLOPS = {"cpu": 1e11}  # a second; of accelerators:
-_ACCELERATOR_FLOPS = 1e14
+_FLOPS = {"tpu": 1e14, "gpu": 1e14, "cpu": 1e11}  # a second
 
 # Tokens that the sizes of new buckets are multiples of: on TPUs, of the attention kernel's blocks.
 _MULTIPLE = {"tpu": 128, "gpu": 64, "cpu": 32}
@@ -114,6 +113,10 @@ def used_buckets(task: Task) -> list[Bucket]:
     return [task.buckets[b] for b in np.unique(assign_buckets(task.candidate_texts, task.buckets))]
 
 
+def num_parameters(task: Task) -> int:
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(task.params_shape))
+
+
 def fits_one_program(task: Task) -> bool:
     """Whether the candidates are of one shape: one bucket, and as many responses for every prompt."""
     sizes = sizes_of(task.candidate_texts.response_tokens)
@@ -126,15 +129,17 @@ def with_more_buckets(config: ml_collections.ConfigDict, task: Task) -> Task:
     A bucket has to save more time in all passes over the pool than its programs take to compile.  The lengths of the
     policy's own responses are not known before, so that on-policy runs get none; nor do rounds that are one program.
     """
-    mesh = task.decoder.mesh
-    if task.pool is None or task.prompts is not None or mesh is None or is_fused(config, task):
+    if task.pool is None or task.prompts is not None or is_fused(config, task):
         return task
+    mesh = task.decoder.mesh
+    assert mesh is not None
     platform = mesh.devices.flat[0].platform
-    parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(task.params_shape))
-    compiling = _COMPILE_SECONDS * _FLOPS.get(platform, _ACCELERATOR_FLOPS) * mesh.size / (4 * parameters)  # in tokens
+    kind = platform if platform in _MULTIPLE else "gpu"
+    tokens_a_second = mesh.size * _FLOPS[kind] / (4 * num_parameters(task))
     passes = config.rounds * len(config.strategies) * len(config.seeds)
-    multiple, most = _MULTIPLE.get(platform, 64), config.data.more_buckets
-    return dataclasses.replace(task, buckets=fitted(task.pool, task.buckets, most, multiple, compiling / passes))
+    worth = _COMPILE_SECONDS * tokens_a_second / passes
+    buckets = fitted(task.pool, task.buckets, config.data.more_buckets, _MULTIPLE[kind], worth)
+    return dataclasses.replace(task, buckets=buckets)
 
 
 def padding_note(config: ml_collections.ConfigDict, task: Task) -> str:
@@ -173,7 +178,6 @@ def is_fused(config: ml_collections.ConfigDict, task: Task) -> bool:
                 "config.generation.responses be those of the pool, or take 'staged'"
             )
         return True
-    parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(task.params_shape))
     texts, bucket = task.candidate_texts, one_bucket(task, source)
     m = texts.responses_per_group if source == "pool" else config.generation.responses
-    return one_shape and texts.num_groups * (bucket.prompt + m * bucket.response) * parameters < _SHORT_ROUND
+    return one_shape and texts.num_groups * (bucket.prompt + m * bucket.response) * num_parameters(task) < _SHORT_ROUND

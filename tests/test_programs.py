@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from activedpo_jax import programs
-from activedpo_jax.flags import parse
+from activedpo_jax.flags import parse, read_config
 
 START = """
 import sys
@@ -74,3 +74,16 @@ def test_the_flag(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> No
     assert parse([*command, "--program_cache="], ["activedpo", "random"]).program_cache == ""
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert programs.default_place() == str(pathlib.Path.home() / ".cache" / "activedpo_jax" / "programs")
+
+
+def test_every_command_that_reads_its_flags_has_programs_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(programs, "keep", said.append)
+    for place in (str(tmp_path), ""):
+        read_config(
+            ["main", "--config=configs/quickstart.py", "--workdir=x", f"--program_cache={place}"],
+            ["activedpo", "random"],
+        )
+    assert said == [str(tmp_path), ""]

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from activedpo_jax.models.sketch import Part, _random_words, _signs, rademacher_projection, tiled_count_sketch
+from activedpo_jax.models.sketch import (
+    Part,
+    _by_gathering,
+    _random_words,
+    _signs,
+    _tile_by_tile,
+    rademacher_projection,
+    tiled_count_sketch,
+)
 from tests.tiny import relative_error
 
 
@@ -85,6 +93,15 @@ def test_each_tile_is_signed_rolled_and_added_in_order(rows: int, columns: int, 
         tile, offset = signed[:, k * dim : (k + 1) * dim], int(words[k] % dim)
         row[:, offset : offset + tile.shape[1]] += tile
     assert np.array_equal(sketch(grads, dim, 3, 1, name), row[:, :dim] + row[:, dim:])
+
+
+@pytest.mark.parametrize(("size", "dim"), [(15, 64), (4096, 64), (1517, 64), (156, 50), (768, 33), (64, 64)])
+def test_the_form_for_gpus_is_the_same_sketch(size: int, dim: int) -> None:
+    flat = jnp.asarray(np.random.default_rng(7).normal(size=(3, size)).astype(np.float32))
+    words = _random_words(jnp.uint32(3), jnp.int32(1), "q_proj/a", -(-size // 32) + size // dim + 1)
+    offsets, words = (words[: size // dim + 1] % dim).astype(jnp.int32), words[size // dim + 1 :]
+    forms = [jax.jit(form, static_argnums=3)(flat, words, offsets, dim) for form in (_by_gathering, _tile_by_tile)]
+    assert relative_error(*map(np.asarray, forms)) < 1e-6
 
 
 @pytest.mark.parametrize(("rows", "columns", "dim"), [(64, 64, 64), (12, 13, 50), (12, 64, 33), (8, 3, 64)])

@@ -62,13 +62,14 @@ def init_lora(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Lora:
     return {"layers": {n: matrices(n, k) for n, k in zip(names, jax.random.split(key, len(names)), strict=True)}}
 
 
-def _outer_sum(left: jax.Array, right: jax.Array) -> jax.Array:
-    """Σ_t left_t ⊗ right_t of [..., T, i] and [..., T, j]: [..., i, j] float32."""
+def _outer_sum(left: jax.Array, right: jax.Array, num_batch: int = 0) -> jax.Array:
+    """Σ left ⊗ right over all axes between the first `num_batch` and the last: [*batch, i, j] float32."""
     if left.dtype == jnp.float32 and left.shape[-1] > right.shape[-1]:
         # XLA on CPU, where float32 is computed, turns the first operand round before it multiplies; so that is the
         # narrow one, and the small result is turned instead.
-        return jnp.swapaxes(_outer_sum(right, left), -1, -2)
-    return jnp.einsum("...ti,...tj->...ij", left, right, preferred_element_type=jnp.float32)
+        return jnp.swapaxes(_outer_sum(right, left, num_batch), -1, -2)
+    batch, summed = tuple(range(num_batch)), tuple(range(num_batch, left.ndim - 1))
+    return jax.lax.dot_general(left, right, ((summed, summed), (batch, batch)), preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
@@ -87,7 +88,7 @@ def _low_rank_fwd(x, matrix):  # type: ignore[no-untyped-def]
 
 def _low_rank_bwd(residuals, d_out):  # type: ignore[no-untyped-def]
     x, matrix = residuals
-    d_matrix = _outer_sum(d_out.reshape(-1, d_out.shape[-1]), x.reshape(-1, x.shape[-1]))
+    d_matrix = _outer_sum(d_out, x)
     return d_out @ matrix.astype(x.dtype), d_matrix
 
 
@@ -142,7 +143,7 @@ def _probed_linear_bwd(place, residuals, d_out):  # type: ignore[no-untyped-def]
         total: Any = 0.0
         for x, y in zip(lefts, rights, strict=True):
             x, y = x.reshape(batch, -1, x.shape[-1]), y.reshape(batch, -1, y.shape[-1])
-            total += _outer_sum(x, y)
+            total += _outer_sum(x, y, num_batch=1)
         return scale * total
 
     sketch = functools.partial(sketch_on_mesh, mesh, dim=dim, seed=probe.seed, layer=layer)

@@ -9,6 +9,7 @@ inner products unbiased.  Nothing is scattered: the work is one pass over the gr
 `rademacher_projection` is the dense textbook projection (Achlioptas 2003), kept as the reference.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Iterable
@@ -72,7 +73,23 @@ def tiled_count_sketch(
         offsets = jax.lax.dynamic_slice_in_dim(jnp.pad(offsets, (0, size // dim)), first // dim, -(-size // dim))
         words = jax.lax.dynamic_slice_in_dim(jnp.pad(words, (0, size // 32)), first // 32, -(-size // 32))
 
-    # A tile rolled by o is the tile written at o into a row of 2D entries whose halves are added at the end.
+    # Which form is used is decided when a program is lowered, by the platform it is lowered for.
+    row: jax.Array = jax.lax.platform_dependent(
+        flat,
+        words,
+        offsets,
+        cuda=functools.partial(_by_gathering, dim=dim),
+        default=functools.partial(_tile_by_tile, dim=dim),
+    )
+    return row
+
+
+def _tile_by_tile(flat: jax.Array, words: jax.Array, offsets: jax.Array, dim: int) -> jax.Array:
+    """The sketch [B, D] of entries [B, size], with the words of their signs and their tiles' offsets.
+
+    A tile rolled by o is the tile written at o into a row of 2D entries whose halves are added at the end.
+    """
+
     def add(row: jax.Array, start: jax.Array | int, count: int) -> jax.Array:
         """Adds `count` entries, from one that begins a unit."""
         # Signs are made here: those of all entries, or their product with the gradients, would take as much memory.
@@ -84,7 +101,9 @@ def tiled_count_sketch(
             row = jax.lax.dynamic_update_slice_in_dim(row, there + tile, offset, axis=1)
         return row
 
+    batch, size = flat.shape
     row = jnp.zeros((batch, 2 * dim), jnp.float32)
+    unit = math.lcm(dim, 32)
     block = unit * -(-_BLOCK * dim // unit)
     blocks, rest = divmod(size, block)
     if blocks:
@@ -92,6 +111,18 @@ def tiled_count_sketch(
     if rest:
         row = add(row, blocks * block, rest)
     return row[:, :dim] + row[:, dim:]
+
+
+def _by_gathering(flat: jax.Array, words: jax.Array, offsets: jax.Array, dim: int) -> jax.Array:
+    """`_tile_by_tile` as one sum over all tiles, for GPUs, where a loop launches kernels in each iteration.
+
+    An entry of the sketch gathers one entry of every tile; neighbours stay neighbours, so memory is read in order.
+    """
+    tiles = jnp.arange(len(offsets))[:, None]
+    entries = dim * tiles + (jnp.arange(dim) - offsets[:, None]) % dim  # [tiles, D], beyond the end in the last tile
+    bits = words.at[entries // 32].get(mode="clip") >> (entries % 32).astype(jnp.uint32) & 1
+    signs = jnp.where(entries < flat.shape[1], 1.0 - 2.0 * bits.astype(jnp.float32), 0.0)
+    return jnp.sum(jnp.take(flat, entries, axis=1, mode="clip") * signs, axis=1)
 
 
 def _from_whole_units(flat: jax.Array, first: jax.Array, unit: int) -> tuple[jax.Array, jax.Array]:
