@@ -1,30 +1,34 @@
 """Speed of feature extraction, side by side on the same pairs in one process.
 
-    python -m benchmarks.features                                  # SmolLM2-135M's shape, random weights
-    python -m benchmarks.features --dtype bfloat16 --groups 32     # on a GPU
-    python -m benchmarks.features --no-torch                       # without PEFT and traker (the extra `bench`)
-    python -m benchmarks.features --no-project                     # without traker, which takes ten minutes on CPU
+    python -m benchmarks.features                                   # SmolLM2-135M's shape
+    python -m benchmarks.features --lengths mixed --groups 16       # lengths of AlpacaEval's texts
+    python -m benchmarks.features --model llama2-7b --dtype bfloat16 --rank 128 --remat dots   # on a GPU
+    python -m benchmarks.features --only summed response            # without PyTorch (the extra `bench`)
 
-Measured, each on the same groups of one prompt and two responses:
+Measured, each on the same groups of a prompt and two responses:
 
-    summed gradient   one gradient of Σ log π(y1|x) − log π(y2|x) over the batch: what any training step pays
-    none              features without normalisation, one probe backward pass
-    response          features normalised per response
-    vmap(grad)        the readable reference: a gradient tree per response, then the same sketch
-    rows              either of them with every response on a row of its own, its prompt repeated
-    peft + traker     what a PyTorch user has: one response at a time, flattened, BasicProjector; run once
+    summed        one gradient of Σ log π(y1|x) − log π(y2|x): what any training step pays, and the floor
+    none          features without normalisation: one probe backward pass
+    response      features normalised per response
+    rows          the same with every response on a row of its own, its prompt repeated
+    vmap          the readable reference in JAX: a gradient tree per response, then the same sketch
+    hooks         the strongest that a PyTorch user could write: every response on a row of a batch, per-example
+                  gradients by einsum from hooks on PEFT's layers, no gradient of any weight, our sketch
+    torch_vmap    `torch.func.vmap(grad)` on the same rows (eager attention), then our sketch
+    peft          one response at a time, gradients flattened
+    traker        the same, and traker's BasicProjector
 
-Runs are interleaved after a warm-up; the table gives medians and ratios of medians.  Compile time is reported apart.
+The features of `hooks` and `torch_vmap` are compared with those of `response` first.  Runs are interleaved after a
+warm-up; the table gives medians.  Compile time is reported apart.  With mixed lengths, ours takes parts and buckets as
+a run does, and the rows of `hooks` are sorted by length before they are cut into batches of as many responses.
 """
 
 import argparse
+import concurrent.futures
 import functools
-import json
 import pathlib
-import platform
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from activedpo_jax import layout
-from activedpo_jax.data.groups import Groups
+from activedpo_jax.data import batches
+from activedpo_jax.data.groups import Bucket, Groups, assign_buckets, pad_pairs
 from activedpo_jax.evidence.gradients import (
     FeatureSpec,
     normalise,
@@ -41,32 +46,16 @@ from activedpo_jax.evidence.gradients import (
     response_features,
     sketch_gradients,
 )
-from activedpo_jax.models.config import LoraConfig, ModelConfig, Rope
-from activedpo_jax.models.decoder import Decoder, init_params
-from activedpo_jax.models.lora import init_lora
+from activedpo_jax.models.decoder import Decoder, Params
+from activedpo_jax.models.lora import Lora
 from activedpo_jax.models.policy import response_logps
+from benchmarks import measure, shapes
+from benchmarks.measure import Contender
 
-SMOLLM2_135M = ModelConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_layers=30,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    rope=Rope(theta=100_000.0),
-)
+JAX_SIDE = ("summed", "none", "response", "rows", "vmap")
+TORCH_SIDE = ("hooks", "torch_vmap", "peft", "traker")
 
-
-def random_groups(seed: int, count: int, prompt: int, response: int) -> Groups:
-    """Full groups: no padding, so that every token is useful."""
-    rng = np.random.default_rng(seed)
-    return Groups(
-        rng.integers(0, SMOLLM2_135M.vocab_size, (count, prompt), np.int32),
-        np.full(count, prompt, np.int32),
-        rng.integers(0, SMOLLM2_135M.vocab_size, (count, 2, response), np.int32),
-        np.full((count, 2), response, np.int32),
-    )
+Text = tuple[np.ndarray, list[np.ndarray]]  # a prompt and its responses
 
 
 def as_rows(groups: Groups) -> Groups:
@@ -80,161 +69,163 @@ def as_rows(groups: Groups) -> Groups:
     )
 
 
-def _wait(function: Callable[..., Any], *args: Any) -> Any:
-    return jax.block_until_ready(function(*args))
+def full_batches(args: argparse.Namespace, vocabulary: int) -> tuple[list[Groups], list[list[int]], list[Text]]:
+    """One batch without padding; which texts it holds; the texts."""
+    groups = shapes.full_groups(vocabulary, args.groups, args.prompt, args.response)
+    texts = [(p, list(r)) for p, r in zip(groups.prompt_ids, groups.response_ids, strict=True)]
+    return [groups], [list(range(args.groups))], texts
 
 
-def jax_contenders(args: argparse.Namespace, groups: Groups) -> dict[str, Callable[[], Any]]:
-    lora_config = LoraConfig(rank=args.rank, alpha=2.0 * args.rank)
-    decoder = Decoder(SMOLLM2_135M, lora_config, jnp.dtype(args.dtype))
-    params = jax.tree.map(lambda x: x.astype(args.dtype), init_params(decoder, jax.random.key(0)))
-    lora = init_lora(SMOLLM2_135M, lora_config, jax.random.key(1))
-    lora = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(2), x.shape), lora)
-    seed = jnp.uint32(0)
-    groups, rows = layout.put((groups, as_rows(groups)))
-    signs = jnp.array([1.0, -1.0])
+def mixed_batches(args: argparse.Namespace, vocabulary: int) -> tuple[list[Groups], list[list[int]], list[Text]]:
+    """A pool of mixed lengths in parts, as a pass over the pool takes it."""
+    pool = shapes.mixed_pairs(vocabulary, args.groups, args.factor)
+    largest = Bucket(*(-(-int(args.factor * n) // 64) * 64 for n in (156, 358)))
+    buckets = batches.fitted(pool, [largest], args.buckets - 1, 32, 0)
+    found = batches.parts(assign_buckets(pool, buckets), buckets, 2, (args.chunk,))
+    groups = [pad_pairs(pool, part.places, buckets[part.bucket], part.size) for part in found]
+    texts = list(zip(pool.prompt_tokens, map(list, pool.response_tokens), strict=True))
+    print(f"buckets {[tuple(b) for b in buckets]}, {batches.useful_share(pool, buckets, args.chunk):.2f} of it text")
+    return groups, [part.places.tolist() for part in found], texts
 
-    def summed(params: Any, lora: Any, groups: Groups) -> Any:
+
+def programs(args: argparse.Namespace, decoder: Decoder) -> dict[str, Callable[..., Any]]:
+    """Each of params, lora and groups."""
+    seed, signs = jnp.uint32(0), jnp.array([1.0, -1.0])
+
+    def summed(params: Params, lora: Lora, groups: Groups) -> Any:
         return jax.grad(lambda w: jnp.sum(response_logps(decoder, params, w, groups) * signs))(lora)
 
-    def features(normalisation: str) -> Callable[..., Any]:
-        spec = FeatureSpec(args.dim, normalisation)
-        return lambda params, lora, groups: pair_features(decoder, params, lora, groups, spec, seed)
+    def features(normalisation: str, params: Params, lora: Lora, groups: Groups) -> Any:
+        return pair_features(decoder, params, lora, groups, FeatureSpec(args.dim, normalisation), seed)[:, 0]
 
-    def from_rows(params: Any, lora: Any, rows: Groups) -> Any:
+    def from_rows(params: Params, lora: Lora, rows: Groups) -> Any:
         out = normalise(response_features(decoder, params, lora, rows, args.dim, seed).reshape(-1, 2, args.dim))
         return out[:, 0] - out[:, 1]
 
-    def reference(params: Any, lora: Any, groups: Groups) -> Any:
-        out = sketch_gradients(reference_gradients(decoder, params, lora, groups), args.dim, seed)
+    def reference(params: Params, lora: Lora, groups: Groups) -> Any:
+        out = normalise(sketch_gradients(reference_gradients(decoder, params, lora, groups), args.dim, seed))
         return out[:, 0] - out[:, 1]
 
-    programs: dict[str, tuple[Callable[..., Any], Groups]] = {
-        "summed gradient": (summed, groups),
-        "none": (features("none"), groups),
-        "response": (features("response"), groups),
-        "rows": (from_rows, rows),
-        "vmap(grad)": (reference, groups),
+    none, response = (functools.partial(features, n) for n in ("none", "response"))
+    return {"summed": summed, "none": none, "response": response, "rows": from_rows, "vmap": reference}
+
+
+def jax_contenders(
+    args: argparse.Namespace, decoder: Decoder, weights: tuple[Params, Lora], padded: Sequence[Groups]
+) -> dict[str, Contender]:
+    found = {name: program for name, program in programs(args, decoder).items() if name in args.only}
+    placed = {name: layout.put([as_rows(g) for g in padded] if name == "rows" else list(padded)) for name in found}
+
+    def compiled(name: str, groups: Groups) -> Callable[..., Any]:
+        began = time.perf_counter()
+        program = jax.jit(found[name]).lower(*weights, groups).compile()
+        print(f"compiled {name} {groups.response_ids.shape} in {time.perf_counter() - began:.1f} s", flush=True)
+        return program
+
+    shapes_of = {name: {g.response_ids.shape + g.prompt_ids.shape: g for g in placed[name]} for name in found}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        compiling = {
+            (name, key): pool.submit(compiled, name, groups)
+            for name, by_shape in shapes_of.items()
+            for key, groups in by_shape.items()
+        }
+        compiled_of = {key: future.result() for key, future in compiling.items()}
+
+    def run(name: str) -> Any:
+        out = [compiled_of[name, g.response_ids.shape + g.prompt_ids.shape](*weights, g) for g in placed[name]]
+        return jax.block_until_ready(out)
+
+    return {name: functools.partial(run, name) for name in found}
+
+
+def torch_contenders(
+    args: argparse.Namespace, decoder: Decoder, weights: tuple[Params, Lora], texts: Sequence[Text]
+) -> tuple[dict[str, Contender], list[int]]:
+    """The contenders, and the order in which they return the texts' features."""
+    from benchmarks import torch_side
+
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]) - max(map(len, texts[i][1])))
+    size = len(order) if args.lengths == "full" else args.chunk
+    cuts = [order[i : i + size] for i in range(0, len(order), size)]
+    rows = [torch_side.rows([(texts[i][0], r) for i in cut for r in texts[i][1]]) for cut in cuts]
+    make = functools.partial(torch_side.peft_model, args.model, decoder, *weights)
+    makers: dict[str, Callable[[], Contender]] = {
+        "hooks": lambda: torch_side.hooks(make(False), rows, args.dim),
+        "torch_vmap": lambda: torch_side.vmap_of_grad(make(False, "eager"), rows, args.dim),
+        "peft": lambda: torch_side.one_at_a_time(make(False), rows, None),
+        "traker": lambda: torch_side.one_at_a_time(make(False), rows, args.dim),
     }
-    contenders: dict[str, Callable[[], Any]] = {}
-    for name, (function, batch) in programs.items():
-        start = time.perf_counter()
-        compiled = jax.jit(function).lower(params, lora, batch).compile()
-        print(f"compiled {name} in {time.perf_counter() - start:.1f} s", flush=True)
-        contenders[name] = functools.partial(_wait, compiled, params, lora, batch)
-    return contenders
+    return {name: maker() for name, maker in makers.items() if name in args.only}, order
 
 
-def transformers_config() -> Any:
-    """SmolLM2-135M's shape for transformers."""
-    import transformers
-
-    c = SMOLLM2_135M
-    return transformers.LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope.theta},
-        tie_word_embeddings=True,
-    )
+def useful_tokens(texts: Sequence[Text]) -> tuple[int, int]:
+    """All of them, and those of responses."""
+    responses = sum(len(r) for _, several in texts for r in several)
+    return responses + sum(len(prompt) for prompt, _ in texts), responses
 
 
-def torch_contender(args: argparse.Namespace, groups: Groups, project: bool) -> Callable[[], Any]:
-    """One response at a time through PEFT, the flattened gradient projected by traker's BasicProjector."""
-    import peft
-    import torch
-    import transformers
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers_config()).to(device, getattr(torch, args.dtype))
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = peft.get_peft_model(model, peft.LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=targets))
-    weights = [p for p in model.parameters() if p.requires_grad]
-    size = sum(p.numel() for p in weights)
-    projector = None
-    if project:
-        from trak.projectors import BasicProjector, ProjectionType
-
-        projector = BasicProjector(size, args.dim, 0, ProjectionType.rademacher, torch.device(device))
-
-    def gradient(prompt: Any, response: Any) -> Any:
-        ids = torch.tensor(np.concatenate([prompt, response])[None], device=device, dtype=torch.long)
-        logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
-        logp = torch.log_softmax(logits, -1).gather(-1, ids[0, len(prompt) :, None]).sum()
-        grads = torch.autograd.grad(logp, weights)
-        return torch.cat([g.flatten() for g in grads]).float()
-
-    def run() -> None:
-        flat = [
-            gradient(prompt, response)
-            for prompt, responses in zip(groups.prompt_ids, groups.response_ids, strict=True)
-            for response in responses
-        ]
-        if projector is not None:  # all at once, since it makes its random matrix anew for every call
-            projector.project(torch.stack(flat), model_id=0)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return run
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--model", default="smollm2-135m", choices=list(shapes.MODELS))
+    found.add_argument("--lengths", default="full", choices=["full", "mixed"])
+    found.add_argument("--groups", type=int, default=4)
+    found.add_argument("--prompt", type=int, default=128, help="tokens, where lengths are full")
+    found.add_argument("--response", type=int, default=64)
+    found.add_argument("--factor", type=float, default=1.0, help="of mixed lengths")
+    found.add_argument("--buckets", type=int, default=4, help="where lengths are mixed")
+    found.add_argument("--chunk", type=int, default=4, help="groups at a time, where lengths are mixed")
+    found.add_argument("--rank", type=int, default=16)
+    found.add_argument("--attention_only", action="store_true", help="LoRA on the four maps of attention alone")
+    found.add_argument("--dim", type=int, default=8192)
+    found.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    found.add_argument("--remat", default="none", choices=["none", "dots", "full"])
+    found.add_argument("--repeats", type=int, default=5)
+    names = (*JAX_SIDE, *TORCH_SIDE)
+    found.add_argument("--only", nargs="+", default=[n for n in names if n != "traker"], choices=names)
+    found.add_argument("--profile", type=pathlib.Path, help="write a JAX trace of one run of `response` here")
+    found.add_argument("--out", type=pathlib.Path, help="write the raw times here, as JSON")
+    found.add_argument("--name", default="features", help="under which they stand in the file")
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", type=int, default=4)
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--response", type=int, default=64)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dim", type=int, default=8192)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--project", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--out", type=pathlib.Path, help="write the raw times here, as JSON")
-    args = parser.parse_args()
+    args = parser().parse_args()
+    config = shapes.model_config(args.model)
+    decoder = Decoder(
+        config, shapes.lora_config(args.rank, args.attention_only), jnp.dtype(args.dtype), remat=args.remat
+    )
+    weights = jax.block_until_ready(shapes.weights(decoder))
+    batch_maker = full_batches if args.lengths == "full" else mixed_batches
+    padded, places, texts = batch_maker(args, config.vocab_size)
+    contenders = jax_contenders(args, decoder, weights, padded)
+    theirs: dict[str, Contender] = {}
+    if set(args.only) & set(TORCH_SIDE):
+        theirs, order = torch_contenders(args, decoder, weights, texts)
+    contenders |= theirs
 
-    groups = random_groups(0, args.groups, args.prompt, args.response)
-    contenders = jax_contenders(args, groups)
-    once: dict[str, Callable[[], Any]] = {}  # too slow to repeat
-    if args.torch:
-        contenders["peft, no projection"] = torch_contender(args, groups, project=False)
-        if args.project:
-            once["peft + traker"] = torch_contender(args, groups, project=True)
-    times: dict[str, list[float]] = {name: [] for name in (*contenders, *once)}
-
-    def timed(name: str, run: Callable[[], Any]) -> None:
-        start = time.perf_counter()
-        run()
-        times[name].append(time.perf_counter() - start)
-
-    for run in contenders.values():
-        run()
-    for repeat in range(args.repeats):
-        for name, run in contenders.items():
-            timed(name, run)
-        print(f"repeat {repeat + 1} of {args.repeats}", flush=True)
-    for name, run in once.items():
-        timed(name, run)
-
-    device = jax.devices()[0].device_kind
-    tokens = args.groups * (args.prompt + 2 * args.response)
-    medians = {name: statistics.median(t) for name, t in times.items()}
-    print(f"\n{device}, {platform.processor() or platform.machine()}, jax {jax.__version__}, {args.dtype}")
-    print(f"{args.groups} groups of {args.prompt} + 2 × {args.response} tokens, rank {args.rank}, D = {args.dim}\n")
-    print(f"{'':<22}{'seconds':>10}{'spread':>16}{'× summed':>10}{'× response':>12}{'tokens/s':>10}")
-    for name, median in medians.items():
-        low, high = min(times[name]), max(times[name])
-        print(
-            f"{name:<22}{median:>10.3f}{f'{low:.3f} – {high:.3f}':>16}{median / medians['summed gradient']:>10.2f}"
-            f"{median / medians['response']:>12.2f}{tokens / median:>10.0f}"
-        )
-    if args.out:
-        record = {"device": device, "jax": jax.__version__, "arguments": vars(args) | {"out": None}, "seconds": times}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    found = {name: run() for name, run in contenders.items()}
+    differences = {}
+    if "response" in found:
+        ours = np.zeros((len(texts), args.dim), np.float32)
+        for where, features in zip(places, found["response"], strict=True):
+            ours[where] = features[: len(where)]
+        for name in {"hooks", "torch_vmap"} & theirs.keys():
+            wanted = ours[order]
+            differences[name] = float(np.linalg.norm(found[name].cpu().numpy() - wanted) / np.linalg.norm(wanted))
+            print(f"{name} and response differ by {differences[name]:.1e}", flush=True)
+            assert differences[name] < (1e-4 if args.dtype == "float32" else 0.2)
+    if args.profile:
+        with jax.profiler.trace(str(args.profile)):
+            contenders["response"]()
+    times = measure.in_turns(contenders, args.repeats, warm=True)
+    tokens, responses = useful_tokens(texts)
+    flops, peak = shapes.useful_flops(config, tokens, responses), measure.peak_flops(args.dtype)
+    print(
+        f"\n{args.model}, {args.dtype}, {len(texts)} groups, {tokens} useful tokens, rank {args.rank}, D = {args.dim}"
+    )
+    print(measure.table(times, "response" if "response" in times else next(iter(times)), tokens, flops, peak))
+    results = {"results": times, "differences": differences, "useful tokens": tokens, "useful FLOPs": flops}
+    measure.save(args.out, args.name, args, results | {"peak FLOP/s": peak})
 
 
 if __name__ == "__main__":

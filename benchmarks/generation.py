@@ -2,8 +2,9 @@
 
     python -m benchmarks.generation --model models/smollm2-135m     # a Hugging Face directory
     python -m benchmarks.generation --random                        # SmolLM2-135M's shape, random weights
+    python -m benchmarks.generation --random --dtype bfloat16 --batch 64   # on a GPU
 
-Both get the same float32 weights and the same prompts, all different, with one response each, and write the same number
+Both get the same weights and the same prompts, all different, with one response each, and write the same number
 of new tokens: greedy, with the end of sequence disabled.  `transformers` runs `generate` with its dynamic and with its
 static cache; the faster of the two counts.  Runs are interleaved after a warm-up; the table gives medians.  Compile
 time is reported apart.
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import torch
@@ -34,24 +36,27 @@ from activedpo_jax.generation.sampling import Sampling
 from activedpo_jax.huggingface import loading
 from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.models.decoder import Decoder, unstack
-from benchmarks.features import transformers_config
+from benchmarks import shapes
 
 
 def random_model(folder: str) -> str:
     """A checkpoint of SmolLM2-135M's shape with random weights."""
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(transformers_config()).save_pretrained(folder)
+    config = transformers.AutoConfig.for_model(**shapes.MODELS["smollm2-135m"])
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
-def ours(path: str, prompts: np.ndarray, new_tokens: int) -> tuple[Callable[[], np.ndarray], float]:
+def ours(path: str, dtype: str, prompts: np.ndarray, new_tokens: int) -> tuple[Callable[[], np.ndarray], float]:
     """A function that generates [batch, new tokens], and the seconds that it took to compile."""
     mesh = layout.make_mesh(ml_collections.ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
-    config, params = loading.load_model(path)
+    config, params = loading.load_model(path, dtype=jnp.dtype(dtype))
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     params = jax.jit(unstack, static_argnums=1)(params, on_cpu)
     batch, width = prompts.shape
-    spec = DecodingSpec(Decoder(config, LoraConfig(), mesh=mesh, unrolled=True), Sampling(0.0), (), new_tokens, mesh)
+    spec = DecodingSpec(
+        Decoder(config, LoraConfig(), jnp.dtype(dtype), mesh=mesh, unrolled=True), Sampling(0.0), (), new_tokens, mesh
+    )
     requests = Requests(
         prompts, np.full(batch, width, np.int32), np.zeros(batch, np.uint32), np.zeros((batch, 1), np.int32)
     )
@@ -62,7 +67,7 @@ def ours(path: str, prompts: np.ndarray, new_tokens: int) -> tuple[Callable[[], 
 
 
 def theirs(model: Any, prompts: np.ndarray, new_tokens: int, cache: str) -> np.ndarray:
-    ids = torch.tensor(prompts, dtype=torch.long)
+    ids = torch.tensor(prompts, dtype=torch.long, device=model.device)
     with torch.no_grad():
         out = model.generate(
             ids,
@@ -73,13 +78,14 @@ def theirs(model: Any, prompts: np.ndarray, new_tokens: int, cache: str) -> np.n
             cache_implementation=cache,
             pad_token_id=0,
         )
-    return out[:, prompts.shape[1] :].numpy()
+    return out[:, prompts.shape[1] :].cpu().numpy()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/smollm2-135m")
     parser.add_argument("--random", action="store_true", help="random weights of SmolLM2-135M's shape")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -91,8 +97,9 @@ def main() -> None:
         path = random_model(folder) if args.random else args.model
         vocabulary = loading.load_config(path).vocab_size
         prompts = np.random.default_rng(0).integers(0, vocabulary, (args.batch, args.prompt)).astype(np.int32)
-        run, compile_seconds = ours(path, prompts, args.new_tokens)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        run, compile_seconds = ours(path, args.dtype, prompts, args.new_tokens)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, args.dtype)).eval()
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
     # Without an end of sequence, all generate equally many tokens, and `min_new_tokens` has nothing to forbid.
     model.generation_config.eos_token_id = None
     contenders: dict[str, Callable[[], np.ndarray]] = {"activedpo_jax": run}
@@ -116,7 +123,7 @@ def main() -> None:
     seconds, used_seconds = ({n: statistics.median(t) for n, t in times.items()} for times in (wall, cpu))
     best, best_cpu = (min(m[n] for n in m if n != "activedpo_jax") for m in (seconds, used_seconds))
     print(f"\n{device}, {platform.processor() or platform.machine()}, {threads} torch threads")
-    print(f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, float32")
+    print(f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, {args.dtype}")
     print(f"{args.batch} prompts of {args.prompt} tokens, {args.new_tokens} new tokens each; {same:.1%} of them equal")
     print(f"compiled in {compile_seconds:.1f} s\n")
     print(f"{'':<24}{'seconds':>9}{'spread':>18}{'tokens/s':>10}{'cpu s':>8}")

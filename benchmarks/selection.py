@@ -4,7 +4,8 @@
 
   speed: `greedy` against the naive loop, which lowers all scores after each pick, on random pools and on the worst
     ones: identical rows, and tight clusters larger than the block with unequal norms.  Picks are compared too.
-  many: K = 1,000 of 100,000 × 8,192, against one product of the features with K rows.
+  many: K = 1,000 of 100,000 × 8,192 (or more: `--count`), against one product of the features with K rows and, where
+    there is a GPU, a downdate a pick in PyTorch.
   large: features in bfloat16, N = 200,000 and D = 8,192, on the device and streamed from a file: time, and what the
     process needs beside the features at its peak.
   rounding: picks and information gain of features rounded to bfloat16, measured on the unrounded ones.
@@ -139,14 +140,59 @@ def many(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     """Many picks of many rows, against a product of the same FLOPs as applying every pick to every row."""
     found = {}
     for kind in ("clusters", "normal"):
-        features = layout.put(whole(kind, (args.count, args.dim)))
-        contenders = {"greedy": picker(features, args.many, args.block, mesh)}
+        features = drawn(kind, (args.count, args.dim))
+        ours = picker(features, args.many, args.block, mesh)
+        contenders: dict[str, Callable[[], Any]] = {"greedy": ours}
+        same = {}
+        if jax.devices()[0].platform == "gpu":
+            contenders["torch, a downdate a pick"] = functools.partial(torch_downdates, features, args.many)
+            same = {"same picks": int(np.sum(ours() == contenders["torch, a downdate a pick"]()))}
         rows = features[: args.many] + 0.0
         contenders["product"] = functools.partial(fetched, functools.partial(_product, features, rows))
-        found[kind] = interleaved(contenders, args.few_repeats)
+        found[kind] = same | interleaved(contenders, args.few_repeats)
         report(f"{kind}, {args.many} of {args.count} × {args.dim}", found[kind])
-        del features, rows, contenders
+        del features, rows, contenders, ours
     return found
+
+
+def drawn(kind: str, shape: tuple[int, int]) -> jax.Array:
+    """`normal` or `clusters` as in `pool`, drawn on the device: on a host, a million rows would take minutes."""
+    count, dim = shape
+    centres = jax.random.normal(jax.random.key(0), (2000, dim)) * dim**-0.5
+    share = -1.2 * jnp.log(jnp.arange(1, 2001))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def fill(features: jax.Array, key: jax.Array, start: jax.Array) -> jax.Array:
+        for_noise, for_centre, for_norm = jax.random.split(key, 3)
+        noise = jax.random.normal(for_noise, (size, dim)) * dim**-0.5
+        if kind == "clusters":
+            noise = 0.4 * noise + centres[jax.random.categorical(for_centre, share, shape=(size,))]
+            noise *= 0.4 * jax.random.gamma(for_norm, 3.0, (size, 1))
+        return jax.lax.dynamic_update_slice_in_dim(features, noise, start, axis=0)
+
+    size = min(10_000, count)
+    features = jnp.zeros(shape, jnp.float32)
+    for i in range(-(-count // size)):
+        features = fill(features, jax.random.key(i + 1), jnp.int32(min(i * size, count - size)))
+    return jax.block_until_ready(features)
+
+
+def torch_downdates(features: jax.Array, num_picks: int) -> np.ndarray:
+    """What one writes in PyTorch: V⁻¹ = I/λ − WᵀW, which grows by a row for a pick, and all scores lowered by it."""
+    import torch
+
+    phi = torch.from_dlpack(features)
+    w = torch.zeros(num_picks, phi.shape[1], device=phi.device)
+    scores = torch.linalg.vector_norm(phi, dim=1).square() / LAM
+    rows = torch.zeros(num_picks, dtype=torch.long, device=phi.device)
+    for k in range(num_picks):
+        rows[k] = row = scores.argmax()
+        picked = phi[row]
+        u = picked / LAM - w[:k].T @ (w[:k] @ picked)
+        w[k] = u / torch.sqrt(1 + picked @ u)
+        scores -= torch.mv(phi, w[k]).square()
+        scores[row] = -torch.inf
+    return rows.cpu().numpy()
 
 
 @jax.jit

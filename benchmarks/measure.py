@@ -1,0 +1,92 @@
+"""Timing side by side, and the record of it: what all benchmarks do alike."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from activedpo_jax.compile_only import chips
+
+Contender = Callable[[], Any]
+Times = dict[str, dict[str, list[float]]]  # of each contender: "seconds", "processor seconds"
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "peft", "trl", "traker")
+
+
+def in_turns(contenders: Mapping[str, Contender], repeats: int, warm: bool = False) -> Times:
+    """Wall and processor seconds of every run, the contenders in turn, after a run of each as a warm-up.
+
+    Args:
+      contenders: each returns when its work is done.
+      warm: they have run already.
+    """
+    for name, run in contenders.items():
+        if not warm:
+            run()
+            print(f"warm: {name}", flush=True)
+    times: Times = {name: {"seconds": [], "processor seconds": []} for name in contenders}
+    for repeat in range(repeats):
+        for name, run in contenders.items():
+            began, used = time.perf_counter(), time.process_time()
+            run()
+            times[name]["seconds"].append(time.perf_counter() - began)
+            times[name]["processor seconds"].append(time.process_time() - used)
+        print(f"repeat {repeat + 1} of {repeats}", flush=True)
+    return times
+
+
+def medians(times: Times) -> dict[str, float]:
+    return {name: statistics.median(several["seconds"]) for name, several in times.items()}
+
+
+def peak_flops(dtype: str) -> float | None:
+    """FLOP/s of the device as its maker publishes them; None where nothing is published for this dtype."""
+    chip = chips.find(jax.devices()[0].device_kind)
+    return chip.flops if chip is not None and dtype == "bfloat16" else None
+
+
+def facts() -> dict[str, Any]:
+    """The machine and the versions that a measurement was made with."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": jax.devices()[0].device_kind,
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+        "load average": os.getloadavg(),
+        "versions": versions,
+    }
+
+
+def save(out: pathlib.Path | None, name: str, args: argparse.Namespace, found: Mapping[str, Any]) -> None:
+    """Writes a measurement into a JSON file under a name; the file's others stay."""
+    if out is None:
+        return
+    arguments = {key: value for key, value in vars(args).items() if key not in ("out", "directory")}
+    record = facts() | {"arguments": arguments, **found}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(out.read_text()) if out.exists() else {}
+    out.write_text(json.dumps(kept | {name: record}, indent=1, default=str) + "\n")
+
+
+def table(times: Times, against: str, tokens: int, flops: float | None = None, peak: float | None = None) -> str:
+    """Medians, spread, ratio to one contender, useful tokens a second and, with FLOPs and peak, utilisation."""
+    found = medians(times)
+    lines = [f"{'':<28}{'seconds':>10}{'spread':>20}{f'× {against}':>14}{'tokens/s':>11}{'MFU':>7}"]
+    for name, median in found.items():
+        spread = f"{min(times[name]['seconds']):.4f} – {max(times[name]['seconds']):.4f}"
+        used = f"{flops / median / peak:.1%}" if flops and peak else ""
+        ratio = median / found[against]
+        lines.append(f"{name:<28}{median:>10.4f}{spread:>20}{ratio:>14.2f}{tokens / median:>11.0f}{used:>7}")
+    return "\n".join(lines)

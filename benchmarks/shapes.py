@@ -1,0 +1,115 @@
+"""What is measured on: random weights in the shapes of real models, random tokens in the lengths of real texts.
+
+Speed depends on neither the weights' values nor the tokens', so that nothing has to be downloaded.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from activedpo_jax.data.groups import Groups, PairPool
+from activedpo_jax.huggingface import families
+from activedpo_jax.models.config import LINEAR_MAPS, LoraConfig, ModelConfig
+from activedpo_jax.models.decoder import Decoder, Params, init_params
+from activedpo_jax.models.lora import Lora, init_lora
+
+# `config.json` of each, as far as it matters here.
+MODELS: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+        "rope_theta": 100_000.0, "rms_norm_eps": 1e-5,
+    },
+    "gemma-2b": {
+        "model_type": "gemma", "vocab_size": 256_000, "hidden_size": 2048, "intermediate_size": 16_384,
+        "num_hidden_layers": 18, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
+    },
+    "llama2-7b": {
+        "model_type": "llama", "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5,
+    },
+}  # fmt: skip
+
+# Tokens of a prompt and of its two responses: 32 of AlpacaEval's 3,349 annotated pairs in SmolLM2's tokens, at equal
+# distances in the order of their total.
+LENGTHS = (
+    (51, 13, 8), (35, 2, 56), (41, 37, 36), (33, 74, 26), (45, 31, 70), (76, 45, 40), (75, 96, 4), (51, 131, 8),
+    (54, 10, 142), (41, 99, 80), (156, 76, 3), (61, 168, 22), (45, 205, 13), (51, 131, 97), (52, 110, 129),
+    (53, 233, 20), (76, 124, 127), (154, 133, 52), (54, 106, 194), (51, 155, 163), (86, 159, 138), (53, 47, 296),
+    (65, 263, 85), (44, 150, 235), (49, 258, 141), (47, 247, 168), (96, 266, 118), (51, 296, 155), (61, 270, 201),
+    (112, 167, 295), (38, 285, 308), (80, 298, 358),
+)  # fmt: skip
+
+ATTENTION_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def model_config(name: str) -> ModelConfig:
+    return families.model_config(MODELS[name])
+
+
+def lora_config(rank: int, attention_only: bool = False) -> LoraConfig:
+    return LoraConfig(rank=rank, alpha=2.0 * rank, target_modules=ATTENTION_MAPS if attention_only else LINEAR_MAPS)
+
+
+def weights(decoder: Decoder) -> tuple[Params, Lora]:
+    """Base weights in the decoder's dtype, and an adapter whose B is not zero, so that both sides can be compared."""
+    params = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(decoder.dtype), init_params(decoder, key)))
+    lora = init_lora(decoder.config, decoder.lora, jax.random.key(1))
+    return params(jax.random.key(0)), jax.tree.map(
+        lambda x: x + 0.01 * jax.random.normal(jax.random.key(2), x.shape, jnp.float32), lora
+    )
+
+
+def full_groups(vocabulary: int, count: int, prompt: int, response: int) -> Groups:
+    """Groups of two responses without padding, so that every token is useful."""
+    rng = np.random.default_rng(0)
+    return Groups(
+        rng.integers(0, vocabulary, (count, prompt), np.int32),
+        np.full(count, prompt, np.int32),
+        rng.integers(0, vocabulary, (count, 2, response), np.int32),
+        np.full((count, 2), response, np.int32),
+    )
+
+
+def mixed_pairs(vocabulary: int, count: int, factor: float = 1.0) -> PairPool:
+    """Pairs in the lengths of AlpacaEval's, times `factor`; the first response is preferred."""
+    rng = np.random.default_rng(0)
+    order = rng.permutation(count) % len(LENGTHS)
+    lengths = [[max(1, round(factor * n)) for n in LENGTHS[i]] for i in order]
+    return _pairs([[rng.integers(0, vocabulary, n).astype(np.int32) for n in several] for several in lengths])
+
+
+def full_pairs(vocabulary: int, count: int, prompt: int, response: int) -> PairPool:
+    """Pairs without padding; the first response is preferred."""
+    groups = full_groups(vocabulary, count, prompt, response)
+    return _pairs([[p, *several] for p, several in zip(groups.prompt_ids, groups.response_ids, strict=True)])
+
+
+def _pairs(tokens: list[list[np.ndarray]]) -> PairPool:
+    """Of a prompt and two responses each."""
+    count = len(tokens)
+    return PairPool(
+        prompt_tokens=[prompt for prompt, *_ in tokens],
+        response_tokens=[responses for _, *responses in tokens],
+        pairs=np.array([(i, 0, 1) for i in range(count)], np.int32),
+        pair_ids=[str(i) for i in range(count)],
+        prompt_texts=[""] * count,
+        response_texts=[["", ""]] * count,
+        preferences=np.zeros(count, np.int8),
+        rewards=None,
+    )
+
+
+def useful_flops(config: ModelConfig, tokens: int, responses: int) -> float:
+    """4 FLOPs for each useful token and each parameter that it goes through: forward, and backward to the inputs.
+
+    Logits are needed at response tokens alone.  What gradients of an adapter, attention and recomputation take is not
+    counted.
+    """
+    tree = jax.eval_shape(lambda: init_params(Decoder(config, LoraConfig()), jax.random.key(0)))
+    layers = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree["layers"]))
+    return 4.0 * (layers * tokens + config.vocab_size * config.hidden_size * responses)
