@@ -20,7 +20,7 @@ Measured, each on the same groups of a prompt and two responses:
 
 The features of `hooks` and `torch_vmap` are compared with those of `response` first.  Runs are interleaved after a
 warm-up; the table gives medians.  Compile time is reported apart.  With mixed lengths, ours takes parts and buckets as
-a run does, and the rows of `hooks` are sorted by length before they are cut into batches of as many responses.
+a run does, and the rows of `hooks` are sorted by length before they are cut into batches.
 """
 
 import argparse
@@ -46,6 +46,7 @@ from activedpo_jax.evidence.gradients import (
     response_features,
     sketch_gradients,
 )
+from activedpo_jax.huggingface import families
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.models.policy import response_logps
@@ -145,10 +146,9 @@ def torch_contenders(
     from benchmarks import torch_side
 
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]) - max(map(len, texts[i][1])))
-    size = len(order) if args.lengths == "full" else args.chunk
-    cuts = [order[i : i + size] for i in range(0, len(order), size)]
+    cuts = [order[i : i + args.torch_chunk] for i in range(0, len(order), args.torch_chunk)]
     rows = [torch_side.rows([(texts[i][0], r) for i in cut for r in texts[i][1]]) for cut in cuts]
-    make = functools.partial(torch_side.peft_model, args.model, decoder, *weights)
+    make = functools.partial(torch_side.peft_model, shapes.hf_config(args.model, args.layers), decoder, *weights)
     makers: dict[str, Callable[[], Contender]] = {
         "hooks": lambda: torch_side.hooks(make(False), rows, args.dim),
         "torch_vmap": lambda: torch_side.vmap_of_grad(make(False, "eager"), rows, args.dim),
@@ -167,6 +167,7 @@ def useful_tokens(texts: Sequence[Text]) -> tuple[int, int]:
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--model", default="smollm2-135m", choices=list(shapes.MODELS))
+    found.add_argument("--layers", type=int, help="fewer than the model has")
     found.add_argument("--lengths", default="full", choices=["full", "mixed"])
     found.add_argument("--groups", type=int, default=4)
     found.add_argument("--prompt", type=int, default=128, help="tokens, where lengths are full")
@@ -174,6 +175,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--factor", type=float, default=1.0, help="of mixed lengths")
     found.add_argument("--buckets", type=int, default=4, help="where lengths are mixed")
     found.add_argument("--chunk", type=int, default=4, help="groups at a time, where lengths are mixed")
+    found.add_argument("--torch_chunk", type=int, default=4, help="groups at a time in PyTorch")
     found.add_argument("--rank", type=int, default=16)
     found.add_argument("--attention_only", action="store_true", help="LoRA on the four maps of attention alone")
     found.add_argument("--dim", type=int, default=8192)
@@ -190,7 +192,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    config = shapes.model_config(args.model)
+    config = families.model_config(shapes.hf_config(args.model, args.layers))
     decoder = Decoder(
         config, shapes.lora_config(args.rank, args.attention_only), jnp.dtype(args.dtype), remat=args.remat
     )

@@ -66,6 +66,7 @@ def facts() -> dict[str, Any]:
         "processor": f"{platform.machine()}, {os.cpu_count()} cores",
         "load average": os.getloadavg(),
         "versions": versions,
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
     }
 
 

@@ -3,6 +3,8 @@
 Speed depends on neither the weights' values nor the tokens', so that nothing has to be downloaded.
 """
 
+import functools
+import zlib
 from typing import Any
 
 import jax
@@ -10,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from activedpo_jax.data.groups import Groups, PairPool
-from activedpo_jax.huggingface import families
 from activedpo_jax.models.config import LINEAR_MAPS, LoraConfig, ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
 from activedpo_jax.models.lora import Lora, init_lora
@@ -47,8 +48,9 @@ LENGTHS = (
 ATTENTION_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def model_config(name: str) -> ModelConfig:
-    return families.model_config(MODELS[name])
+def hf_config(name: str, layers: int | None = None) -> dict[str, Any]:
+    """Args: layers: how many, where fewer than the model has will do."""
+    return MODELS[name] | ({} if layers is None else {"num_hidden_layers": layers})
 
 
 def lora_config(rank: int, attention_only: bool = False) -> LoraConfig:
@@ -57,11 +59,33 @@ def lora_config(rank: int, attention_only: bool = False) -> LoraConfig:
 
 def weights(decoder: Decoder) -> tuple[Params, Lora]:
     """Base weights in the decoder's dtype, and an adapter whose B is not zero, so that both sides can be compared."""
-    params = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(decoder.dtype), init_params(decoder, key)))
+    shapes = jax.eval_shape(lambda: init_params(decoder, jax.random.key(0)))
+
+    def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
+        if path[-1].key == "scale":
+            return jnp.full(shape.shape, 1 - decoder.config.norm_offset, decoder.dtype)
+        salt = zlib.crc32(jax.tree_util.keystr(path).encode())
+        return _scattered(shape.shape, salt, jnp.dtype(decoder.dtype).name)
+
     lora = init_lora(decoder.config, decoder.lora, jax.random.key(1))
-    return params(jax.random.key(0)), jax.tree.map(
+    return jax.tree.map_with_path(leaf, shapes), jax.tree.map(
         lambda x: x + 0.01 * jax.random.normal(jax.random.key(2), x.shape, jnp.float32), lora
     )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _scattered(shape: tuple[int, ...], salt: int, dtype: str) -> jax.Array:
+    """Uniform numbers with a standard deviation of 0.02, from a hash of their places.
+
+    Next to `jax.random`, it needs no memory beside the result, which in the largest models is half of a GPU.
+    """
+    x = jnp.uint32(salt)
+    for i in range(len(shape)):
+        x = (x ^ jax.lax.broadcasted_iota(jnp.uint32, shape, i)) * jnp.uint32(0x85EBCA6B)
+        x ^= x >> 13
+    x = x * jnp.uint32(0xC2B2AE35)
+    x ^= x >> 16
+    return ((x >> 8).astype(jnp.float32) / 2**24 - 0.5).astype(dtype) * jnp.asarray(0.02 * 12**0.5, dtype)
 
 
 def full_groups(vocabulary: int, count: int, prompt: int, response: int) -> Groups:

@@ -15,7 +15,6 @@ from activedpo_jax.huggingface import families
 from activedpo_jax.models import sketch
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
-from benchmarks import shapes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -61,18 +60,26 @@ def _tensor(x: jax.Array) -> torch.Tensor:
 
 
 def peft_model(
-    name: str, decoder: Decoder, params: Params, lora: Lora, float32_adapter: bool, attention: str = "sdpa"
+    config: dict[str, Any],
+    decoder: Decoder,
+    params: Params,
+    lora: Lora,
+    float32_adapter: bool,
+    attention: str = "sdpa",
 ) -> Any:
-    """A PEFT model of one of `shapes.MODELS` with copies of the weights."""
+    """A PEFT model with the same base weights, of which there is one copy on a GPU, and a copy of the adapter.
+
+    Args:
+      config: what the decoder's was made from.
+    """
     dtype = getattr(torch, jnp.dtype(decoder.dtype).name)
-    hf_config = transformers.AutoConfig.for_model(**shapes.MODELS[name])
+    hf_config = transformers.AutoConfig.for_model(**config)
     with DEVICE:
         base = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=attention)
-        config = peft.LoraConfig(
-            r=decoder.lora.rank, lora_alpha=decoder.lora.alpha, target_modules=list(decoder.lora.target_modules)
-        )
-        model = peft.get_peft_model(base, config, autocast_adapter_dtype=float32_adapter)
-    weights = families.family(shapes.MODELS[name]).weights
+        spec = decoder.lora
+        adapter = peft.LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=list(spec.target_modules))
+        model = peft.get_peft_model(base, adapter, autocast_adapter_dtype=float32_adapter)
+    weights = families.family(config).weights
     theirs = dict(base.named_parameters())
     with torch.no_grad():
         for path, leaf in jax.tree.leaves_with_path(params):
@@ -81,12 +88,14 @@ def peft_model(
             for layer, x in enumerate(tensor if stacked else [tensor]):
                 full = weight.name.format(layer=layer)
                 linear = re.sub(r"_proj\.(weight|bias)$", r"_proj.base_layer.\1", full)
-                theirs[linear if linear in theirs else full].copy_(x.T if weight.transposed else x)
+                theirs[linear if linear in theirs else full].data = x.T if weight.transposed else x
         for module, matrices in lora["layers"].items():
             for leaf_name, stack in matrices.items():
                 for layer, x in enumerate(_tensor(stack)):
                     linear = families.LINEAR_MAPS[module].format(layer=layer)
                     theirs[f"{linear}.lora_{leaf_name.upper()}.default.weight"].copy_(x)
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()  # of the random weights that are replaced
     return model
 
 

@@ -31,6 +31,7 @@ import trl
 
 from activedpo_jax.data import batches
 from activedpo_jax.data.groups import Bucket, PairPool, assign_buckets, pad_pairs
+from activedpo_jax.huggingface import families
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.models.policy import response_logps
@@ -174,6 +175,7 @@ def of_trl(work: Work, model: Any, dtype: str, folder: str) -> Step:
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--model", default="smollm2-135m", choices=list(shapes.MODELS))
+    found.add_argument("--layers", type=int, help="fewer than the model has")
     found.add_argument("--lengths", default="mixed", choices=["full", "mixed"])
     found.add_argument("--prompt", type=int, default=256, help="tokens, where lengths are full")
     found.add_argument("--response", type=int, default=256)
@@ -193,12 +195,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    decoder = Decoder(
-        shapes.model_config(args.model), shapes.lora_config(args.rank), jnp.dtype(args.dtype), remat=args.remat
-    )
+    hf_config, lora_config = shapes.hf_config(args.model, args.layers), shapes.lora_config(args.rank)
+    decoder = Decoder(families.model_config(hf_config), lora_config, jnp.dtype(args.dtype), remat=args.remat)
     params, lora = shapes.weights(decoder)
     work = Work(args, decoder, params)
-    model = functools.partial(torch_side.peft_model, args.model, decoder, params, lora, True)
+    model = functools.partial(
+        torch_side.peft_model, shapes.hf_config(args.model, args.layers), decoder, params, lora, True
+    )
     with tempfile.TemporaryDirectory() as folder:
         makers: dict[str, Callable[[], Step]] = {
             "ours": lambda: ours(work, decoder, params, lora),

@@ -253,8 +253,8 @@ def test_microbatches_buckets_and_mesh_do_not_matter(
     for name, changes in ways.items():
         with compilations() as compiled:
             other = trained(tmp_path / name, monkeypatch, full, **changes)
-        # Once for every shape of a part: a result that is laid out in another way than what it is made from would be another program's
-        # argument in the next step.
+        # Once for every shape of a part: a result that is laid out in another way than what it is made from would be
+        # another program's argument in the next step.
         assert compiled == {
             "no_gradient": 1,
             "gradient_program": len(other.shapes),

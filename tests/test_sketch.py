@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from activedpo_jax.models import gpu_sketch
 from activedpo_jax.models.sketch import (
     Part,
-    _by_gathering,
     _random_words,
     _signs,
     _tile_by_tile,
@@ -96,11 +96,13 @@ def test_each_tile_is_signed_rolled_and_added_in_order(rows: int, columns: int, 
 
 
 @pytest.mark.parametrize(("size", "dim"), [(15, 64), (4096, 64), (1517, 64), (156, 50), (768, 33), (64, 64)])
-def test_the_form_for_gpus_is_the_same_sketch(size: int, dim: int) -> None:
+def test_the_kernel_for_gpus_makes_the_same_sketch(size: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_sketch, "_INTERPRET", True)
+    monkeypatch.setattr(gpu_sketch, "_ENTRIES", 16)
     flat = jnp.asarray(np.random.default_rng(7).normal(size=(3, size)).astype(np.float32))
     words = _random_words(jnp.uint32(3), jnp.int32(1), "q_proj/a", -(-size // 32) + size // dim + 1)
     offsets, words = (words[: size // dim + 1] % dim).astype(jnp.int32), words[size // dim + 1 :]
-    forms = [jax.jit(form, static_argnums=3)(flat, words, offsets, dim) for form in (_by_gathering, _tile_by_tile)]
+    forms = [jax.jit(form, static_argnums=3)(flat, words, offsets, dim) for form in (gpu_sketch.add_up, _tile_by_tile)]
     assert relative_error(*map(np.asarray, forms)) < 1e-6
 
 

@@ -9,10 +9,9 @@ inner products unbiased.  Nothing is scattered: the work is one pass over the gr
 `rademacher_projection` is the dense textbook projection (Achlioptas 2003), kept as the reference.
 """
 
-import functools
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -21,6 +20,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from activedpo_jax import layout
+from activedpo_jax.models import gpu_sketch
+
+# From entries [B, n], the words of their signs, the offsets of their tiles and D to the sketch [B, D].
+AddUp = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 
 _BLOCK = 8  # tiles that one iteration of the loop over tiles adds
 
@@ -47,7 +50,13 @@ def _signs(words: jax.Array) -> jax.Array:
 
 
 def tiled_count_sketch(
-    grads: jax.Array, dim: int, seed: jax.Array, layer: jax.Array, name: str, part: Part | None = None
+    grads: jax.Array,
+    dim: int,
+    seed: jax.Array,
+    layer: jax.Array,
+    name: str,
+    part: Part | None = None,
+    add_up: AddUp | None = None,
 ) -> jax.Array:
     """Sketches the per-example gradients of one matrix.
 
@@ -57,6 +66,7 @@ def tiled_count_sketch(
       seed: scalar uint32; layer: scalar int32, the layer's index; name: of the matrix in its layer, such as
         `q_proj/a`.
       part: which of the matrix's rows these are; the sketches of all parts add up to that of the matrix.  None: all.
+      add_up: what adds up the tiles, the same sums in whatever order; None: a loop over them.
 
     Returns:
       [B, D] float32 with E⟨sketch(g), sketch(h)⟩ = ⟨g, h⟩ over seeds, relative error about 1/√D.
@@ -73,22 +83,11 @@ def tiled_count_sketch(
         offsets = jax.lax.dynamic_slice_in_dim(jnp.pad(offsets, (0, size // dim)), first // dim, -(-size // dim))
         words = jax.lax.dynamic_slice_in_dim(jnp.pad(words, (0, size // 32)), first // 32, -(-size // 32))
 
-    # Which form is used is decided when a program is lowered, by the platform it is lowered for.
-    row: jax.Array = jax.lax.platform_dependent(
-        flat,
-        words,
-        offsets,
-        cuda=functools.partial(_by_gathering, dim=dim),
-        default=functools.partial(_tile_by_tile, dim=dim),
-    )
-    return row
+    return (add_up or _tile_by_tile)(flat, words, offsets, dim)
 
 
 def _tile_by_tile(flat: jax.Array, words: jax.Array, offsets: jax.Array, dim: int) -> jax.Array:
-    """The sketch [B, D] of entries [B, size], with the words of their signs and their tiles' offsets.
-
-    A tile rolled by o is the tile written at o into a row of 2D entries whose halves are added at the end.
-    """
+    """A tile rolled by o is the tile written at o into a row of 2D entries whose halves are added at the end."""
 
     def add(row: jax.Array, start: jax.Array | int, count: int) -> jax.Array:
         """Adds `count` entries, from one that begins a unit."""
@@ -113,18 +112,6 @@ def _tile_by_tile(flat: jax.Array, words: jax.Array, offsets: jax.Array, dim: in
     return row[:, :dim] + row[:, dim:]
 
 
-def _by_gathering(flat: jax.Array, words: jax.Array, offsets: jax.Array, dim: int) -> jax.Array:
-    """`_tile_by_tile` as one sum over all tiles, for GPUs, where a loop launches kernels in each iteration.
-
-    An entry of the sketch gathers one entry of every tile; neighbours stay neighbours, so memory is read in order.
-    """
-    tiles = jnp.arange(len(offsets))[:, None]
-    entries = dim * tiles + (jnp.arange(dim) - offsets[:, None]) % dim  # [tiles, D], beyond the end in the last tile
-    bits = words.at[entries // 32].get(mode="clip") >> (entries % 32).astype(jnp.uint32) & 1
-    signs = jnp.where(entries < flat.shape[1], 1.0 - 2.0 * bits.astype(jnp.float32), 0.0)
-    return jnp.sum(jnp.take(flat, entries, axis=1, mode="clip") * signs, axis=1)
-
-
 def _from_whole_units(flat: jax.Array, first: jax.Array, unit: int) -> tuple[jax.Array, jax.Array]:
     """[B, size] entries of which the first is the matrix's entry `first`, behind zeros that make it begin a unit."""
     size = flat.shape[1]
@@ -145,17 +132,19 @@ def sketch_on_mesh(
     Args:
       mesh: of the program; None: the default device.
     """
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    add_up = gpu_sketch.add_up if gpu_sketch.runs_on(device) else _tile_by_tile
     if mesh is None or mesh.size == 1:
-        return tiled_count_sketch(grads, dim, seed, layer, name)
+        return tiled_count_sketch(grads, dim, seed, layer, name, None, add_up)
     tensor = mesh.shape["tensor"]
     cut = tensor > 1 and grads.shape[1] % tensor == 0
     batch = layout.BATCH_AXES if grads.shape[0] % layout.axis_size(mesh, layout.BATCH_AXES) == 0 else None
 
     def local(grads: jax.Array, seed: jax.Array, layer: jax.Array) -> jax.Array:
         if not cut:
-            return tiled_count_sketch(grads, dim, seed, layer, name)
+            return tiled_count_sketch(grads, dim, seed, layer, name, None, add_up)
         part = Part(jax.lax.axis_index("tensor"), tensor)
-        return jax.lax.psum(tiled_count_sketch(grads, dim, seed, layer, name, part), "tensor")
+        return jax.lax.psum(tiled_count_sketch(grads, dim, seed, layer, name, part, add_up), "tensor")
 
     specs = (P(batch, "tensor" if cut else None), P(), P())
     mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(batch), check_vma=False)
