@@ -1,7 +1,7 @@
 """The command line: a config file, single options changed on top of it, and errors that say what to type.
 
     --config configs/x.py --workdir DIR [--config.dpo.beta=0.2 --config.seeds=0,1,2] [--compile_only=v5e:4x4]
-    [--program_cache=DIR] [--coordinator=HOST:PORT --num_processes=N --process_id=I]
+    [--program_cache=DIR] [--profile=DIR] [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 
 A config file has `get_config()`, which starts from `config.default()` and changes some of its options.
 """
@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from activedpo_jax import errors, files, option_checks, programs
+from activedpo_jax import errors, files, option_checks, profiling, programs
 from activedpo_jax.cluster import FLAGS, Address
 from activedpo_jax.config import OPTIONS
 from activedpo_jax.errors import UsageError
@@ -87,11 +87,12 @@ class Command(NamedTuple):
     workdir: pathlib.Path | None  # None only with `compile_only`
     compile_only: str  # empty, or the topology to compile the programs of the run for, and stop
     program_cache: str  # where compiled programs are kept; empty: nowhere
+    profile: str  # where traces go; empty: nowhere
     address: Address = Address()  # of the other processes of the run
 
 
 def read_config(argv: Sequence[str], strategies: Collection[str]) -> Command:
-    """Reads `sys.argv`, and has compiled programs kept where it says.
+    """Reads `sys.argv`, and has programs compiled faster and kept where it says.
 
     On a mistake it prints one line that says what was expected, and exits with code 2.
 
@@ -108,7 +109,9 @@ def read_config(argv: Sequence[str], strategies: Collection[str]) -> Command:
         command = parse(argv, strategies)
     except UsageError as error:
         errors.fail(error)
+    programs.compile_faster()
     programs.keep(command.program_cache)
+    profiling.trace_into(command.profile)
     return command
 
 
@@ -153,6 +156,7 @@ def help_text(command: str) -> str:
         f"--program_cache=DIR    where compiled programs are kept for the next start ({programs.default_place()}); "
         "empty: nowhere"
     )
+    lines.append("--profile=DIR    a JAX trace of one piece of each kind of work goes there")
     for other, usage in COMMANDS.items():
         if other != command:
             lines.append(f"python -m activedpo_jax.{other} --help    {usage.about}")
@@ -181,6 +185,7 @@ def parse(argv: Sequence[str], strategies: Collection[str]) -> Command:
     absl_flags.DEFINE_string("workdir", None, "where the run lies", flag_values=values)
     absl_flags.DEFINE_string("compile_only", "", "platform:topology", flag_values=values)
     absl_flags.DEFINE_string("program_cache", programs.default_place(), "a folder", flag_values=values)
+    absl_flags.DEFINE_string("profile", "", "a folder", flag_values=values)
     absl_flags.DEFINE_string("coordinator", None, "host:port of process 0", flag_values=values)
     absl_flags.DEFINE_integer("num_processes", None, "of the run", lower_bound=1, flag_values=values)
     absl_flags.DEFINE_integer("process_id", None, "of this process, from 0", lower_bound=0, flag_values=values)
@@ -207,7 +212,7 @@ def parse(argv: Sequence[str], strategies: Collection[str]) -> Command:
     address = Address(values.coordinator, values.num_processes, values.process_id)
     _check_address(address)
     workdir = files.folder_at(values.workdir) if values.workdir else None
-    return Command(config, workdir, values.compile_only, values.program_cache, address)
+    return Command(config, workdir, values.compile_only, values.program_cache, values.profile, address)
 
 
 def _check_address(address: Address) -> None:

@@ -4,8 +4,11 @@ The work is a row of pieces, each of which depends on nothing that changes meanw
 whoever runs it: see `record.saved_work`.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
+
+from activedpo_jax import profiling
 
 
 class SavedWork(Protocol):
@@ -99,7 +102,7 @@ def pieces(
         done = end
     fresh: list[Any] = []
     for i in range(done, count):
-        fresh.append(compute(i))
+        fresh.append(profiling.piece(stage, functools.partial(compute, i)))
         yield fresh[-1]
         if saved.is_due() or (complete and i + 1 == count):
             saved.save(stage, (i + 1 - len(fresh), i + 1), fresh)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from activedpo_jax import layout
+from activedpo_jax import layout, programs
 from activedpo_jax.data.groups import Bucket, Groups, pad_pairs
 from activedpo_jax.evidence.gradients import FeatureSpec, pair_features
 from activedpo_jax.models.config import LoraConfig, ModelConfig, Rope
@@ -130,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, help="write the errors here, as JSON")
     args = parser.parse_args()
+    programs.compile_faster()
     device, shards = jax.devices()[0], ml_collections.ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
     errors = {"sketch": check_sketch(device, shards), "picks that differ": check_selection(device, shards)}
     errors |= check_model(device, shards)

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activedpo_jax import layout
+from activedpo_jax import layout, programs
 from activedpo_jax.data import batches
 from activedpo_jax.data.groups import Bucket, Groups, assign_buckets, pad_pairs
 from activedpo_jax.evidence.gradients import (
@@ -89,7 +89,7 @@ def mixed_batches(args: argparse.Namespace, vocabulary: int) -> tuple[list[Group
     return groups, [part.places.tolist() for part in found], texts
 
 
-def programs(args: argparse.Namespace, decoder: Decoder) -> dict[str, Callable[..., Any]]:
+def jax_programs(args: argparse.Namespace, decoder: Decoder) -> dict[str, Callable[..., Any]]:
     """Each of params, lora and groups."""
     seed, signs = jnp.uint32(0), jnp.array([1.0, -1.0])
 
@@ -114,7 +114,7 @@ def programs(args: argparse.Namespace, decoder: Decoder) -> dict[str, Callable[.
 def jax_contenders(
     args: argparse.Namespace, decoder: Decoder, weights: tuple[Params, Lora], padded: Sequence[Groups]
 ) -> dict[str, Contender]:
-    found = {name: program for name, program in programs(args, decoder).items() if name in args.only}
+    found = {name: program for name, program in jax_programs(args, decoder).items() if name in args.only}
     placed = {name: layout.put([as_rows(g) for g in padded] if name == "rows" else list(padded)) for name in found}
 
     def compiled(name: str, groups: Groups) -> Callable[..., Any]:
@@ -192,6 +192,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
+    programs.compile_faster()
     config = families.model_config(shapes.hf_config(args.model, args.layers))
     decoder = Decoder(
         config, shapes.lora_config(args.rank, args.attention_only), jnp.dtype(args.dtype), remat=args.remat

@@ -8,16 +8,11 @@ Both get the same weights and the same prompts, all different, with one response
 of new tokens: greedy, with the end of sequence disabled.  `transformers` runs `generate` with its dynamic and with its
 static cache; the faster of the two counts.  Runs are interleaved after a warm-up; the table gives medians.  Compile
 time is reported apart.
-
-`cpu s` is the processor time of all threads: on a machine shared with other processes, this is the figure to compare.
 """
 
 import argparse
 import functools
-import json
 import pathlib
-import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,13 +25,13 @@ import numpy as np
 import torch
 import transformers
 
-from activedpo_jax import layout
+from activedpo_jax import layout, programs
 from activedpo_jax.generation.decoding import DecodingSpec, Requests, respond
 from activedpo_jax.generation.sampling import Sampling
 from activedpo_jax.huggingface import loading
 from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.models.decoder import Decoder, unstack
-from benchmarks import shapes
+from benchmarks import measure, shapes
 
 
 def random_model(folder: str) -> str:
@@ -92,6 +87,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=pathlib.Path, help="write the raw times here, as JSON")
     args = parser.parse_args()
+    programs.compile_faster()
 
     with tempfile.TemporaryDirectory() as folder:
         path = random_model(folder) if args.random else args.model
@@ -107,45 +103,13 @@ def main() -> None:
         contenders[f"transformers, {cache}"] = functools.partial(theirs, model, prompts, args.new_tokens, cache)
 
     outputs = {name: contender() for name, contender in contenders.items()}
-    same = np.mean(outputs["activedpo_jax"] == outputs["transformers, dynamic"])
-    wall: dict[str, list[float]] = {name: [] for name in contenders}
-    cpu: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(args.repeats):
-        for name, contender in contenders.items():
-            start, used = time.perf_counter(), time.process_time()
-            contender()
-            wall[name].append(time.perf_counter() - start)
-            cpu[name].append(time.process_time() - used)
-        print(f"repeat {repeat + 1} of {args.repeats}", flush=True)
-
-    device, threads = jax.devices()[0].device_kind, torch.get_num_threads()
-    tokens = args.batch * args.new_tokens
-    seconds, used_seconds = ({n: statistics.median(t) for n, t in times.items()} for times in (wall, cpu))
-    best, best_cpu = (min(m[n] for n in m if n != "activedpo_jax") for m in (seconds, used_seconds))
-    print(f"\n{device}, {platform.processor() or platform.machine()}, {threads} torch threads")
-    print(f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, {args.dtype}")
-    print(f"{args.batch} prompts of {args.prompt} tokens, {args.new_tokens} new tokens each; {same:.1%} of them equal")
-    print(f"compiled in {compile_seconds:.1f} s\n")
-    print(f"{'':<24}{'seconds':>9}{'spread':>18}{'tokens/s':>10}{'cpu s':>8}")
-    for name in contenders:
-        spread = f"{min(wall[name]):.2f} – {max(wall[name]):.2f}"
-        print(f"{name:<24}{seconds[name]:>9.2f}{spread:>18}{tokens / seconds[name]:>10.1f}{used_seconds[name]:>8.2f}")
-    print(
-        f"\n{best / seconds['activedpo_jax']:.2f} × the tokens per second of transformers, "
-        f"{best_cpu / used_seconds['activedpo_jax']:.2f} × per second of processor time"
-    )
-    if args.out:
-        record = {
-            "device": device,
-            "versions": {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-            "arguments": vars(args) | {"out": None},
-            "compile_seconds": compile_seconds,
-            "share_of_equal_tokens": float(same),
-            "seconds": wall,
-            "cpu_seconds": cpu,
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    same = float(np.mean(outputs["activedpo_jax"] == outputs["transformers, dynamic"]))
+    times = measure.in_turns(contenders, args.repeats, warm=True)
+    print(f"\n{args.dtype}, {args.batch} prompts of {args.prompt} tokens, {args.new_tokens} new tokens each")
+    print(f"{same:.1%} of the tokens are the same; compiled in {compile_seconds:.1f} s\n")
+    print(measure.table(times, "activedpo_jax", args.batch * args.new_tokens))
+    found = {"results": times, "compile seconds": compile_seconds, "share of equal tokens": same}
+    measure.save(args.out, "generation", args, found | {"useful tokens": args.batch * args.new_tokens})
 
 
 if __name__ == "__main__":

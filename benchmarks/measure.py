@@ -71,13 +71,19 @@ def facts() -> dict[str, Any]:
 
 
 def save(out: pathlib.Path | None, name: str, args: argparse.Namespace, found: Mapping[str, Any]) -> None:
-    """Writes a measurement into a JSON file under a name; the file's others stay."""
+    """Writes a measurement into a JSON file under a name; the file's others stay.
+
+    If one of that name is there, of other contenders, it gets these beside its own: not all fit a device at once.
+    """
     if out is None:
         return
     arguments = {key: value for key, value in vars(args).items() if key not in ("out", "directory")}
-    record = facts() | {"arguments": arguments, **found}
     out.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(out.read_text()) if out.exists() else {}
+    record = facts() | {"arguments": arguments, **found}
+    others = kept.get(name, {}).get("results", {})
+    if "results" in record and not set(others) & set(record["results"]):
+        record["results"] = others | record["results"]
     out.write_text(json.dumps(kept | {name: record}, indent=1, default=str) + "\n")
 
 

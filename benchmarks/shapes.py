@@ -102,8 +102,9 @@ def full_groups(vocabulary: int, count: int, prompt: int, response: int) -> Grou
 def mixed_pairs(vocabulary: int, count: int, factor: float = 1.0) -> PairPool:
     """Pairs in the lengths of AlpacaEval's, times `factor`; the first response is preferred."""
     rng = np.random.default_rng(0)
-    order = rng.permutation(count) % len(LENGTHS)
-    lengths = [[max(1, round(factor * n)) for n in LENGTHS[i]] for i in order]
+    # Fewer than all at equal distances, too.
+    places = np.arange(count) % len(LENGTHS) if count >= len(LENGTHS) else (2 * np.arange(count) + 1) * 16 // count
+    lengths = [[max(1, round(factor * n)) for n in LENGTHS[i]] for i in rng.permutation(places)]
     return _pairs([[rng.integers(0, vocabulary, n).astype(np.int32) for n in several] for several in lengths])
 
 

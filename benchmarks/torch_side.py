@@ -219,8 +219,12 @@ def vmap_of_grad(model: Any, batches: Sequence[Rows], dim: int) -> Callable[[], 
     return run
 
 
-def one_at_a_time(model: Any, batches: Sequence[Rows], project_to: int | None) -> Callable[[], None]:
-    """One response after the other, gradients flattened; `project_to`: by traker's BasicProjector, all at the end."""
+def one_at_a_time(model: Any, batches: Sequence[Rows], project_to: int | None) -> Callable[[], torch.Tensor]:
+    """Features [G, n] of one response after the other, gradients flattened.
+
+    Args:
+      project_to: by traker's BasicProjector, all at the end; None: they stay as they are.
+    """
     weights = [p for p in model.parameters() if p.requires_grad]
     causal = model.get_base_model()
     projector = None
@@ -230,17 +234,29 @@ def one_at_a_time(model: Any, batches: Sequence[Rows], project_to: int | None) -
         size = sum(p.numel() for p in weights)
         projector = BasicProjector(size, project_to, 0, ProjectionType.rademacher, DEVICE)
 
-    def run() -> None:
+    def run() -> torch.Tensor:
         flat = []
         for batch in batches:
             for ids, attended, completed in zip(*batch, strict=True):
                 row = Rows(*(x[: int(attended.sum())][None] for x in (ids, attended, completed)))
                 gradient = torch.autograd.grad(row.log_probs(causal).sum(), weights)
                 flat.append(torch.cat([g.flatten() for g in gradient]).float())
-                if projector is None:
-                    flat.clear()
+        found = torch.stack(flat)
         if projector is not None:  # all at once, since it makes its random matrix anew for every call
-            projector.project(torch.stack(flat), model_id=0)
-        _done(torch.zeros(1, device=DEVICE))
+            found = projector.project(found, model_id=0)
+        return _done(_pairs(found))
 
     return run
+
+
+def greedy(features: torch.Tensor, count: int, lam: float) -> np.ndarray:
+    """Rows picked for the largest log det(λI + Σ φφᵀ), from the Gram matrix, as pivoted Cholesky."""
+    left = (features @ features.T / lam).double()
+    rows = []
+    for _ in range(count):
+        row = int(torch.diagonal(left).argmax())
+        rows.append(row)
+        picked = left[row]
+        left = left - torch.outer(picked, picked) / (1 + picked[row])
+        left[row, :] = left[:, row] = -torch.inf
+    return np.array(rows)

@@ -29,6 +29,7 @@ import torch
 import transformers
 import trl
 
+from activedpo_jax import programs
 from activedpo_jax.data import batches
 from activedpo_jax.data.groups import Bucket, PairPool, assign_buckets, pad_pairs
 from activedpo_jax.huggingface import families
@@ -195,6 +196,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
+    programs.compile_faster()
     hf_config, lora_config = shapes.hf_config(args.model, args.layers), shapes.lora_config(args.rank)
     decoder = Decoder(families.model_config(hf_config), lora_config, jnp.dtype(args.dtype), remat=args.remat)
     params, lora = shapes.weights(decoder)

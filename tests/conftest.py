@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",  # tests compile much and compute little: three times faster
+        "--xla_gpu_enable_triton_gemm=false",  # as commands set it, so that their programs are those of tests
     ]
 ).strip()
 # The workers of pytest-xdist, and the commands that tests start, inherit the cache from the process that makes it.

@@ -1,11 +1,13 @@
 """`python -m activedpo_jax.main`, which appends a line to the file $WORK_LOG for every piece of work that it has done.
 
-With several processes each has a file of its own, and one that is killed is missed sooner than by default.
+A line is the piece's name, and when it was done, in seconds of the monotonic clock that all processes share.  With
+several processes each has a file of its own, and one that is killed is missed sooner than by default.
 """
 
 import os
 import runpy
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,7 +28,7 @@ _pieces, _descend = resumable.pieces, loop.descend
 def _logged(compute: Callable[..., Any], name: str) -> Callable[..., Any]:
     def run(number: int, *args: Any) -> Any:
         result = compute(number, *args)
-        os.write(_log, f"{name}/{number}\n".encode())
+        os.write(_log, f"{name}/{number} {time.monotonic()}\n".encode())
         return result
 
     return run

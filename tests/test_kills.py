@@ -5,7 +5,9 @@ import pathlib
 import random
 import signal
 import time
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.test_hosts import ROOT, processes
@@ -27,17 +29,19 @@ class Life:
     Args:
       count: of processes.
       log: where they write it.
+      changes: of the options.
     """
 
-    def __init__(self, folder: pathlib.Path, count: int, log: pathlib.Path) -> None:
+    def __init__(self, folder: pathlib.Path, count: int, log: pathlib.Path, **changes: Any) -> None:
         self.logs = [log.with_name(f"{log.name}.{i}") for i in range(count)]
-        flags = [f"--config.{name}={value}" for name, value in LONG.items()]
+        flags = [f"--config.{name}={value}" for name, value in (LONG | changes).items()]
         command = ["tests/logged_main.py", "--config=configs/quickstart.py", f"--workdir={folder}", *flags]
         self.processes = processes(command, count, 1, PYTHONPATH=str(ROOT), WORK_LOG=str(log))
 
-    def done(self) -> list[str]:
-        """The pieces of work done, as the process that has done more of them tells."""
-        return max((log.read_text().splitlines() if log.exists() else [] for log in self.logs), key=len)
+    def done(self) -> dict[str, float]:
+        """The pieces of work done, and when, as the process that has done more of them tells."""
+        lines = max((log.read_text().splitlines() if log.exists() else [] for log in self.logs), key=len)
+        return {name: float(when) for name, _, when in (line.rpartition(" ") for line in lines)}
 
     def interrupt(self, number: signal.Signals, victim: int, pieces: int) -> None:
         """Sends the signal to one process once so many pieces are done."""
@@ -83,3 +87,26 @@ def test_twenty_interruptions_change_nothing_and_cost_what_is_said(
     assert done.keys() == set(work)
     # Of what a kill interrupts, the last piece may be on its way to the disk, and the one before it, too.
     assert twice.total() <= (2 * KILLS if number == signal.SIGKILL else 0)
+
+
+@pytest.mark.slow
+def test_a_kill_costs_no_more_than_checkpoint_minutes_and_a_checkpoint(tmp_path: pathlib.Path) -> None:
+    """Work done twice, in seconds: from when the oldest of it was done first to the kill."""
+    seconds, cut, draw = 2.0, tmp_path / "cut", random.Random(1)
+    lives, ends = [], []
+    for life in range(8):
+        lives.append(Life(cut, 1, tmp_path / f"life{life}", checkpoint_minutes=seconds / 60))
+        lives[-1].interrupt(signal.SIGKILL, 0, draw.randint(100, 250))
+        ends.append(time.monotonic())
+        lives[-1].end()
+    lives.append(Life(cut, 1, tmp_path / "last", checkpoint_minutes=seconds / 60))
+    assert [code for code, _ in lives[-1].end()] == [0]
+    done = [life.done() for life in lives]
+    lost = []
+    for i, end in enumerate(ends):
+        again = set[str]().union(*done[i + 1 :]) & set(done[i])
+        lost.append(max((end - done[i][piece] for piece in again), default=0.0))
+    print(f"seconds of work lost to each kill at checkpoint_minutes={seconds / 60:.3f}: {np.round(lost, 2).tolist()}")
+    assert max(lost) > 0, "no kill cost anything: they came too late to tell"
+    # The work of that time, and that of the checkpoint under way, which the kill makes worthless.
+    assert max(lost) < 2 * seconds

@@ -81,9 +81,19 @@ def test_every_command_that_reads_its_flags_has_programs_kept(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(programs, "keep", said.append)
+    monkeypatch.setenv("XLA_FLAGS", "")
     for place in (str(tmp_path), ""):
         read_config(
             ["main", "--config=configs/quickstart.py", "--workdir=x", f"--program_cache={place}"],
             ["activedpo", "random"],
         )
-    assert said == [str(tmp_path), ""]
+    assert said == [str(tmp_path), ""] and "triton" in os.environ["XLA_FLAGS"]
+
+
+@pytest.mark.parametrize("flag", ["", "--xla_gpu_enable_triton_gemm=true"])
+def test_triton_is_left_out_unless_somebody_asks_for_it(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count=2 {flag}".strip())
+    programs.compile_faster()
+    programs.compile_faster()
+    wanted = flag or "--xla_gpu_enable_triton_gemm=false"
+    assert os.environ["XLA_FLAGS"] == f"--xla_force_host_platform_device_count=2 {wanted}"

@@ -1,11 +1,13 @@
 """The one training loop, for the synthetic task's base model, SFT and DPO."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import optax
 
+from activedpo_jax import profiling
 from activedpo_jax.progress import progress
 
 # One optimiser step, from (its number from 0, weights, optimiser state) to (weights, state, report); the first entry of
@@ -51,7 +53,9 @@ def descend(work: Work, weights: Any, opt_state: optax.OptState, advance: Advanc
     """
     with progress(total=work.total, initial=work.first, desc=work.label, unit="step") as bar:
         for step in range(work.first, work.total):
-            weights, opt_state, report = advance(step, weights, opt_state)
+            weights, opt_state, report = profiling.piece(
+                work.label, functools.partial(advance, step, weights, opt_state)
+            )
             loss = float(report[0])
             if not np.isfinite(loss):
                 raise Diverged(work, step, loss)

@@ -1,0 +1,60 @@
+"""All measurements of `benchmarks/README.md` that need nothing but this machine: `python -m benchmarks --out FOLDER`.
+
+One after the other, each in a process of its own; hours on two cores.  Those of real texts and models are left out: see
+their commands in the README.
+"""
+
+import argparse
+import pathlib
+import subprocess
+import sys
+
+# By file: the commands, `python -m benchmarks.…`, on a CPU and on a GPU.
+CPU = {
+    "features_cpu.json": (
+        "features --name full",
+        "features --lengths mixed --groups 16 --repeats 3 --only summed none response hooks --name mixed",
+    ),
+    "training_cpu.json": ("training --name mixed",),
+    "round_cpu.json": ("round",),
+    "generation_cpu.json": ("generation --random",),
+    "selection_cpu.json": ("selection --repeats 5",),
+}
+_SEVEN = "--model llama2-7b --dtype bfloat16 --rank 128 --remat dots --prompt 256 --response 256"
+GPU = {
+    # JAX gives no memory back, so that the largest models leave PyTorch a process of its own.
+    "h100.json": (
+        "device_check",
+        f"features {_SEVEN} --groups 8 --only summed none response --name features,_7B",
+        f"features {_SEVEN} --groups 8 --only hooks --name features,_7B",
+        f"training {_SEVEN} --lengths full --batches 1 --only ours --name training,_7B",
+        f"training {_SEVEN} --lengths full --batches 1 --only lean --name training,_7B",
+        f"training {_SEVEN} --lengths full --batches 1 --only trl --name training,_7B",
+        "features --dtype bfloat16 --remat dots --lengths mixed --groups 128 --chunk 16 --torch_chunk 16 --repeats 3 "
+        "--only summed none response hooks --name features,_mixed",
+        "training --dtype bfloat16 --batch 16 --batches 1 --name training,_mixed",
+        "generation --random --dtype bfloat16 --batch 32 --repeats 3",
+        "selection --parts many --count 500000 --few_repeats 1",
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="those for a GPU")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+    args = parser.parse_args()
+    failed = []
+    for file, commands in (GPU if args.gpu else CPU).items():
+        for command in commands:
+            print(f"\n# {command}", flush=True)
+            module, *options = command.split()
+            run = [sys.executable, "-m", f"benchmarks.{module}", *options, f"--out={args.out / file}"]
+            if subprocess.run(run, check=False).returncode:
+                failed.append(command)
+    if failed:
+        sys.exit("these failed: " + "; ".join(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""A whole offline round, side by side: features of a pool, selection, and a DPO step on the pairs that were picked.
+
+    python -m benchmarks.round --out benchmarks/results/round_cpu.json
+
+    ours       features in buckets as a pass over a pool takes them, exact greedy selection, the DPO step of a run
+    assembled  what is put together from libraries: gradients of one response at a time with PEFT, as LESS takes them
+               but without projection, greedy selection on their Gram matrix, the step of TRL's `DPOTrainer`
+    strongest  what PyTorch can do: batched hooks with our sketch, the same selection, a lean step
+
+SmolLM2-135M's shape, pairs in the lengths of AlpacaEval's texts.  Reference log-probs are known, and answers are the
+data's; judging costs nothing on any side.  Sides are compared first: the picks of `ours` and `strongest`, which have
+the same sketch, and the loss on the pairs that ours picked.
+"""
+
+import argparse
+import functools
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from activedpo_jax import layout, programs
+from activedpo_jax.config import default
+from activedpo_jax.huggingface import families
+from activedpo_jax.models.decoder import Decoder
+from activedpo_jax.selection.greedy import greedy
+from benchmarks import features, measure, shapes, torch_side, training
+
+LAM = 1.0
+
+Choose = Callable[[], np.ndarray]
+
+
+def our_choice(args: argparse.Namespace, decoder: Decoder, weights: Any) -> tuple[Choose, list[features.Text]]:
+    padded, places, texts = features.mixed_batches(args, decoder.config.vocab_size)
+    run = features.jax_contenders(args, decoder, weights, padded)["response"]
+    mesh = layout.make_mesh(default().mesh, jax.devices()[:1])
+
+    def choose() -> np.ndarray:
+        found = np.zeros((len(texts), args.dim), np.float32)
+        for where, part in zip(places, run(), strict=True):
+            found[where] = part[: len(where)]
+        available, nothing = np.ones(len(texts), bool), np.zeros((0, args.dim), np.float32)
+        return np.asarray(
+            greedy(layout.put(found), available, nothing, LAM, num_picks=args.picks, block=64, mesh=mesh).rows
+        )
+
+    return choose, texts
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--model", default="smollm2-135m", choices=list(shapes.MODELS))
+    found.add_argument("--layers", type=int, help="fewer than the model has")
+    found.add_argument("--groups", type=int, default=16, help="pairs in the pool")
+    found.add_argument("--picks", type=int, default=4, help="pairs that are picked, and trained on")
+    found.add_argument("--factor", type=float, default=1.0, help="of the lengths")
+    found.add_argument("--buckets", type=int, default=4)
+    found.add_argument("--chunk", type=int, default=4, help="pairs at a time")
+    found.add_argument("--rank", type=int, default=16)
+    found.add_argument("--dim", type=int, default=8192)
+    found.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    found.add_argument("--remat", default="dots", choices=["none", "dots", "full"])
+    found.add_argument("--repeats", type=int, default=3)
+    found.add_argument("--out", type=pathlib.Path, help="write the raw times here, as JSON")
+    return found
+
+
+def main() -> None:
+    args = parser().parse_args()
+    programs.compile_faster()
+    hf_config, lora_config = shapes.hf_config(args.model, args.layers), shapes.lora_config(args.rank)
+    decoder = Decoder(families.model_config(hf_config), lora_config, jnp.dtype(args.dtype), remat=args.remat)
+    weights = shapes.weights(decoder)
+    args.only = ["response"]
+    args.batch, args.batches, args.lengths = args.groups, 1, "mixed"
+    choose, texts = our_choice(args, decoder, weights)
+    # Neighbours are the two responses of a pair, as `torch_side` wants them.
+    rows = [
+        torch_side.rows(
+            [(texts[i][0], r) for i in range(start, min(start + args.chunk, len(texts))) for r in texts[i][1]]
+        )
+        for start in range(0, len(texts), args.chunk)
+    ]
+    work = training.Work(args, decoder, weights[0])
+    model = functools.partial(torch_side.peft_model, hf_config, decoder, *weights)
+    with tempfile.TemporaryDirectory() as folder:
+        of_one, of_many = model(False), model(False)
+        steps = {
+            "ours": training.ours(work, decoder, *weights),
+            "assembled": training.of_trl(work, model(True), args.dtype, folder),
+            "strongest": training.lean(work, model(True), args.dtype),
+        }
+        theirs = {
+            "assembled": torch_side.one_at_a_time(of_one, rows, None),
+            "strongest": torch_side.hooks(of_many, rows, args.dim),
+        }
+        choices: dict[str, Choose] = {"ours": choose} | {
+            name: lambda run=run: torch_side.greedy(run(), args.picks, LAM) for name, run in theirs.items()
+        }
+        picked = {name: choice() for name, choice in choices.items()}
+        print({name: rows.tolist() for name, rows in picked.items()}, flush=True)
+        np.testing.assert_array_equal(picked["ours"], picked["strongest"])
+        results = {name: step(picked["ours"]) for name, step in steps.items()}
+        print({name: np.round(found, 4).tolist() for name, found in results.items()}, flush=True)
+        for name, found in results.items():
+            np.testing.assert_allclose(found, results["ours"], rtol=1e-3, err_msg=name)
+        rounds = {name: lambda name=name: steps[name](choices[name]()) for name in steps}
+        times = measure.in_turns(rounds, args.repeats, warm=True)
+    tokens = sum(len(p) + sum(map(len, several)) for p, several in texts)
+    print(measure.table(times, "ours", tokens))
+    found_all = {"results": times, "picks": {n: p.tolist() for n, p in picked.items()}, "useful tokens": tokens}
+    measure.save(args.out, "round", args, found_all)
+
+
+if __name__ == "__main__":
+    main()
