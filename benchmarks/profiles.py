@@ -11,6 +11,8 @@ import sys
 
 from jax.profiler import ProfileData
 
+_AROUND = ("end: ", "Threadpool", "ThunkExecutor", "SlinkyThreadPool")  # events of XLA's threads that are no operations
+
 
 def kernels(directory: pathlib.Path) -> dict[str, tuple[float, int]]:
     """Seconds and number of calls of each kernel in a trace, numbers at the end of its name left out."""
@@ -27,6 +29,8 @@ def kernels(directory: pathlib.Path) -> dict[str, tuple[float, int]]:
                 continue
             for event in line.events:
                 name = re.sub(r"[._]\d+$", "", event.name)
+                if name.startswith(_AROUND):
+                    continue
                 seconds[name] += event.duration_ns / 1e9
                 calls[name] += 1
     return {name: (total, calls[name]) for name, total in seconds.most_common()}

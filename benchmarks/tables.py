@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 FOLDER = pathlib.Path(__file__).parent
-_TABLE = re.compile(r"(<!-- (\w+) (\S+\.json) ?(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- (\w+) (\S+\.json)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # What contenders are called in tables; others go by their own name.
 NAMES = {

@@ -181,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--prompt", type=int, default=256, help="tokens, where lengths are full")
     found.add_argument("--response", type=int, default=256)
     found.add_argument("--factor", type=float, default=1.0, help="of mixed lengths")
-    found.add_argument("--buckets", type=int, default=4, help="where lengths are mixed")
+    found.add_argument("--buckets", type=int, default=7, help="where lengths are mixed")
     found.add_argument("--rank", type=int, default=16)
     found.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     found.add_argument("--remat", default="dots", choices=["none", "dots", "full"])

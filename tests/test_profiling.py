@@ -26,14 +26,15 @@ def test_the_second_piece_of_each_kind_is_traced(tmp_path: pathlib.Path) -> None
     multiply = jax.jit(lambda x: x @ x)
     profiling.trace_into(str(tmp_path))
     for number in range(4):
-        out = profiling.piece(f"features of round {number}", lambda: multiply(jnp.eye(64)))
-        assert jnp.array_equal(out, jnp.eye(64))
+        out = profiling.piece(f"features of round {number}", lambda: multiply(jnp.eye(256)))
+        assert jnp.array_equal(out, jnp.eye(256))
         assert traced(tmp_path) == (["features_of_round"] if number else [])
     for number in range(2):
         profiling.piece("DPO", lambda number=number: number)  # type: ignore[misc]
     assert traced(tmp_path) == ["dpo", "features_of_round"]
     found = profiles.kernels(tmp_path / "features_of_round")
-    assert any("dot" in name for name in found) and all(seconds >= 0 for seconds, _ in found.values())
+    assert found and sum(seconds for seconds, _ in found.values()) > 0
+    assert not any(name.startswith(("end:", "Threadpool")) for name in found)
 
 
 def test_nothing_is_traced_unless_asked_for(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,8 @@ def greedy(
       posterior: W [n, D] float32 of the pairs labelled so far, from `posterior.condition`; n may be 0.
       lam: λ > 0, may be traced.
       num_picks: K.
-      block: candidate rows that each device holds at most; changes the time taken, never the picks.
+      block: candidate rows that each device holds at most; changes the time taken, and the picks only where float32
+        cannot tell scores apart.
       mesh: the rows are cut over all of its axes.
 
     Returns:
