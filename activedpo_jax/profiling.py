@@ -28,9 +28,9 @@ def piece(label: str, compute: Callable[[], Result]) -> Result:
     """`compute()`, in a trace if one is wanted and this is the second piece of its kind.
 
     Args:
-      label: of the work; numbers in it do not make another kind.
+      label: of the work; numbers in it, and single letters, do not make another kind.
     """
-    kind = "_".join(re.findall("[a-z]+", label.lower()))
+    kind = "_".join(re.findall("[a-z]{2,}", label.lower()))
     _pieces[kind] += 1
     if _folder is None or _pieces[kind] != 2:
         return compute()

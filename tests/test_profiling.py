@@ -30,7 +30,7 @@ def test_the_second_piece_of_each_kind_is_traced(tmp_path: pathlib.Path) -> None
         assert jnp.array_equal(out, jnp.eye(256))
         assert traced(tmp_path) == (["features_of_round"] if number else [])
     for number in range(2):
-        profiling.piece("DPO", lambda number=number: number)  # type: ignore[misc]
+        profiling.piece(f"DPO_{number}x4", lambda number=number: number)  # type: ignore[misc]
     assert traced(tmp_path) == ["dpo", "features_of_round"]
     found = profiles.kernels(tmp_path / "features_of_round")
     assert found and sum(seconds for seconds, _ in found.values()) > 0
