@@ -4,7 +4,6 @@ The first one compiles; the others are like the second, and a trace of all of th
 """
 
 import collections
-import pathlib
 import re
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,14 +12,14 @@ import jax
 
 Result = TypeVar("Result")
 
-_folder: pathlib.Path | None = None  # None: nothing is traced
+_folder = ""  # empty: nothing is traced
 _pieces: collections.Counter[str] = collections.Counter()
 
 
 def trace_into(folder: str) -> None:
     """Traces of pieces that begin from now on go there, a folder for each kind of work; empty: none are made."""
     global _folder
-    _folder = pathlib.Path(folder) if folder else None
+    _folder = folder
     _pieces.clear()
 
 
@@ -32,7 +31,7 @@ def piece(label: str, compute: Callable[[], Result]) -> Result:
     """
     kind = "_".join(re.findall("[a-z]{2,}", label.lower()))
     _pieces[kind] += 1
-    if _folder is None or _pieces[kind] != 2:
+    if not _folder or _pieces[kind] != 2:
         return compute()
-    with jax.profiler.trace(str(_folder / kind)):
+    with jax.profiler.trace(f"{_folder}/{kind}"):
         return jax.block_until_ready(compute())

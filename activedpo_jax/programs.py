@@ -11,8 +11,8 @@ import jax
 # Of all commands together; what was not used for longest goes first.
 _MOST_BYTES = 4 * 2**30
 
-# On GPUs, XLA tries Triton kernels of its own for every matrix product, and takes the library's for most.  Without them
-# a program of features compiled in a third of the time on an H100, and was no slower: see `benchmarks/README.md`.
+# On GPUs, XLA also tries Triton kernels of its own for every matrix product.  Without them a program of features
+# compiled in about half the time on an H100, and was no slower: see `benchmarks/README.md`.
 _NO_TRITON = "--xla_gpu_enable_triton_gemm=false"
 
 

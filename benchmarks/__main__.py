@@ -15,24 +15,24 @@ CPU = {
         "features --name full",
         "features --lengths mixed --groups 24 --buckets 6 --repeats 2 --only response hooks --name mixed",
     ),
-    "training_cpu.json": ("training --name mixed",),
+    "training_cpu.json": ("training --repeats 2 --name mixed",),
     "round_cpu.json": ("round",),
     "generation_cpu.json": ("generation --random",),
     "selection_cpu.json": ("selection --repeats 5",),
 }
-_SEVEN = "--model llama2-7b --dtype bfloat16 --rank 128 --remat dots --prompt 256 --response 256"
+_SEVEN = "--model llama2_7b --dtype bfloat16 --rank 128 --remat dots --prompt 256 --response 256"
 GPU = {
     # JAX gives no memory back, so that the largest models leave PyTorch a process of its own.
     "h100.json": (
         "device_check",
-        f"features {_SEVEN} --groups 8 --only summed none response --name features,_7B",
-        f"features {_SEVEN} --groups 8 --only hooks --name features,_7B",
-        f"training {_SEVEN} --lengths full --batches 1 --only ours --name training,_7B",
-        f"training {_SEVEN} --lengths full --batches 1 --only lean --name training,_7B",
-        f"training {_SEVEN} --lengths full --batches 1 --only trl --name training,_7B",
+        f"features {_SEVEN} --groups 8 --only summed none response --name features-7b",
+        f"features {_SEVEN} --groups 8 --only hooks --name features-7b",
+        f"training {_SEVEN} --lengths full --batches 1 --only ours --name training-7b",
+        f"training {_SEVEN} --lengths full --batches 1 --only lean --name training-7b",
+        f"training {_SEVEN} --lengths full --batches 1 --only trl --name training-7b",
         "features --dtype bfloat16 --remat dots --lengths mixed --groups 128 --chunk 16 --torch_chunk 16 --repeats 3 "
-        "--only summed none response hooks --name features,_mixed",
-        "training --dtype bfloat16 --batch 16 --batches 1 --name training,_mixed",
+        "--only summed none response hooks --name features-mixed",
+        "training --dtype bfloat16 --batch 16 --batches 1 --name training-mixed",
         "generation --random --dtype bfloat16 --batch 32 --repeats 3",
         "selection --parts many --count 500000 --few_repeats 1",
     ),

@@ -2,7 +2,7 @@
 
     python -m benchmarks.features                                   # SmolLM2-135M's shape
     python -m benchmarks.features --lengths mixed --groups 16       # lengths of AlpacaEval's texts
-    python -m benchmarks.features --model llama2-7b --dtype bfloat16 --rank 128 --remat dots   # on a GPU
+    python -m benchmarks.features --model llama2_7b --dtype bfloat16 --rank 128 --remat dots   # on a GPU
     python -m benchmarks.features --only summed response            # without PyTorch (the extra `bench`)
 
 Measured, each on the same groups of a prompt and two responses:
@@ -37,7 +37,7 @@ import numpy as np
 
 from activedpo_jax import layout, programs
 from activedpo_jax.data import batches
-from activedpo_jax.data.groups import Bucket, Groups, assign_buckets, pad_pairs
+from activedpo_jax.data.groups import Groups, assign_buckets, pad_pairs
 from activedpo_jax.evidence.gradients import (
     FeatureSpec,
     normalise,
@@ -46,7 +46,6 @@ from activedpo_jax.evidence.gradients import (
     response_features,
     sketch_gradients,
 )
-from activedpo_jax.huggingface import families
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.models.policy import response_logps
@@ -80,8 +79,7 @@ def full_batches(args: argparse.Namespace, vocabulary: int) -> tuple[list[Groups
 def mixed_batches(args: argparse.Namespace, vocabulary: int) -> tuple[list[Groups], list[list[int]], list[Text]]:
     """A pool of mixed lengths in parts, as a pass over the pool takes it."""
     pool = shapes.mixed_pairs(vocabulary, args.groups, args.factor)
-    largest = Bucket(*(-(-int(args.factor * n) // 64) * 64 for n in (156, 358)))
-    buckets = batches.fitted(pool, [largest], args.buckets - 1, 32, 0)
+    buckets = shapes.buckets(pool, args)
     found = batches.parts(assign_buckets(pool, buckets), buckets, 2, (args.chunk,))
     groups = [pad_pairs(pool, part.places, buckets[part.bucket], part.size) for part in found]
     texts = list(zip(pool.prompt_tokens, map(list, pool.response_tokens), strict=True))
@@ -148,7 +146,7 @@ def torch_contenders(
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]) - max(map(len, texts[i][1])))
     cuts = [order[i : i + args.torch_chunk] for i in range(0, len(order), args.torch_chunk)]
     rows = [torch_side.rows([(texts[i][0], r) for i in cut for r in texts[i][1]]) for cut in cuts]
-    make = functools.partial(torch_side.peft_model, shapes.hf_config(args.model, args.layers), decoder, *weights)
+    make = functools.partial(torch_side.peft_model, shapes.hf_config(args), decoder, *weights)
     makers: dict[str, Callable[[], Contender]] = {
         "hooks": lambda: torch_side.hooks(make(False), rows, args.dim),
         "torch_vmap": lambda: torch_side.vmap_of_grad(make(False, "eager"), rows, args.dim),
@@ -156,6 +154,14 @@ def torch_contenders(
         "traker": lambda: torch_side.one_at_a_time(make(False), rows, args.dim),
     }
     return {name: maker() for name, maker in makers.items() if name in args.only}, order
+
+
+def in_order(places: Sequence[Sequence[int]], found: Sequence[Any], shape: tuple[int, int]) -> np.ndarray:
+    """The features [N, D] of a pool from those of its parts, which hold the texts at `places`."""
+    out = np.zeros(shape, np.float32)
+    for where, part in zip(places, found, strict=True):
+        out[where] = part[: len(where)]
+    return out
 
 
 def useful_tokens(texts: Sequence[Text]) -> tuple[int, int]:
@@ -166,26 +172,18 @@ def useful_tokens(texts: Sequence[Text]) -> tuple[int, int]:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--model", default="smollm2-135m", choices=list(shapes.MODELS))
-    found.add_argument("--layers", type=int, help="fewer than the model has")
+    shapes.add_options(found, buckets=4, remat="none", repeats=5)
     found.add_argument("--lengths", default="full", choices=["full", "mixed"])
     found.add_argument("--groups", type=int, default=4)
     found.add_argument("--prompt", type=int, default=128, help="tokens, where lengths are full")
     found.add_argument("--response", type=int, default=64)
-    found.add_argument("--factor", type=float, default=1.0, help="of mixed lengths")
-    found.add_argument("--buckets", type=int, default=4, help="where lengths are mixed")
     found.add_argument("--chunk", type=int, default=4, help="groups at a time, where lengths are mixed")
     found.add_argument("--torch_chunk", type=int, default=4, help="groups at a time in PyTorch")
-    found.add_argument("--rank", type=int, default=16)
     found.add_argument("--attention_only", action="store_true", help="LoRA on the four maps of attention alone")
     found.add_argument("--dim", type=int, default=8192)
-    found.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    found.add_argument("--remat", default="none", choices=["none", "dots", "full"])
-    found.add_argument("--repeats", type=int, default=5)
     names = (*JAX_SIDE, *TORCH_SIDE)
     found.add_argument("--only", nargs="+", default=[n for n in names if n != "traker"], choices=names)
     found.add_argument("--profile", type=pathlib.Path, help="write a JAX trace of one run of `response` here")
-    found.add_argument("--out", type=pathlib.Path, help="write the raw times here, as JSON")
     found.add_argument("--name", default="features", help="under which they stand in the file")
     return found
 
@@ -193,10 +191,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     programs.compile_faster()
-    config = families.model_config(shapes.hf_config(args.model, args.layers))
-    decoder = Decoder(
-        config, shapes.lora_config(args.rank, args.attention_only), jnp.dtype(args.dtype), remat=args.remat
-    )
+    decoder = shapes.make_decoder(args)
+    config = decoder.config
     weights = jax.block_until_ready(shapes.weights(decoder))
     batch_maker = full_batches if args.lengths == "full" else mixed_batches
     padded, places, texts = batch_maker(args, config.vocab_size)
@@ -209,9 +205,7 @@ def main() -> None:
     found = {name: run() for name, run in contenders.items()}
     differences = {}
     if "response" in found:
-        ours = np.zeros((len(texts), args.dim), np.float32)
-        for where, features in zip(places, found["response"], strict=True):
-            ours[where] = features[: len(where)]
+        ours = in_order(places, found["response"], (len(texts), args.dim))
         for name in {"hooks", "torch_vmap"} & theirs.keys():
             wanted = ours[order]
             differences[name] = float(np.linalg.norm(found[name].cpu().numpy() - wanted) / np.linalg.norm(wanted))
@@ -220,7 +214,7 @@ def main() -> None:
     if args.profile:
         with jax.profiler.trace(str(args.profile)):
             contenders["response"]()
-    times = measure.in_turns(contenders, args.repeats, warm=True)
+    times = measure.in_turns(contenders, args.repeats)
     tokens, responses = useful_tokens(texts)
     flops, peak = shapes.useful_flops(config, tokens, responses), measure.peak_flops(args.dtype)
     print(

@@ -37,7 +37,8 @@ from benchmarks import measure, shapes
 def random_model(folder: str) -> str:
     """A checkpoint of SmolLM2-135M's shape with random weights."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(**shapes.MODELS["smollm2-135m"])
+    hf_config = shapes.hf_config(argparse.Namespace(model="smollm2_135m", layers=None))
+    config = transformers.AutoConfig.for_model(**hf_config)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
@@ -104,7 +105,7 @@ def main() -> None:
 
     outputs = {name: contender() for name, contender in contenders.items()}
     same = float(np.mean(outputs["activedpo_jax"] == outputs["transformers, dynamic"]))
-    times = measure.in_turns(contenders, args.repeats, warm=True)
+    times = measure.in_turns(contenders, args.repeats)
     print(f"\n{args.dtype}, {args.batch} prompts of {args.prompt} tokens, {args.new_tokens} new tokens each")
     print(f"{same:.1%} of the tokens are the same; compiled in {compile_seconds:.1f} s\n")
     print(measure.table(times, "activedpo_jax", args.batch * args.new_tokens))

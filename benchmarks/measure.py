@@ -18,20 +18,16 @@ from activedpo_jax.compile_only import chips
 Contender = Callable[[], Any]
 Times = dict[str, dict[str, list[float]]]  # of each contender: "seconds", "processor seconds"
 
+_OF_CONTENDERS = {"results", "differences", "loss and gradient norm"}  # what a record has of each contender
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "peft", "trl", "traker")
 
 
-def in_turns(contenders: Mapping[str, Contender], repeats: int, warm: bool = False) -> Times:
-    """Wall and processor seconds of every run, the contenders in turn, after a run of each as a warm-up.
+def in_turns(contenders: Mapping[str, Contender], repeats: int) -> Times:
+    """Wall and processor seconds of every run, the contenders in turn.
 
     Args:
-      contenders: each returns when its work is done.
-      warm: they have run already.
+      contenders: each has run before, as a warm-up, and returns when its work is done.
     """
-    for name, run in contenders.items():
-        if not warm:
-            run()
-            print(f"warm: {name}", flush=True)
     times: Times = {name: {"seconds": [], "processor seconds": []} for name in contenders}
     for repeat in range(repeats):
         for name, run in contenders.items():
@@ -73,7 +69,8 @@ def facts() -> dict[str, Any]:
 def save(out: pathlib.Path | None, name: str, args: argparse.Namespace, found: Mapping[str, Any]) -> None:
     """Writes a measurement into a JSON file under a name; the file's others stay.
 
-    If one of that name is there, of other contenders, it gets these beside its own: not all fit a device at once.
+    If one of that name is there, of other contenders at the same work (`--only`) on the same device, the two become
+    one: not all fit a device at once.
     """
     if out is None:
         return
@@ -81,10 +78,17 @@ def save(out: pathlib.Path | None, name: str, args: argparse.Namespace, found: M
     out.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(out.read_text()) if out.exists() else {}
     record = facts() | {"arguments": arguments, **found}
-    others = kept.get(name, {}).get("results", {})
-    if "results" in record and not set(others) & set(record["results"]):
-        record["results"] = others | record["results"]
+    before = kept.get(name, {})
+    if _work(before) == _work(record) and not set(before["results"]) & set(record["results"]):
+        for key in _OF_CONTENDERS & before.keys() & record.keys():
+            record[key] = before[key] | record[key]
     out.write_text(json.dumps(kept | {name: record}, indent=1, default=str) + "\n")
+
+
+def _work(record: Mapping[str, Any]) -> Any:
+    """What was measured, and on what, whoever the contenders were."""
+    arguments = {key: str(value) for key, value in record.get("arguments", {}).items() if key != "only"}
+    return "results" in record and (arguments, record["device"])
 
 
 def table(times: Times, against: str, tokens: int, flops: float | None = None, peak: float | None = None) -> str:

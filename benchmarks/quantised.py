@@ -37,24 +37,12 @@ from activedpo_jax.data.records import read_records
 from activedpo_jax.data.tokenize import encoded_pool
 from activedpo_jax.evidence.gradients import FeatureSpec, pair_features
 from activedpo_jax.huggingface import loading
-from activedpo_jax.models.config import LoraConfig, ModelConfig
+from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.models.decoder import Decoder, init_params
 from activedpo_jax.models.lora import init_lora
 from activedpo_jax.models.policy import response_logps
 from activedpo_jax.models.quantise import FORMATS, quantise_params
 from activedpo_jax.selection.greedy import greedy
-
-LLAMA_2_7B = ModelConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    tie_embeddings=False,
-)
-
 
 _COMPILE_ARGUMENTS = ("groups", "prompt", "response", "remat", "compile_only", "devices", "fsdp")
 
@@ -151,7 +139,8 @@ def compile_only(args: argparse.Namespace) -> dict[str, Any]:
     devices = devices[: args.devices or len(devices)]
     axes = ml_collections.ConfigDict({"data": -1, "fsdp": args.fsdp, "tensor": 1})
     mesh = layout.make_mesh(axes, devices)
-    decoder = Decoder(LLAMA_2_7B, LoraConfig(128, 512.0), jnp.bfloat16, args.remat)
+    config = loading.load_config("configs/shapes/llama2_7b")
+    decoder = Decoder(config, LoraConfig(128, 512.0), jnp.bfloat16, args.remat)
 
     def initial(quantisation: str) -> Any:
         params = init_params(decoder, jax.random.key(0))
@@ -165,7 +154,7 @@ def compile_only(args: argparse.Namespace) -> dict[str, Any]:
     def integers(*dimensions: int) -> Any:
         return jax.ShapeDtypeStruct(dimensions, jnp.int32, sharding=layout.batch(mesh))
 
-    lora = abstract(lambda: init_lora(LLAMA_2_7B, decoder.lora, jax.random.key(0)))
+    lora = abstract(lambda: init_lora(config, decoder.lora, jax.random.key(0)))
     count = layout.round_up(args.groups, mesh)
     groups = Groups(
         integers(count, args.prompt), integers(count), integers(count, 2, args.response), integers(count, 2)

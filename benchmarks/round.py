@@ -9,23 +9,20 @@
 
 SmolLM2-135M's shape, pairs in the lengths of AlpacaEval's texts.  Reference log-probs are known, and answers are the
 data's; judging costs nothing on any side.  Sides are compared first: the picks of `ours` and `strongest`, which have
-the same sketch, and the loss on the pairs that ours picked.
+the same sketch, and the losses on the pairs that ours picked.
 """
 
 import argparse
 import functools
-import pathlib
 import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from activedpo_jax import layout, programs
 from activedpo_jax.config import default
-from activedpo_jax.huggingface import families
 from activedpo_jax.models.decoder import Decoder
 from activedpo_jax.selection.greedy import greedy
 from benchmarks import features, measure, shapes, torch_side, training
@@ -41,9 +38,7 @@ def our_choice(args: argparse.Namespace, decoder: Decoder, weights: Any) -> tupl
     mesh = layout.make_mesh(default().mesh, jax.devices()[:1])
 
     def choose() -> np.ndarray:
-        found = np.zeros((len(texts), args.dim), np.float32)
-        for where, part in zip(places, run(), strict=True):
-            found[where] = part[: len(where)]
+        found = features.in_order(places, run(), (len(texts), args.dim))
         available, nothing = np.ones(len(texts), bool), np.zeros((0, args.dim), np.float32)
         return np.asarray(
             greedy(layout.put(found), available, nothing, LAM, num_picks=args.picks, block=64, mesh=mesh).rows
@@ -54,27 +49,18 @@ def our_choice(args: argparse.Namespace, decoder: Decoder, weights: Any) -> tupl
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--model", default="smollm2-135m", choices=list(shapes.MODELS))
-    found.add_argument("--layers", type=int, help="fewer than the model has")
+    shapes.add_options(found, buckets=7, remat="dots", repeats=2)
     found.add_argument("--groups", type=int, default=8, help="pairs in the pool")
     found.add_argument("--picks", type=int, default=2, help="pairs that are picked, and trained on")
-    found.add_argument("--factor", type=float, default=1.0, help="of the lengths")
-    found.add_argument("--buckets", type=int, default=7)
     found.add_argument("--chunk", type=int, default=4, help="pairs at a time")
-    found.add_argument("--rank", type=int, default=16)
     found.add_argument("--dim", type=int, default=8192)
-    found.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    found.add_argument("--remat", default="dots", choices=["none", "dots", "full"])
-    found.add_argument("--repeats", type=int, default=2)
-    found.add_argument("--out", type=pathlib.Path, help="write the raw times here, as JSON")
     return found
 
 
 def main() -> None:
     args = parser().parse_args()
     programs.compile_faster()
-    hf_config, lora_config = shapes.hf_config(args.model, args.layers), shapes.lora_config(args.rank)
-    decoder = Decoder(families.model_config(hf_config), lora_config, jnp.dtype(args.dtype), remat=args.remat)
+    decoder = shapes.make_decoder(args)
     weights = shapes.weights(decoder)
     args.only = ["response"]
     args.batch, args.batches, args.lengths = args.groups, 1, "mixed"
@@ -87,7 +73,7 @@ def main() -> None:
         for start in range(0, len(texts), args.chunk)
     ]
     work = training.Work(args, decoder, weights[0])
-    model = functools.partial(torch_side.peft_model, hf_config, decoder, *weights)
+    model = functools.partial(torch_side.peft_model, shapes.hf_config(args), decoder, *weights)
     with tempfile.TemporaryDirectory() as folder:
         of_one, of_many = model(False), model(False)
         steps = {
@@ -110,8 +96,8 @@ def main() -> None:
         for name, found in results.items():
             np.testing.assert_allclose(found, results["ours"], rtol=1e-3, err_msg=name)
         rounds = {name: lambda name=name: steps[name](choices[name]()) for name in steps}
-        times = measure.in_turns(rounds, args.repeats, warm=True)
-    tokens = sum(len(p) + sum(map(len, several)) for p, several in texts)
+        times = measure.in_turns(rounds, args.repeats)
+    tokens, _ = features.useful_tokens(texts)
     print(measure.table(times, "ours", tokens))
     found_all = {"results": times, "picks": {n: p.tolist() for n, p in picked.items()}, "useful tokens": tokens}
     measure.save(args.out, "round", args, found_all)

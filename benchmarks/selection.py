@@ -17,9 +17,7 @@ processor's seconds, those of all threads, are the figure to compare.
 import argparse
 import functools
 import json
-import os
 import pathlib
-import platform
 import statistics
 import tempfile
 import threading
@@ -38,6 +36,7 @@ from activedpo_jax import layout
 from activedpo_jax.selection.greedy import greedy
 from activedpo_jax.selection.posterior import HIGHEST, TIE, downdate, explained, prior_variances, with_room
 from activedpo_jax.selection.streamed import streamed
+from benchmarks import measure
 
 LAM = 0.5
 
@@ -98,14 +97,8 @@ def interleaved(contenders: dict[str, Callable[[], Any]], repeats: int, warm: bo
     """
     for run in list(contenders.values())[-1 if warm else 0 :]:
         run()
-    wall: dict[str, list[float]] = {name: [] for name in contenders}
-    processor: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(repeats):
-        for name, run in contenders.items():
-            start, used = time.perf_counter(), time.process_time()
-            run()
-            wall[name].append(time.perf_counter() - start)
-            processor[name].append(time.process_time() - used)
+    times = measure.in_turns(contenders, repeats)
+    wall, processor = ({n: several[kind] for n, several in times.items()} for kind in ("seconds", "processor seconds"))
     found: dict[str, Any] = {"seconds": wall, "processor seconds": processor, "ratios": {}}
     last = list(contenders)[-1]
     for name in list(contenders)[:-1]:
@@ -327,19 +320,7 @@ def main() -> None:
     args = parser.parse_args()
     mesh = layout.make_mesh(ml_collections.ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
     for name in args.parts:
-        found = {
-            "device": jax.devices()[0].device_kind,
-            "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-            "load average": os.getloadavg(),
-            "jax": jax.__version__,
-            "numpy": np.__version__,
-            "arguments": vars(args) | {"out": None, "directory": None},
-            "results": PARTS[name](args, mesh),
-        }
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            kept = json.loads(args.out.read_text()) if args.out.exists() else {}
-            args.out.write_text(json.dumps(kept | {name: found}, indent=1, default=str) + "\n")
+        measure.save(args.out, name, args, {"results": PARTS[name](args, mesh)})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 Speed depends on neither the weights' values nor the tokens', so that nothing has to be downloaded.
 """
 
+import argparse
 import functools
+import json
+import pathlib
 import zlib
 from typing import Any
 
@@ -11,29 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activedpo_jax.data.groups import Groups, PairPool
+from activedpo_jax.data import batches
+from activedpo_jax.data.groups import Bucket, Groups, PairPool
+from activedpo_jax.huggingface import families
 from activedpo_jax.models.config import LINEAR_MAPS, LoraConfig, ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
 from activedpo_jax.models.lora import Lora, init_lora
 
-# `config.json` of each, as far as it matters here.
-MODELS: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
-        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
-        "rope_theta": 100_000.0, "rms_norm_eps": 1e-5,
-    },
-    "gemma-2b": {
-        "model_type": "gemma", "vocab_size": 256_000, "hidden_size": 2048, "intermediate_size": 16_384,
-        "num_hidden_layers": 18, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256,
-        "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
-    },
-    "llama2-7b": {
-        "model_type": "llama", "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-5,
-    },
-}  # fmt: skip
+_FOLDER = pathlib.Path(__file__).parents[1] / "configs" / "shapes"  # a `config.json` of each model
+MODELS = tuple(sorted(path.name for path in _FOLDER.iterdir()))
 
 # Tokens of a prompt and of its two responses: 32 of AlpacaEval's 3,349 annotated pairs in SmolLM2's tokens, at equal
 # distances in the order of their total.
@@ -48,13 +37,28 @@ LENGTHS = (
 ATTENTION_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def hf_config(name: str, layers: int | None = None) -> dict[str, Any]:
-    """Args: layers: how many, where fewer than the model has will do."""
-    return MODELS[name] | ({} if layers is None else {"num_hidden_layers": layers})
+def add_options(parser: argparse.ArgumentParser, buckets: int, remat: str, repeats: int) -> None:
+    """The options of what is measured, which all sides have in common, with defaults that differ."""
+    parser.add_argument("--model", default="smollm2_135m", choices=MODELS)
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--remat", default=remat, choices=["none", "dots", "full"])
+    parser.add_argument("--factor", type=float, default=1.0, help="of mixed lengths")
+    parser.add_argument("--buckets", type=int, default=buckets, help="where lengths are mixed")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--out", type=pathlib.Path, help="write the raw times here, as JSON")
 
 
-def lora_config(rank: int, attention_only: bool = False) -> LoraConfig:
-    return LoraConfig(rank=rank, alpha=2.0 * rank, target_modules=ATTENTION_MAPS if attention_only else LINEAR_MAPS)
+def hf_config(args: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((_FOLDER / args.model / "config.json").read_text())
+    return found | ({} if args.layers is None else {"num_hidden_layers": args.layers})
+
+
+def make_decoder(args: argparse.Namespace) -> Decoder:
+    maps = ATTENTION_MAPS if getattr(args, "attention_only", False) else LINEAR_MAPS
+    lora = LoraConfig(rank=args.rank, alpha=2.0 * args.rank, target_modules=maps)
+    return Decoder(families.model_config(hf_config(args)), lora, jnp.dtype(args.dtype), remat=args.remat)
 
 
 def weights(decoder: Decoder) -> tuple[Params, Lora]:
@@ -106,6 +110,13 @@ def mixed_pairs(vocabulary: int, count: int, factor: float = 1.0) -> PairPool:
     places = np.arange(count) % len(LENGTHS) if count >= len(LENGTHS) else (2 * np.arange(count) + 1) * 16 // count
     lengths = [[max(1, round(factor * n)) for n in LENGTHS[i]] for i in rng.permutation(places)]
     return _pairs([[rng.integers(0, vocabulary, n).astype(np.int32) for n in several] for several in lengths])
+
+
+def buckets(pool: PairPool, args: argparse.Namespace) -> tuple[Bucket, ...]:
+    """Fitted to a pool of mixed lengths, as a run fits them; `args.buckets` at most."""
+    longest = np.max(LENGTHS, axis=0)
+    largest = Bucket(*(-(-int(args.factor * n) // 64) * 64 for n in (longest[0], longest[1:].max())))
+    return batches.fitted(pool, [largest], args.buckets - 1, 32, 0)
 
 
 def full_pairs(vocabulary: int, count: int, prompt: int, response: int) -> PairPool:

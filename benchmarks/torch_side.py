@@ -252,11 +252,11 @@ def one_at_a_time(model: Any, batches: Sequence[Rows], project_to: int | None) -
 def greedy(features: torch.Tensor, count: int, lam: float) -> np.ndarray:
     """Rows picked for the largest log det(λI + Σ φφᵀ), from the Gram matrix, as pivoted Cholesky."""
     left = (features @ features.T / lam).double()
-    rows = []
+    rows: list[int] = []
     for _ in range(count):
-        row = int(torch.diagonal(left).argmax())
-        rows.append(row)
-        picked = left[row]
-        left = left - torch.outer(picked, picked) / (1 + picked[row])
-        left[row, :] = left[:, row] = -torch.inf
+        scores = torch.diagonal(left).clone()
+        scores[rows] = -torch.inf
+        rows.append(int(scores.argmax()))
+        picked = left[rows[-1]]
+        left = left - torch.outer(picked, picked) / (1 + picked[rows[-1]])
     return np.array(rows)

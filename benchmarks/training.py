@@ -1,7 +1,7 @@
 """A DPO step, side by side with PyTorch on the same weights and pairs: gradient, clipping, AdamW.
 
     python -m benchmarks.training                                    # SmolLM2-135M's shape, mixed lengths
-    python -m benchmarks.training --model llama2-7b --dtype bfloat16 --rank 128 --lengths full --remat dots  # on a GPU
+    python -m benchmarks.training --model llama2_7b --dtype bfloat16 --rank 128 --lengths full --remat dots  # on a GPU
 
     ours    the parts of the batch, in buckets that are fitted to the pool
     lean    a PyTorch step that one can write in an hour: PEFT, one forward pass over both responses of all pairs, each
@@ -14,7 +14,6 @@ compared first.  Steps are interleaved after a warm-up, on several batches, sinc
 
 import argparse
 import functools
-import pathlib
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +31,6 @@ import trl
 from activedpo_jax import programs
 from activedpo_jax.data import batches
 from activedpo_jax.data.groups import Bucket, PairPool, assign_buckets, pad_pairs
-from activedpo_jax.huggingface import families
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.models.policy import response_logps
@@ -52,8 +50,7 @@ class Work:
         vocabulary, count = decoder.config.vocab_size, args.batch * args.batches
         if args.lengths == "mixed":
             self.pool = shapes.mixed_pairs(vocabulary, count, args.factor)
-            largest = Bucket(*(-(-int(args.factor * n) // 64) * 64 for n in (156, 358)))
-            self.buckets = batches.fitted(self.pool, [largest], args.buckets - 1, 32, 0)
+            self.buckets = shapes.buckets(self.pool, args)
         else:
             self.pool = shapes.full_pairs(vocabulary, count, args.prompt, args.response)
             self.buckets = (Bucket(args.prompt, args.response),)
@@ -175,21 +172,13 @@ def of_trl(work: Work, model: Any, dtype: str, folder: str) -> Step:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--model", default="smollm2-135m", choices=list(shapes.MODELS))
-    found.add_argument("--layers", type=int, help="fewer than the model has")
+    shapes.add_options(found, buckets=7, remat="dots", repeats=3)
     found.add_argument("--lengths", default="mixed", choices=["full", "mixed"])
     found.add_argument("--prompt", type=int, default=256, help="tokens, where lengths are full")
     found.add_argument("--response", type=int, default=256)
-    found.add_argument("--factor", type=float, default=1.0, help="of mixed lengths")
-    found.add_argument("--buckets", type=int, default=7, help="where lengths are mixed")
-    found.add_argument("--rank", type=int, default=16)
-    found.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    found.add_argument("--remat", default="dots", choices=["none", "dots", "full"])
     found.add_argument("--batch", type=int, default=4, help="pairs of a step")
     found.add_argument("--batches", type=int, default=2)
-    found.add_argument("--repeats", type=int, default=3)
     found.add_argument("--only", nargs="+", default=["ours", "lean", "trl"], choices=["ours", "lean", "trl"])
-    found.add_argument("--out", type=pathlib.Path, help="write the raw times here, as JSON")
     found.add_argument("--name", default="training", help="under which they stand in the file")
     return found
 
@@ -197,13 +186,10 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     programs.compile_faster()
-    hf_config, lora_config = shapes.hf_config(args.model, args.layers), shapes.lora_config(args.rank)
-    decoder = Decoder(families.model_config(hf_config), lora_config, jnp.dtype(args.dtype), remat=args.remat)
+    decoder = shapes.make_decoder(args)
     params, lora = shapes.weights(decoder)
     work = Work(args, decoder, params)
-    model = functools.partial(
-        torch_side.peft_model, shapes.hf_config(args.model, args.layers), decoder, params, lora, True
-    )
+    model = functools.partial(torch_side.peft_model, shapes.hf_config(args), decoder, params, lora, True)
     with tempfile.TemporaryDirectory() as folder:
         makers: dict[str, Callable[[], Step]] = {
             "ours": lambda: ours(work, decoder, params, lora),
@@ -219,7 +205,7 @@ def main() -> None:
             rtol = 1e-3 if args.dtype == "float32" else 0.05
             np.testing.assert_allclose(found, next(iter(results.values())), rtol=rtol, err_msg=name)
         runs = {name: lambda step=step: [step(rows) for rows in work.batches] for name, step in steps.items()}
-        times = measure.in_turns(runs, args.repeats, warm=True)
+        times = measure.in_turns(runs, args.repeats)
     tokens, responses = work.tokens()
     flops, peak = shapes.useful_flops(decoder.config, tokens, responses), measure.peak_flops(args.dtype)
     for several in times.values():  # of one step

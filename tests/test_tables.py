@@ -1,8 +1,10 @@
 """The tables of the benchmarks' README are those that its command makes of the results."""
 
+import argparse
+import json
 import pathlib
 
-from benchmarks import tables
+from benchmarks import measure, tables
 
 README = pathlib.Path(tables.FOLDER / "README.md").read_text()
 
@@ -24,3 +26,18 @@ def test_every_table_of_times_has_ours_and_somebody_elses() -> None:
     for text in README.split("<!-- times ")[1:]:
         table = text.partition("<!-- end -->")[0]
         assert "× ours" in table and "| 1.00 |" in table
+
+
+def test_contenders_at_the_same_work_share_a_record(tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "found.json"
+
+    def save(rank: int, only: str, seconds: float) -> dict[str, object]:
+        args = argparse.Namespace(rank=rank, only=[only], out=out)
+        measure.save(out, "x", args, {"results": {only: {"seconds": [seconds]}}})
+        results: dict[str, object] = json.loads(out.read_text())["x"]["results"]
+        return results
+
+    save(8, "ours", 1.0)
+    assert save(8, "hooks", 2.0) == {"ours": {"seconds": [1.0]}, "hooks": {"seconds": [2.0]}}
+    assert save(8, "ours", 3.0) == {"ours": {"seconds": [3.0]}}, "measured again"
+    assert save(16, "hooks", 4.0) == {"hooks": {"seconds": [4.0]}}, "other work"

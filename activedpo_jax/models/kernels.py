@@ -28,7 +28,7 @@ CHOICES = ("auto", "xla", "cudnn", "splash")
 _FOR_PLATFORM = {"tpu": "splash", "gpu": "cudnn"}
 _LANES = 128  # splash's blocks are multiples of it
 _BLOCK = 512  # tokens, the largest block of splash
-_WASTE = 4  # cuDNN may compute this many times the scores needed: an estimate, as no GPU has been timed yet
+_WASTE = 4  # cuDNN may compute this many times the scores needed: an estimate, not timed yet
 _INTERPRET = False  # for tests on CPU: splash in Pallas' interpreter
 _CUDNN: Any = "cudnn"  # for tests on CPU: "xla" computes what cuDNN would
 
