@@ -19,8 +19,8 @@ Measured, each on the same groups of a prompt and two responses:
     traker        the same, and traker's BasicProjector
 
 The features of `hooks` and `torch_vmap` are compared with those of `response` first.  Runs are interleaved after a
-warm-up; the table gives medians.  Compile time is reported apart.  With mixed lengths, ours takes parts and buckets as
-a run does, and the rows of `hooks` are sorted by length before they are cut into batches.
+warm-up; the table gives medians.  Compile time is reported apart.  With mixed lengths, ours takes packed
+batches as a run does, and the rows of `hooks` are sorted by length before they are cut into batches.
 """
 
 import argparse
@@ -36,8 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from activedpo_jax import layout, programs
-from activedpo_jax.data import batches
-from activedpo_jax.data.groups import Groups, assign_buckets, pad_pairs
+from activedpo_jax.data.groups import Groups, pad_pairs
+from activedpo_jax.data.packing import MULTIPLE, Packing, lengths_in, plan, useful_share
 from activedpo_jax.evidence.gradients import (
     FeatureSpec,
     normalise,
@@ -69,27 +69,27 @@ def as_rows(groups: Groups) -> Groups:
     )
 
 
-def full_batches(args: argparse.Namespace, vocabulary: int) -> tuple[list[Groups], list[list[int]], list[Text]]:
+def full_batches(args: argparse.Namespace, vocabulary: int) -> tuple[list[Groups], list[list[int]], list[Text], None]:
     """One batch without padding; which texts it holds; the texts."""
     groups = shapes.full_groups(vocabulary, args.groups, args.prompt, args.response)
     texts = [(p, list(r)) for p, r in zip(groups.prompt_ids, groups.response_ids, strict=True)]
-    return [groups], [list(range(args.groups))], texts
+    return [groups], [list(range(args.groups))], texts, None
 
 
-def mixed_batches(args: argparse.Namespace, vocabulary: int) -> tuple[list[Groups], list[list[int]], list[Text]]:
-    """A pool of mixed lengths in parts, as a pass over the pool takes it."""
+def mixed_batches(args: argparse.Namespace, vocabulary: int) -> tuple[list[Groups], list[list[int]], list[Text], Packing]:
+    """A pool of mixed lengths in batches, as a pass over the pool takes it."""
     pool = shapes.mixed_pairs(vocabulary, args.groups, args.factor)
-    buckets = shapes.buckets(pool, args)
-    found = batches.parts(assign_buckets(pool, buckets), buckets, 2, (args.chunk,))
-    groups = [pad_pairs(pool, part.places, buckets[part.bucket], part.size) for part in found]
+    lengths = lengths_in(pool)
+    found, packing = plan(lengths, args.chunk, MULTIPLE[jax.default_backend()], together=False)
+    groups = [pad_pairs(pool, rows, packing.bucket, packing.groups) for rows in found]
     texts = list(zip(pool.prompt_tokens, map(list, pool.response_tokens), strict=True))
-    print(f"buckets {[tuple(b) for b in buckets]}, {batches.useful_share(pool, buckets, args.chunk):.2f} of it text")
-    return groups, [part.places.tolist() for part in found], texts
+    print(f"{packing}, {useful_share(lengths, found, packing):.2f} of it text")
+    return groups, [rows.tolist() for rows in found], texts, packing
 
 
 def jax_programs(args: argparse.Namespace, decoder: Decoder) -> dict[str, Callable[..., Any]]:
     """Each of params, lora and groups."""
-    seed, signs = jnp.uint32(0), jnp.array([1.0, -1.0])
+    seed, signs, apart = jnp.uint32(0), jnp.array([1.0, -1.0]), decoder.clone(packing=None)
 
     def summed(params: Params, lora: Lora, groups: Groups) -> Any:
         return jax.grad(lambda w: jnp.sum(response_logps(decoder, params, w, groups) * signs))(lora)
@@ -98,11 +98,11 @@ def jax_programs(args: argparse.Namespace, decoder: Decoder) -> dict[str, Callab
         return pair_features(decoder, params, lora, groups, FeatureSpec(args.dim, normalisation), seed)[:, 0]
 
     def from_rows(params: Params, lora: Lora, rows: Groups) -> Any:
-        out = normalise(response_features(decoder, params, lora, rows, args.dim, seed).reshape(-1, 2, args.dim))
+        out = normalise(response_features(apart, params, lora, rows, args.dim, seed).reshape(-1, 2, args.dim))
         return out[:, 0] - out[:, 1]
 
     def reference(params: Params, lora: Lora, groups: Groups) -> Any:
-        out = normalise(sketch_gradients(reference_gradients(decoder, params, lora, groups), args.dim, seed))
+        out = normalise(sketch_gradients(reference_gradients(apart, params, lora, groups), args.dim, seed))
         return out[:, 0] - out[:, 1]
 
     none, response = (functools.partial(features, n) for n in ("none", "response"))
@@ -195,8 +195,8 @@ def main() -> None:
     config = decoder.config
     weights = jax.block_until_ready(shapes.weights(decoder))
     batch_maker = full_batches if args.lengths == "full" else mixed_batches
-    padded, places, texts = batch_maker(args, config.vocab_size)
-    contenders = jax_contenders(args, decoder, weights, padded)
+    padded, places, texts, packing = batch_maker(args, config.vocab_size)
+    contenders = jax_contenders(args, decoder.clone(packing=packing), weights, padded)
     theirs: dict[str, Contender] = {}
     if set(args.only) & set(TORCH_SIDE):
         theirs, order = torch_contenders(args, decoder, weights, texts)

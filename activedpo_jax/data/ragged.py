@@ -178,6 +178,23 @@ def totals_of(groups: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     return _of_lengths(groups, np.add, sum)
 
 
+def lengths_each(groups: Sequence[Sequence[np.ndarray]], most: int) -> np.ndarray:
+    """The length of each array of each group, [n, most] int64; 0 where a group has fewer than `most`."""
+    if isinstance(groups, Chained):
+        return np.concatenate([lengths_each(part, most) for part in groups.parts])
+    if isinstance(groups, Taken):
+        return lengths_each(groups.items, most)[groups.rows]
+    out = np.zeros((len(groups), most), np.int64)
+    if isinstance(groups, Nested):
+        sizes = np.diff(groups.starts)
+        row = np.repeat(np.arange(len(groups)), sizes)
+        out[row, np.arange(len(row)) - groups.starts[row]] = groups.arrays.lengths
+        return out
+    for row, several in enumerate(groups):
+        out[row, : len(several)] = [len(array) for array in several]
+    return out
+
+
 def _of_lengths(
     groups: Sequence[Sequence[np.ndarray]], at_once: np.ufunc, one: Callable[[Iterable[int]], int]
 ) -> np.ndarray:

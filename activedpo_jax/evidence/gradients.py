@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from activedpo_jax.data.groups import Groups, group_pairs
+from activedpo_jax.data.packing import in_turn
 from activedpo_jax.evidence.spec import EvidenceSpec, FeatureSpec
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora, Probe
@@ -60,7 +61,13 @@ def response_features(
         return _weighted_gradient(decoder, params, lora, single, jnp.ones(1), _probe(single, dim, seed))
 
     mapped = jax.vmap(single_response, in_axes=1, out_axes=1)
-    return mapped(jnp.asarray(groups.response_ids), jnp.asarray(groups.response_len))
+    ids, lengths = jnp.asarray(groups.response_ids), jnp.asarray(groups.response_len)
+    if decoder.packing is None:
+        return mapped(ids, lengths)
+    # Those that are mapped together share an axis, which long and short ones fill in turn.
+    order = in_turn(lengths, jnp)
+    found = mapped(jnp.take_along_axis(ids, order[..., None], 1), jnp.take_along_axis(lengths, order, 1))
+    return jnp.take_along_axis(found, jnp.argsort(order, axis=1)[..., None], 1)
 
 
 def normalise(features: jax.Array) -> jax.Array:

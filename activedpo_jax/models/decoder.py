@@ -16,13 +16,16 @@ from jax.sharding import Mesh
 
 from activedpo_jax import layout
 from activedpo_jax.data.groups import Groups
+from activedpo_jax.data.packing import Packing
 from activedpo_jax.models import attention, few_tokens, kernels
 from activedpo_jax.models.config import LoraConfig, ModelConfig
 from activedpo_jax.models.logprobs import Chunking, make_logits, soft_capped, token_logprobs
 from activedpo_jax.models.lora import LoraLinear, Probe
+from activedpo_jax.models.packed import Packed, pack, packed_ids, unpacked
 
 Params = dict[str, Any]
 # Tokens come in blocks: of prompts [G, P, d], of responses [G, m, R, d].  Scoring takes both, sampling one at a time.
+# Packed, each block is [N, d], its texts end to end.
 Blocks = list[jax.Array]
 KeysValues = tuple[jax.Array, jax.Array]
 Cache = list[KeysValues]  # of every layer
@@ -56,6 +59,7 @@ class Places(NamedTuple):
 
     prompt_len: jax.Array  # [G]
     start: jax.Array | int  # the position of the response block's first token in its response
+    packed: Packed | None = None  # of packed blocks
 
 
 class PerLayer(NamedTuple):
@@ -114,7 +118,13 @@ class Layer(nn.Module):
         v = heads(linear("v_proj", kv_width, inputs, config.qkv_bias))
 
         rule, kept, attended = attention.make_rule(config, per_layer.window), None, []
-        for i, x in enumerate(blocks):
+        if places.packed is not None:
+            turned = [
+                [attention.rotate(x, *at, per_layer.frequencies) for x, *at in zip(y, places.packed.positions, strict=True)]
+                for y in (q, k)
+            ]
+            attended = places.packed.attention(*turned, v, rule, self.backend)
+        for i, x in enumerate([] if places.packed else blocks):
             # A prompt's positions start at 0 whatever its padding; each response continues where its prompt ends.
             if x.ndim == 3:
                 width = x.shape[1]
@@ -179,6 +189,7 @@ class Decoder(nn.Module):
     attention: str = "auto"  # the kernel, one of `kernels.CHOICES`
     mesh: Mesh | None = None  # the programs' mesh; None: the default device
     unrolled: bool = False
+    packing: Packing | None = None  # of the groups that are scored, which it has to hold; None: they are padded
 
     def setup(self) -> None:
         config = self.config
@@ -212,10 +223,15 @@ class Decoder(nn.Module):
         Returns:
           [G, m, R] float32, 0 at padding.
         """
+        chunking = Chunking(self.logits_chunk, self.config.logit_softcap, self.mesh)
+        if self.packing is not None:
+            where, ids, (prompt, response) = self._encoded_packed(groups, probe)
+            states = self.final_norm(where.before(prompt, response))[None, None]
+            logps = token_logprobs(states, self._output_table(), ids[None, None], chunking, train_base)
+            return unpacked(logps[0, 0], groups, where)
         # The states before the response tokens: the prompt's last, then all of the response's but its last.
         first, response = self._encoded(groups, probe)
         states = self.final_norm(jnp.concatenate([first, response[:, :, :-1]], axis=2))
-        chunking = Chunking(self.logits_chunk, self.config.logit_softcap, self.mesh)
         targets = jnp.asarray(groups.response_ids)
         logps = token_logprobs(states, self._output_table(), targets, chunking, train_base)
         present = jnp.arange(logps.shape[2]) < jnp.asarray(groups.response_len)[..., None]
@@ -227,6 +243,9 @@ class Decoder(nn.Module):
         Returns:
           [G, m, d] float32: of the response's last token; of the prompt's where the response has none.
         """
+        if self.packing is not None:
+            where, _, blocks = self._encoded_packed(groups, None)
+            return self.final_norm(where.last(*blocks)).astype(jnp.float32)
         prompt, response = self._encoded(groups, None)
         length = jnp.asarray(groups.response_len)[..., None, None]
         last = jnp.take_along_axis(response, jnp.maximum(length - 1, 0), axis=2)
@@ -265,6 +284,17 @@ class Decoder(nn.Module):
         blocks = [self._embedded(groups.prompt_ids), self._embedded(groups.response_ids)]
         (prompt, response), _ = self._through_layers(blocks, Places(jnp.asarray(groups.prompt_len), 0), probe)
         return jnp.broadcast_to(prompt[:, None, -1:], (*response.shape[:2], 1, response.shape[3])), response
+
+    def _encoded_packed(self, groups: Groups, probe: Probe | None) -> tuple[Packed, jax.Array, Blocks]:
+        """Where the tokens are, those of the responses, and the last layer's output, [N, d] and [N', d]."""
+        assert self.packing is not None
+        where = pack(groups, self.packing)
+        ids = packed_ids(groups, where)
+        if probe is not None:
+            probe = probe._replace(packed=where)
+        places = Places(where.prompts.length, 0, where)
+        blocks, _ = self._through_layers([self._embedded(x) for x in ids], places, probe)
+        return where, ids[1], blocks
 
     def _embedded(self, ids: Any) -> jax.Array:
         x = jnp.take(self.embed(), ids, axis=0).astype(self.dtype)

@@ -17,6 +17,7 @@ from activedpo_jax import layout
 from activedpo_jax.models import quantise
 from activedpo_jax.models.config import LINEAR_MAPS, LoraConfig, ModelConfig
 from activedpo_jax.models.few_tokens import OutputsFirst
+from activedpo_jax.models.packed import Packed
 from activedpo_jax.models.sketch import sketch_on_mesh
 
 Lora = dict[str, Any]  # {"layers": {module: {"a": [L, r, d_in], "b": [L, d_out, r]}}}, float32
@@ -27,6 +28,7 @@ class Probe(NamedTuple):
 
     zeros: jax.Array  # [G, D] float32
     seed: jax.Array  # scalar uint32, of the sketch
+    packed: Packed | None = None  # of packed blocks; None: the examples are the blocks' first axis
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -140,6 +142,8 @@ def _probed_linear_bwd(place, residuals, d_out):  # type: ignore[no-untyped-def]
 
     # Outer products summed over the tokens of each example, never over examples: the price of a weight gradient.
     def per_example(lefts: Sequence[jax.Array], rights: Sequence[jax.Array]) -> jax.Array:
+        if probe.packed is not None:
+            return scale * probe.packed.per_group(_outer_sum, lefts, rights)
         total: Any = 0.0
         for x, y in zip(lefts, rights, strict=True):
             x, y = x.reshape(batch, -1, x.shape[-1]), y.reshape(batch, -1, y.shape[-1])
@@ -149,7 +153,7 @@ def _probed_linear_bwd(place, residuals, d_out):  # type: ignore[no-untyped-def]
     sketch = functools.partial(sketch_on_mesh, mesh, dim=dim, seed=probe.seed, layer=layer)
     features = sketch(per_example(d_low, blocks), name=f"{name}/a") + sketch(per_example(d_out, low), name=f"{name}/b")
     # None: the base weights get no cotangent, nor do A and B, whose gradients are not needed.
-    return d_in, None, None, None, None, Probe(features, None)
+    return d_in, None, None, None, None, Probe(features, None, None)
 
 
 _probed_linear.defvjp(_probed_linear_fwd, _probed_linear_bwd)
