@@ -134,6 +134,7 @@ OPTIONS: dict[str, Option] = {
     "data.more_buckets": Option(
         6, "at most so many buckets are added, where the pool's lengths make them worth compiling for", NOT_NEGATIVE
     ),
+    "data.packing": Option(True, "on one device, the texts of a batch lie end to end, and are not padded to buckets"),
     # The procedural task
     "synthetic.families": Option(32, "kinds of prompts", between(1, 2**20)),
     "synthetic.styles": Option(3, "that responses are written in, each named by a letter", between(2, 26)),

@@ -232,7 +232,8 @@ def evaluator(
     truth = answers(task.heldout, Noise(seed=seed))
     every, mesh = np.arange(task.heldout.num_pairs), policy.decoder.mesh
     assert mesh is not None
-    batches = heldout.Batches(task.heldout, every, task.buckets, config.evaluation.pairs_per_chunk, mesh)
+    size, packed = config.evaluation.pairs_per_chunk, specs.can_pack(config, mesh)
+    batches = heldout.Batches(task.heldout, every, task.buckets, size, mesh, packed)
     saved = SavedWork(folder / "heldout" / f"seed{seed}", config.checkpoint_minutes)
     with errors.signals_wait():
         judge = heldout.Evaluator(policy, truth, batches, specs.loss_spec(config), saved)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from activedpo_jax import cluster, errors, files, flags, hosts, layout, start
+from activedpo_jax import cluster, errors, files, flags, hosts, layout, specs, start
 from activedpo_jax.data.completions import Completion, limit, read_completions
 from activedpo_jax.data.draws import split_by_prompt
 from activedpo_jax.data.groups import Bucket, assign_buckets, check_tokens
@@ -81,6 +81,7 @@ def recipe(config: ml_collections.ConfigDict, mesh: Mesh) -> Recipe:
         sft.batch_size,
         layout.round_up(min(sft.examples_per_chunk, sft.batch_size), mesh),
         config.checkpoint_minutes,
+        specs.can_pack(config, mesh),
     )
 
 
@@ -152,7 +153,7 @@ def fit(recipe: Recipe, trainee: Trainee, examples: Examples, seed: int, folder:
         if examples.heldout is None:
             return {}
         so_far = trainee._replace(weights=weights)
-        loss = finetune.mean_loss(so_far, examples.heldout, examples.buckets, recipe.microbatch)
+        loss = finetune.mean_loss(recipe, so_far, examples.heldout, examples.buckets)
         return {"sft/heldout_loss": loss}
 
     first, total = done or 0, recipe.epochs * per_epoch

@@ -8,8 +8,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from activedpo_jax import layout, start
-from activedpo_jax.data.batches import fitted, useful_share
+from activedpo_jax.data.batches import fitted, sizes, useful_share
 from activedpo_jax.data.groups import Bucket, assign_buckets
+from activedpo_jax.data.packing import Packing, lengths_in, multiple_on, packings, plan
+from activedpo_jax.data.packing import useful_share as packed_share
 from activedpo_jax.data.ragged import sizes_of
 from activedpo_jax.evidence.gradients import FeatureSpec
 from activedpo_jax.evidence.registry import EvidenceSpec
@@ -63,6 +65,11 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: Task, mes
     if source != "pool":
         sampling = start.decoding_spec(config, task.decoder, task.stop, mesh)
     dpo = config.dpo
+    microbatch = layout.round_up(min(dpo.pairs_per_chunk, dpo.batch_size), mesh)
+    shapes: tuple[Packing, ...] = ()
+    if is_packed(config, task, mesh):
+        assert task.pool is not None
+        shapes = packings(lengths_in(task.pool), sizes(microbatch, 1), multiple_on(mesh.devices.flat[0].platform))
     optimiser = OptimiserSpec(dpo.learning_rate, dpo.schedule, dpo.warmup_fraction, dpo.weight_decay, dpo.max_grad_norm)
     return RoundSpec(
         mesh=mesh,
@@ -85,7 +92,7 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: Task, mes
             dpo=DpoSpec(loss_spec(config), optimiser),
             epochs=dpo.epochs,
             batch_size=dpo.batch_size,
-            microbatch=layout.round_up(min(dpo.pairs_per_chunk, dpo.batch_size), mesh),
+            microbatch=microbatch,
             on_newest=dpo.train_on == "newest",
             from_reference=dpo.start_from == "sft",
         ),
@@ -101,12 +108,25 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: Task, mes
             in_reach=config.selection.in_reach,
             on_host=config.features.placement == "host",
         ),
+        packings=shapes,
     )
 
 
 def loss_spec(config: ml_collections.ConfigDict) -> LossSpec:
     """The loss that `config.dpo` trains with, and the held-out pairs are judged by."""
     return LossSpec(config.dpo.loss, config.dpo.beta, config.dpo.label_smoothing)
+
+
+def can_pack(config: ml_collections.ConfigDict, mesh: Mesh) -> bool:
+    """Whether batches of known texts are packed."""
+    return config.data.packing and mesh.size == 1
+
+
+def is_packed(config: ml_collections.ConfigDict, task: Task, mesh: Mesh) -> bool:
+    """Whether the candidates are packed: the lengths of the policy's own responses are not known before, and rounds
+    that are one program have one shape."""
+    known = task.pool is not None and config.candidates.source == "pool"
+    return known and can_pack(config, mesh) and not is_fused(config, task)
 
 
 def used_buckets(task: Task) -> list[Bucket]:
@@ -126,13 +146,14 @@ def fits_one_program(task: Task) -> bool:
 def with_more_buckets(config: ml_collections.ConfigDict, task: Task) -> Task:
     """The task with up to `config.data.more_buckets` others that its pool's lengths make worth compiling for.
 
-    A bucket has to save more time in all passes over the pool than its programs take to compile.  The lengths of the
-    policy's own responses are not known before, so that on-policy runs get none; nor do rounds that are one program.
+    Batches that are packed need none.  A bucket has to save more time in all passes over the pool than its programs
+    take to compile.  The lengths of the policy's own responses are not known before, so that on-policy runs get none;
+    nor do rounds that are one program.
     """
-    if task.pool is None or task.prompts is not None or is_fused(config, task):
-        return task
     mesh = task.decoder.mesh
     assert mesh is not None
+    if task.pool is None or task.prompts is not None or is_fused(config, task) or is_packed(config, task, mesh):
+        return task
     platform = mesh.devices.flat[0].platform
     kind = platform if platform in _MULTIPLE else "gpu"
     tokens_a_second = mesh.size * _FLOPS[kind] / (4 * num_parameters(task))
@@ -144,8 +165,13 @@ def with_more_buckets(config: ml_collections.ConfigDict, task: Task) -> Task:
 
 def padding_note(config: ml_collections.ConfigDict, task: Task) -> str:
     """What a pass over the pool computes, for the log."""
-    assert task.pool is not None and task.decoder.mesh is not None
-    size = layout.round_up(config.features.groups_per_chunk, task.decoder.mesh)
+    mesh = task.decoder.mesh
+    assert task.pool is not None and mesh is not None
+    size = layout.round_up(config.features.groups_per_chunk, mesh)
+    if is_packed(config, task, mesh):
+        lengths, multiple = lengths_in(task.pool), multiple_on(mesh.devices.flat[0].platform)
+        share = packed_share(lengths, *plan(lengths, size, multiple, together=False))
+        return f"{share:.0%} of the tokens that a pass computes are text"
     share, used = useful_share(task.pool, task.buckets, size), used_buckets(task)
     shapes = ", ".join(f"({prompt}, {response})" for prompt, response in used)
     return f"{share:.0%} of the tokens that a pass computes are text, the rest pads it to buckets of {shapes}"

@@ -13,7 +13,7 @@ import sys
 CPU = {
     "features_cpu.json": (
         "features --name full",
-        "features --lengths mixed --groups 24 --buckets 6 --repeats 2 --only response hooks --name mixed",
+        "features --lengths mixed --groups 24 --repeats 2 --only response hooks --name mixed",
     ),
     "training_cpu.json": ("training --repeats 2 --name mixed",),
     "round_cpu.json": ("round",),

@@ -29,15 +29,15 @@ import functools
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from activedpo_jax import layout, programs
-from activedpo_jax.data.groups import Groups, pad_pairs
-from activedpo_jax.data.packing import MULTIPLE, Packing, lengths_in, plan, useful_share
+from activedpo_jax.data.groups import Bucket, Groups, pad_pairs
+from activedpo_jax.data.packing import Packing, lengths_in, multiple_on, plan, useful_share
 from activedpo_jax.evidence.gradients import (
     FeatureSpec,
     normalise,
@@ -69,22 +69,28 @@ def as_rows(groups: Groups) -> Groups:
     )
 
 
-def full_batches(args: argparse.Namespace, vocabulary: int) -> tuple[list[Groups], list[list[int]], list[Text], None]:
-    """One batch without padding; which texts it holds; the texts."""
-    groups = shapes.full_groups(vocabulary, args.groups, args.prompt, args.response)
-    texts = [(p, list(r)) for p, r in zip(groups.prompt_ids, groups.response_ids, strict=True)]
-    return [groups], [list(range(args.groups))], texts, None
+class Batches(NamedTuple):
+    """A pool as a pass over it takes it."""
+
+    groups: list[Groups]
+    places: list[list[int]]  # which texts each batch holds
+    texts: list[Text]
+    packing: Packing
 
 
-def mixed_batches(args: argparse.Namespace, vocabulary: int) -> tuple[list[Groups], list[list[int]], list[Text], Packing]:
-    """A pool of mixed lengths in batches, as a pass over the pool takes it."""
-    pool = shapes.mixed_pairs(vocabulary, args.groups, args.factor)
+def batches(args: argparse.Namespace, vocabulary: int) -> Batches:
+    """Of the pool that the options describe."""
+    if args.lengths == "full":
+        pool = shapes.full_pairs(vocabulary, args.groups, args.prompt, args.response)
+    else:
+        pool = shapes.mixed_pairs(vocabulary, args.groups, args.factor)
     lengths = lengths_in(pool)
-    found, packing = plan(lengths, args.chunk, MULTIPLE[jax.default_backend()], together=False)
-    groups = [pad_pairs(pool, rows, packing.bucket, packing.groups) for rows in found]
+    found, packing = plan(lengths, args.chunk, multiple_on(jax.default_backend()), together=False)
+    bucket = Bucket(int(lengths.prompts.max()), int(lengths.responses.max()))
+    groups = [pad_pairs(pool, rows, bucket, packing.groups) for rows in found]
     texts = list(zip(pool.prompt_tokens, map(list, pool.response_tokens), strict=True))
-    print(f"{packing}, {useful_share(lengths, found, packing):.2f} of it text")
-    return groups, [rows.tolist() for rows in found], texts, packing
+    print(f"{len(found)} batches, {useful_share(lengths, found, packing):.2f} of them text, {packing}")
+    return Batches(groups, [rows.tolist() for rows in found], texts, packing)
 
 
 def jax_programs(args: argparse.Namespace, decoder: Decoder) -> dict[str, Callable[..., Any]]:
@@ -172,12 +178,12 @@ def useful_tokens(texts: Sequence[Text]) -> tuple[int, int]:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shapes.add_options(found, buckets=4, remat="none", repeats=5)
+    shapes.add_options(found, remat="dots", repeats=5)
     found.add_argument("--lengths", default="full", choices=["full", "mixed"])
     found.add_argument("--groups", type=int, default=4)
     found.add_argument("--prompt", type=int, default=128, help="tokens, where lengths are full")
     found.add_argument("--response", type=int, default=64)
-    found.add_argument("--chunk", type=int, default=4, help="groups at a time, where lengths are mixed")
+    found.add_argument("--chunk", type=int, default=8, help="groups at a time")
     found.add_argument("--torch_chunk", type=int, default=4, help="groups at a time in PyTorch")
     found.add_argument("--attention_only", action="store_true", help="LoRA on the four maps of attention alone")
     found.add_argument("--dim", type=int, default=8192)
@@ -194,8 +200,7 @@ def main() -> None:
     decoder = shapes.make_decoder(args)
     config = decoder.config
     weights = jax.block_until_ready(shapes.weights(decoder))
-    batch_maker = full_batches if args.lengths == "full" else mixed_batches
-    padded, places, texts, packing = batch_maker(args, config.vocab_size)
+    padded, places, texts, packing = batches(args, config.vocab_size)
     contenders = jax_contenders(args, decoder.clone(packing=packing), weights, padded)
     theirs: dict[str, Contender] = {}
     if set(args.only) & set(TORCH_SIDE):

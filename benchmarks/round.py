@@ -2,7 +2,7 @@
 
     python -m benchmarks.round --out benchmarks/results/round_cpu.json
 
-    ours       features in buckets as a pass over a pool takes them, exact greedy selection, the DPO step of a run
+    ours       features in batches as a pass over a pool takes them, exact greedy selection, the DPO step of a run
     assembled  what is put together from libraries: gradients of one response at a time with PEFT, as LESS takes them
                but without projection, greedy selection on their Gram matrix, the step of TRL's `DPOTrainer`
     strongest  what PyTorch can do: batched hooks with our sketch, the same selection, a lean step
@@ -33,8 +33,8 @@ Choose = Callable[[], np.ndarray]
 
 
 def our_choice(args: argparse.Namespace, decoder: Decoder, weights: Any) -> tuple[Choose, list[features.Text]]:
-    padded, places, texts = features.mixed_batches(args, decoder.config.vocab_size)
-    run = features.jax_contenders(args, decoder, weights, padded)["response"]
+    padded, places, texts, packing = features.batches(args, decoder.config.vocab_size)
+    run = features.jax_contenders(args, decoder.clone(packing=packing), weights, padded)["response"]
     mesh = layout.make_mesh(default().mesh, jax.devices()[:1])
 
     def choose() -> np.ndarray:
@@ -49,10 +49,11 @@ def our_choice(args: argparse.Namespace, decoder: Decoder, weights: Any) -> tupl
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shapes.add_options(found, buckets=7, remat="dots", repeats=2)
+    shapes.add_options(found, remat="dots", repeats=2)
     found.add_argument("--groups", type=int, default=8, help="pairs in the pool")
     found.add_argument("--picks", type=int, default=2, help="pairs that are picked, and trained on")
-    found.add_argument("--chunk", type=int, default=4, help="pairs at a time")
+    found.add_argument("--chunk", type=int, default=8, help="pairs at a time")
+    found.add_argument("--torch_chunk", type=int, default=4, help="pairs at a time in PyTorch")
     found.add_argument("--dim", type=int, default=8192)
     return found
 
@@ -68,9 +69,9 @@ def main() -> None:
     # Neighbours are the two responses of a pair, as `torch_side` wants them.
     rows = [
         torch_side.rows(
-            [(texts[i][0], r) for i in range(start, min(start + args.chunk, len(texts))) for r in texts[i][1]]
+            [(texts[i][0], r) for i in range(start, min(start + args.torch_chunk, len(texts))) for r in texts[i][1]]
         )
-        for start in range(0, len(texts), args.chunk)
+        for start in range(0, len(texts), args.torch_chunk)
     ]
     work = training.Work(args, decoder, weights[0])
     model = functools.partial(torch_side.peft_model, shapes.hf_config(args), decoder, *weights)

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activedpo_jax.data import batches
-from activedpo_jax.data.groups import Bucket, Groups, PairPool
+from activedpo_jax.data.groups import Groups, PairPool
 from activedpo_jax.huggingface import families
 from activedpo_jax.models.config import LINEAR_MAPS, LoraConfig, ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
@@ -37,7 +36,7 @@ LENGTHS = (
 ATTENTION_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def add_options(parser: argparse.ArgumentParser, buckets: int, remat: str, repeats: int) -> None:
+def add_options(parser: argparse.ArgumentParser, remat: str, repeats: int) -> None:
     """The options of what is measured, which all sides have in common, with defaults that differ."""
     parser.add_argument("--model", default="smollm2_135m", choices=MODELS)
     parser.add_argument("--layers", type=int, help="fewer than the model has")
@@ -45,7 +44,6 @@ def add_options(parser: argparse.ArgumentParser, buckets: int, remat: str, repea
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--remat", default=remat, choices=["none", "dots", "full"])
     parser.add_argument("--factor", type=float, default=1.0, help="of mixed lengths")
-    parser.add_argument("--buckets", type=int, default=buckets, help="where lengths are mixed")
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--out", type=pathlib.Path, help="write the raw times here, as JSON")
 
@@ -110,13 +108,6 @@ def mixed_pairs(vocabulary: int, count: int, factor: float = 1.0) -> PairPool:
     places = np.arange(count) % len(LENGTHS) if count >= len(LENGTHS) else (2 * np.arange(count) + 1) * 16 // count
     lengths = [[max(1, round(factor * n)) for n in LENGTHS[i]] for i in rng.permutation(places)]
     return _pairs([[rng.integers(0, vocabulary, n).astype(np.int32) for n in several] for several in lengths])
-
-
-def buckets(pool: PairPool, args: argparse.Namespace) -> tuple[Bucket, ...]:
-    """Fitted to a pool of mixed lengths, as a run fits them; `args.buckets` at most."""
-    longest = np.max(LENGTHS, axis=0)
-    largest = Bucket(*(-(-int(args.factor * n) // 64) * 64 for n in (longest[0], longest[1:].max())))
-    return batches.fitted(pool, [largest], args.buckets - 1, 32, 0)
 
 
 def full_pairs(vocabulary: int, count: int, prompt: int, response: int) -> PairPool:

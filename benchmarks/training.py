@@ -3,7 +3,7 @@
     python -m benchmarks.training                                    # SmolLM2-135M's shape, mixed lengths
     python -m benchmarks.training --model llama2_7b --dtype bfloat16 --rank 128 --lengths full --remat dots  # on a GPU
 
-    ours    the parts of the batch, in buckets that are fitted to the pool
+    ours    the parts of the batch, packed in shapes that are fitted to the pool
     lean    a PyTorch step that one can write in an hour: PEFT, one forward pass over both responses of all pairs, each
             on a row of its own, and logits at response tokens alone
     trl     `DPOTrainer.compute_loss` with reference log-probs known beforehand, then the same clipping and AdamW
@@ -30,7 +30,8 @@ import trl
 
 from activedpo_jax import programs
 from activedpo_jax.data import batches
-from activedpo_jax.data.groups import Bucket, PairPool, assign_buckets, pad_pairs
+from activedpo_jax.data.groups import Bucket, Groups, PairPool, pad_pairs
+from activedpo_jax.data.packing import Batch, Packing, lengths_in, minibatch, multiple_on, packings
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.models.policy import response_logps
@@ -44,28 +45,31 @@ Step = Callable[[np.ndarray], tuple[float, float]]
 
 
 class Work:
-    """The pairs, cut into parts, and log π_ref of all of them."""
+    """The pairs, in minibatches cut into parts, and log π_ref of all of them."""
 
     def __init__(self, args: argparse.Namespace, decoder: Decoder, params: Params) -> None:
         vocabulary, count = decoder.config.vocab_size, args.batch * args.batches
         if args.lengths == "mixed":
             self.pool = shapes.mixed_pairs(vocabulary, count, args.factor)
-            self.buckets = shapes.buckets(self.pool, args)
         else:
             self.pool = shapes.full_pairs(vocabulary, count, args.prompt, args.response)
-            self.buckets = (Bucket(args.prompt, args.response),)
-        self.bucket_of = assign_buckets(self.pool, self.buckets)
-        self.sizes = batches.sizes(args.batch, 1)
+        self.lengths = lengths_in(self.pool)
+        self.bucket = Bucket(int(self.lengths.prompts.max()), int(self.lengths.responses.max()))
+        self.shapes = packings(self.lengths, batches.sizes(args.batch, 1), multiple_on(jax.default_backend()))
         self.batches = np.arange(count).reshape(args.batches, args.batch)
-        reference = jax.jit(lambda params, groups: response_logps(decoder, params, None, groups))
+        reference = jax.jit(response_logps, static_argnums=0)
         self.reference = np.zeros((count, 2), np.float32)
         for rows in self.batches:
-            for part in self.parts(rows):
-                groups = pad_pairs(self.pool, rows[part.places], self.buckets[part.bucket], part.size)
-                self.reference[rows[part.places]] = reference(params, groups)[: len(part.places)]
+            for places, packing in self.parts(rows):
+                groups, part = self.groups(rows[places], packing), decoder.clone(packing=packing)
+                self.reference[rows[places]] = reference(part, params, None, groups)[: len(places)]
 
-    def parts(self, rows: np.ndarray) -> list[batches.Part]:
-        return batches.parts(self.bucket_of[rows], self.buckets, 2, self.sizes)
+    def parts(self, rows: np.ndarray) -> list[Batch]:
+        """Of one minibatch, as a run cuts it."""
+        return minibatch(self.lengths.of(rows), self.shapes)
+
+    def groups(self, rows: np.ndarray, packing: Packing) -> Groups:
+        return pad_pairs(self.pool, rows, self.bucket, packing.groups)
 
     def texts(self, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """Prompt and response of all first responses, then of all second ones."""
@@ -83,9 +87,10 @@ def ours(work: Work, decoder: Decoder, params: Params, lora: Lora) -> Step:
     spec = optimiser.DpoSpec(losses.LossSpec("sigmoid", BETA, 0.0), recipe)
     state = jax.jit(functools.partial(optimiser.init_optimiser, recipe))(lora)
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def add(lora: Lora, total: Any, params: Params, groups: Any, pairs: losses.Preferences) -> Any:
-        return jax.tree.map(jnp.add, total, optimiser.dpo_gradient(decoder, spec, params, lora, groups, pairs))
+    @functools.partial(jax.jit, donate_argnums=2, static_argnums=0)
+    def add(packing: Packing, lora: Lora, total: Any, params: Params, groups: Any, pairs: losses.Preferences) -> Any:
+        new = optimiser.dpo_gradient(decoder.clone(packing=packing), spec, params, lora, groups, pairs)
+        return jax.tree.map(jnp.add, total, new)
 
     @jax.jit
     def update(lora: Lora, gradient: Lora) -> tuple[Lora, jax.Array]:
@@ -96,13 +101,13 @@ def ours(work: Work, decoder: Decoder, params: Params, lora: Lora) -> Step:
 
     def step(rows: np.ndarray) -> tuple[float, float]:
         total = nothing(lora)
-        for b, places, width in work.parts(rows):
-            groups = pad_pairs(work.pool, rows[places], work.buckets[b], width)
-            pad = (0, width - len(places))
+        for places, packing in work.parts(rows):
+            groups = work.groups(rows[places], packing)
+            pad = (0, packing.groups - len(places))
             weight = np.pad(np.full(len(places), 1 / len(rows), np.float32), pad)
             reference = np.pad(work.reference[rows[places]], (pad, (0, 0)))
-            pairs = losses.Preferences(np.zeros(width, np.float32), reference, weight)
-            total = add(lora, total, params, groups, pairs)
+            pairs = losses.Preferences(np.zeros(packing.groups, np.float32), reference, weight)
+            total = add(packing, lora, total, params, groups, pairs)
         gradient, metrics = total
         _, norm = jax.block_until_ready(update(lora, gradient))
         return float(metrics.loss), float(norm)
@@ -172,7 +177,7 @@ def of_trl(work: Work, model: Any, dtype: str, folder: str) -> Step:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shapes.add_options(found, buckets=7, remat="dots", repeats=3)
+    shapes.add_options(found, remat="dots", repeats=3)
     found.add_argument("--lengths", default="mixed", choices=["full", "mixed"])
     found.add_argument("--prompt", type=int, default=256, help="tokens, where lengths are full")
     found.add_argument("--response", type=int, default=256)

@@ -30,11 +30,15 @@ K = 3
 
 @pytest.fixture(scope="module")
 def setting() -> tuple[RoundSpec, Policy, RunState, Any]:
-    """A pool of nine prompts, on two devices."""
+    """A pool of nine prompts, padded, on two devices."""
+    return setting_on(2)
+
+
+def setting_on(devices: int) -> tuple[RoundSpec, Policy, RunState, Any]:
     decoder, params, lora = tiny.model()
     data, config = pool(), options()
     config.features.dim, config.features.groups_per_chunk, config.labels_per_round = 64, 2, K
-    mesh = layout.make_mesh(config.mesh, jax.devices()[:2])
+    mesh = layout.make_mesh(config.mesh, jax.devices()[:devices])
     task = Task(decoder, "tiny", params, lambda: params, data, data, BUCKETS)
     spec = specs.round_spec(config, "activedpo", task, mesh)
     params, lora = (layout.put(x, layout.weight_shardings(mesh, x)) for x in (params, lora))
@@ -103,6 +107,22 @@ def test_between_passes_all_picks_are_of_the_current_weights(setting: Any, on_ho
     picks, _ = staged.pick(evidence, after, data)
     count = data.num_pairs
     expected, current = in_numpy(whole(setting, state)[:count], whole(setting, after)[:count], data, spec.selection.lam)
+    assert np.asarray(picks.rows).tolist() == expected
+    assert evidence.computed == len(current) < data.num_groups
+
+
+def test_what_is_in_reach_is_packed_as_all_candidates_were() -> None:
+    spec, policy, state, data = with_passes(setting_on(1), every=0, in_reach=True)
+    assert spec.packed
+    evidence, after = PoolEvidence(pool_pass.Pass(spec, policy, BUCKETS)), later(state, 1)
+    staged.pick(evidence, state, data)
+    compiled = pool_pass.evidence_program._cache_size()
+    picks, _ = staged.pick(evidence, after, data)
+    assert pool_pass.evidence_program._cache_size() == compiled
+    count = data.num_pairs
+    expected, current = in_numpy(
+        whole(setting_on(1), state)[:count], whole(setting_on(1), after)[:count], data, spec.selection.lam
+    )
     assert np.asarray(picks.rows).tolist() == expected
     assert evidence.computed == len(current) < data.num_groups
 

@@ -25,8 +25,8 @@ from safetensors.numpy import load_file
 
 from activedpo_jax import layout, sft
 from activedpo_jax.config import default
-from activedpo_jax.data.groups import Bucket, Texts
-from activedpo_jax.models.policy import Policy
+from activedpo_jax.data.groups import Bucket, Texts, pad_groups
+from activedpo_jax.models.policy import Policy, response_logps
 from activedpo_jax.record.metrics import read_metrics
 from activedpo_jax.start import initial_lora, load_decoder, load_params
 from activedpo_jax.training import finetune, optimiser
@@ -191,7 +191,7 @@ class Trained(NamedTuple):
     first_gradient: Any
     weights: Any
     losses: list[float]
-    shapes: set[Any]  # of the responses in the parts that it was trained on
+    shapes: set[Any]  # of the parts that it was trained on
 
 
 def trained(
@@ -203,6 +203,7 @@ def trained(
     buckets: tuple[Bucket, ...] = BUCKETS,
     dtype: Any = jnp.float32,
     batch_size: int = 8,
+    packed: bool = False,
 ) -> Trained:
     """An epoch of random texts."""
     decoder, params, lora = tiny.model(dtype=dtype)
@@ -222,11 +223,11 @@ def trained(
         return update_program(*args)
 
     def gradient(*args: Any) -> Any:
-        shapes.add(args[4].response_ids.shape)
+        shapes.add((args[0].packing, args[4].response_ids.shape))
         return gradient_program(*args)
 
     gradient_program, update_program = finetune.gradient_program, finetune.update_program
-    recipe = Recipe(OptimiserSpec(RATE), 1, batch_size, microbatch, checkpoint_minutes=5)
+    recipe = Recipe(OptimiserSpec(RATE), 1, batch_size, microbatch, checkpoint_minutes=5, packed=packed)
     base, weights = (None, place(params)) if full else (place(params), place(lora))
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "gradient_program", gradient)
@@ -242,12 +243,13 @@ RATE = 1e-3
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 @pytest.mark.slow
-def test_microbatches_buckets_and_mesh_do_not_matter(
+def test_microbatches_buckets_packing_and_mesh_do_not_matter(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
     plain = trained(tmp_path / "plain", monkeypatch, full)
     assert len(plain.losses) == 3
     ways: dict[str, dict[str, Any]] = {"eight devices": {"shape": (2, 2, 2), "microbatch": 4}}
+    ways["packed"] = {"packed": True}
     if not full:
         ways["one bucket, small parts"] = {"buckets": (Bucket(9, 12),), "microbatch": 3}
     for name, changes in ways.items():
@@ -266,6 +268,20 @@ def test_microbatches_buckets_and_mesh_do_not_matter(
         # Adam makes steps of full size of gradients that are next to nothing, and of their rounding.
         for got, wanted in zip(*map(jax.tree.leaves, (other.weights, plain.weights)), strict=True):
             assert np.abs(got - wanted).max() < 0.05 * RATE, name
+
+
+def test_the_held_out_loss_is_a_mean_over_tokens_packed_or_padded() -> None:
+    decoder, params, lora = tiny.model()
+    mesh = layout.make_mesh(default().mesh, jax.devices()[:1])
+    texts, trainee = random_texts(3, 7), Trainee(decoder.clone(mesh=mesh), params, lora)
+    recipe = Recipe(OptimiserSpec(RATE), 1, 4, 3, checkpoint_minutes=5)
+    padded, packed = (finetune.mean_loss(recipe._replace(packed=p), trainee, texts, BUCKETS) for p in (False, True))
+    total, count = 0.0, 0
+    for row in range(7):
+        group = pad_groups(texts, np.array([row]), BUCKETS[-1])
+        total -= float(response_logps(decoder, params, lora, group).sum())
+        count += len(texts.response_tokens[row][0])
+    assert padded == pytest.approx(total / count, rel=1e-5) and packed == pytest.approx(total / count, rel=1e-5)
 
 
 def test_moments_are_cut_like_their_weights() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from activedpo_jax import layout, specs
+from activedpo_jax.data import packing
 from activedpo_jax.data.groups import Bucket, Groups, PairPool
 from activedpo_jax.evaluation import heldout
 from activedpo_jax.evidence.gradients import FeatureSpec, pair_features
@@ -15,6 +16,7 @@ from activedpo_jax.models.policy import Policy
 from activedpo_jax.resumable import NOTHING_SAVED
 from activedpo_jax.rounds import pool_pass, staged
 from activedpo_jax.rounds.pool_evidence import PoolEvidence, pool_evidence
+from activedpo_jax.rounds.spec import RoundSpec
 from activedpo_jax.rounds.state import Answers, RunState, initial_state
 from activedpo_jax.tasks import Task
 from activedpo_jax.training.losses import LossSpec
@@ -96,7 +98,8 @@ def test_pool_features_are_in_pool_order() -> None:
     assert len(set(np.asarray(picks.rows).tolist())) == config.labels_per_round
 
 
-def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown() -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown(packed: bool) -> None:
     decoder, params, lora = tiny.model()
     policy = Policy(decoder, params, tiny.model(1)[2])
     data = pool(1)
@@ -104,7 +107,7 @@ def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown() -> None:
     beta, smoothing = 0.3, 0.1
     loss = LossSpec("sigmoid", beta, smoothing)
     every = np.arange(data.num_pairs)
-    batches = heldout.Batches(data, every, BUCKETS, 4, mesh)
+    batches = heldout.Batches(data, every, BUCKETS, 4, mesh, packed)
     judge = heldout.Evaluator(policy, data.preferences, batches, loss)
     got = judge(lora)
 
@@ -122,7 +125,7 @@ def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown() -> None:
     other_way = dataclasses.replace(
         data, pairs=data.pairs[:, [0, 2, 1]], preferences=(1 - data.preferences).astype(np.int8)
     )
-    batches = heldout.Batches(other_way, every, BUCKETS, 4, mesh)
+    batches = heldout.Batches(other_way, every, BUCKETS, 4, mesh, packed)
     judge = heldout.Evaluator(policy, other_way.preferences, batches, loss)
     again = judge(lora)
     assert np.isclose(again["margin"], got["margin"], atol=1e-6) and again["accuracy"] == got["accuracy"]
@@ -137,7 +140,7 @@ def task() -> Task:
 
 def test_buckets_are_added_where_they_save_more_than_they_cost(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     config = options()
-    config.round.mode, config.data.more_buckets = "staged", 3
+    config.round.mode, config.data.more_buckets, config.data.packing = "staged", 3, False
     monkeypatch.setitem(specs._MULTIPLE, "cpu", 1)
     assert specs.with_more_buckets(config, task) is not task
     assert specs.with_more_buckets(config, task).buckets == BUCKETS  # a model as small as this computes no padding long
@@ -152,6 +155,7 @@ def test_rounds_that_are_one_program_or_on_policy_keep_their_buckets(
     task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = options()
+    config.data.packing = False
     monkeypatch.setitem(specs._MULTIPLE, "cpu", 2)
     monkeypatch.setattr(specs, "_COMPILE_SECONDS", 0.0)
     whole = dataclasses.replace(task, buckets=BUCKETS[-1:], pool=pool_of_pairs())
@@ -161,21 +165,28 @@ def test_rounds_that_are_one_program_or_on_policy_keep_their_buckets(
     assert len(specs.with_more_buckets(config, whole).buckets) > 1
     on_policy = dataclasses.replace(task, pool=None)
     assert specs.with_more_buckets(config, on_policy) is on_policy
+    config.data.packing = True
+    assert specs.with_more_buckets(config, whole) is whole  # packed batches need no more
 
 
-def test_a_round_does_not_depend_on_its_buckets(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_does_not_depend_on_its_buckets_and_packing(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     config = options()
     config.round.mode, config.dpo.batch_size, config.dpo.pairs_per_chunk = "staged", 4, 4
+    config.data.packing = False
     monkeypatch.setitem(specs._MULTIPLE, "cpu", 2)
     monkeypatch.setattr(specs, "_COMPILE_SECONDS", 0.0)
     fitted = specs.with_more_buckets(config, task)
     assert len(fitted.buckets) > len(BUCKETS)
     mesh, (_, params, lora) = task.decoder.mesh, tiny.model()
     assert mesh is not None
-    spec = specs.round_spec(config, "activedpo", task, mesh)
+    monkeypatch.setattr(packing, "_MULTIPLE", {"cpu": 1})
+    padded = specs.round_spec(config, "activedpo", task, mesh)
+    config.data.packing = True
+    packed = specs.round_spec(config, "activedpo", task, mesh)
+    assert packed.packed and not padded.packed
     policy, data = Policy(task.decoder, params, lora), pool()
 
-    def one_round(buckets: tuple[Bucket, ...]) -> tuple[list[str], RunState, float | None]:
+    def one_round(spec: RoundSpec, buckets: tuple[Bucket, ...]) -> tuple[list[str], RunState, float | None]:
         rounds = staged.StagedRound(spec, policy, lambda state: data, buckets)
         state = initial_state(spec, lora, 0)
         picked = rounds.choose(state)
@@ -184,9 +195,10 @@ def test_a_round_does_not_depend_on_its_buckets(task: Task, monkeypatch: pytest.
         after, _ = rounds.learn(state, picked, Answers(preferences, np.ones(count, np.float32)))  # type: ignore[arg-type]
         return [question.pair_id for question in picked.questions], after, rounds.useful
 
-    picks, state, useful = one_round(BUCKETS)
-    other_picks, other_state, more_useful = one_round(fitted.buckets)
-    assert picks == other_picks
-    assert useful is not None and more_useful is not None and useful < more_useful <= 1
-    for got, wanted in zip(jax.tree.leaves(other_state.lora), jax.tree.leaves(state.lora), strict=True):
-        assert tiny.relative_error(np.asarray(got), np.asarray(wanted)) < 1e-5
+    picks, state, useful = one_round(padded, BUCKETS)
+    for spec, buckets in ((padded, fitted.buckets), (packed, BUCKETS)):
+        other_picks, other_state, more_useful = one_round(spec, buckets)
+        assert picks == other_picks
+        assert useful is not None and more_useful is not None and useful < more_useful <= 1
+        for got, wanted in zip(jax.tree.leaves(other_state.lora), jax.tree.leaves(state.lora), strict=True):
+            assert tiny.relative_error(np.asarray(got), np.asarray(wanted)) < 1e-5

@@ -11,21 +11,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from activedpo_jax.data.groups import Bucket, Texts
+from activedpo_jax.data.groups import Texts
 from activedpo_jax.data.ragged import lengths_each, lengths_of
 
-# By platform, what the tokens of an axis and the widths of its tiers are multiples of: on TPUs, of the blocks of the
-# attention kernel.
-MULTIPLE = {"tpu": 128, "gpu": 64, "cpu": 16}
+# What the tokens of an axis and the widths of its tiers are multiples of: on TPUs, of the attention kernel's blocks.
+_MULTIPLE = {"tpu": 128, "cpu": 16}
+_OTHERS = 64
 
-_TIERS = 6  # at most: each has an attention of its own to compile, and saves less than the one before
+_TIERS = 4  # at most: each has an attention of its own to compile, and saves less than the one before
+_OPEN = 8  # batches that are looked at for room
+_DRAWS, _MOST = 256, 0.9  # minibatches that are drawn to find their usual shape, and the share that shall fit it
 _BLOCK = 64  # batches that are made equal among each other, which takes time with the square of it
 
 
 class Tier(NamedTuple):
     """Texts that are padded to one width where they have to be told apart."""
 
-    count: int
+    texts: int
     width: int  # tokens
 
 
@@ -62,11 +64,6 @@ class Packing(NamedTuple):
         """The number of groups of a batch."""
         return sum(count for count, _ in self.prompts.tiers)
 
-    @property
-    def bucket(self) -> Bucket:
-        """What holds each of its groups."""
-        return Bucket(self.prompts.tiers[0].width, self.responses.tiers[0].width)
-
     def tokens(self, m: int) -> int:
         """What a model computes of a batch."""
         return self.prompts.tokens + m * self.responses.tokens
@@ -85,6 +82,11 @@ class Lengths(NamedTuple):
 
     def of(self, rows: np.ndarray) -> "Lengths":
         return Lengths(self.prompts[rows], self.responses[rows])
+
+
+def multiple_on(platform: str) -> int:
+    """Of what numbers of tokens packings are made on a platform."""
+    return _MULTIPLE.get(platform, _OTHERS)
 
 
 def lengths_in(texts: Texts) -> Lengths:
@@ -125,6 +127,98 @@ def plan(lengths: Lengths, size: int, multiple: int, together: bool) -> tuple[li
     prompts = np.where(there, lengths.prompts[slots], 1)  # as a group that makes up a batch has
     responses = np.where(there[..., None], lengths.responses[slots], 0)
     return batches, _packing(prompts, responses, multiple, together)
+
+
+def fill(lengths: Lengths, packing: Packing, together: bool) -> list[np.ndarray]:
+    """Groups in batches that a given packing holds, the longest first, each into the first batch with room for it.
+
+    Args:
+      together: as in `plan`.
+
+    Returns:
+      The rows of each batch.
+
+    Raises:
+      ValueError: a group on its own does not fit.
+    """
+    batches: list[list[int]] = []
+    for row in np.argsort(-lengths.text, kind="stable").tolist():
+        for batch in batches[-_OPEN:]:
+            if holds(packing, lengths.of(np.array([*batch, row])), together):
+                batch.append(row)
+                break
+        else:
+            if not holds(packing, lengths.of(np.array([row])), together):
+                prompt, responses = lengths.prompts[row], lengths.responses[row].tolist()
+                raise ValueError(
+                    f"a prompt of {prompt} and responses of {responses} tokens do not fit a batch of {packing}: it "
+                    "was made for texts that are shorter"
+                )
+            batches.append([row])
+    return [np.array(batch) for batch in batches]
+
+
+def holds(packing: Packing, lengths: Lengths, together: bool) -> bool:
+    """Whether these groups fit into one batch, in this order."""
+    count, m = lengths.responses.shape
+    if count > packing.groups:
+        return False
+    prompts = np.concatenate([lengths.prompts, np.ones(packing.groups - count, int)])  # empty groups make up a batch
+    if together:
+        return bool(packing.prompts.holds(prompts) and packing.responses.times(m).holds(lengths.responses.reshape(-1)))
+    turned = np.take_along_axis(lengths.responses, in_turn(lengths.responses), axis=-1)
+    return bool(packing.prompts.holds(prompts) and np.all(packing.responses.holds(turned.T)))
+
+
+def packings(lengths: Lengths, sizes: Sequence[int], multiple: int) -> tuple[Packing, ...]:
+    """Shapes for random minibatches of these groups, one for each of some sizes: most minibatches of that size fit,
+    and any single group does."""
+    rng = np.random.default_rng(0)
+    count = len(lengths.prompts)
+    longest = [int(lengths.prompts.max()), int(lengths.responses.max())]
+
+    def axis(drawn: np.ndarray, most: int, empty: int) -> Axis:
+        """Of texts [draws, size, m], the longest of all, and what a group that makes up a batch has."""
+        m = drawn.shape[-1]
+        total, by_rank = drawn.sum(axis=(1, 2)), np.sort(drawn.reshape(len(drawn), -1), axis=1)[:, ::-1]
+        tokens, widths = np.quantile(total, _MOST) / m, np.quantile(by_rank[:, ::m], _MOST, axis=0)
+        widths[0] = most
+        least = most + (size - 1) * empty
+        return Axis(_up(math.ceil(max(tokens, least)), multiple), _tiers(widths, multiple, 0))
+
+    found = []
+    for size in sizes:
+        drawn = lengths.of(rng.integers(0, count, (_DRAWS, size)))
+        found.append(Packing(axis(drawn.prompts[..., None], longest[0], 1), axis(drawn.responses, longest[1], 0)))
+    return tuple(found)
+
+
+class Batch(NamedTuple):
+    """Groups that go through a model together."""
+
+    rows: np.ndarray  # [≤ packing.groups] int64
+    packing: Packing
+
+
+def minibatch(lengths: Lengths, shapes: Sequence[Packing]) -> list[Batch]:
+    """A minibatch of groups in batches of few tokens.
+
+    Args:
+      shapes: by rising size; any group fits any of them.
+    """
+    m = lengths.responses.shape[1]
+
+    def least(rows: np.ndarray) -> Packing:
+        fitting = [shape for shape in shapes if holds(shape, lengths.of(rows), together=True)]
+        return min(fitting, key=lambda shape: shape.tokens(m))
+
+    ways = [[Batch(rows, least(rows)) for rows in fill(lengths, shape, together=True)] for shape in shapes]
+    return min(ways, key=lambda way: computed(way, m))
+
+
+def computed(batches: Sequence[Batch], m: int) -> int:
+    """The tokens that a model computes in these batches, padding included."""
+    return sum(batch.packing.tokens(m) for batch in batches)
 
 
 def useful_share(lengths: Lengths, batches: Sequence[np.ndarray], packing: Packing) -> float:
@@ -204,7 +298,7 @@ def _tiers(widths: np.ndarray, multiple: int, more: int) -> tuple[Tier, ...]:
     merged: list[Tier] = []
     for tier in reversed(found):
         if merged and merged[-1].width == tier.width:
-            merged[-1] = Tier(merged[-1].count + tier.count, tier.width)
+            merged[-1] = Tier(merged[-1].texts + tier.texts, tier.width)
         else:
             merged.append(tier)
     return tuple(merged)

@@ -190,8 +190,8 @@ def lengths_each(groups: Sequence[Sequence[np.ndarray]], most: int) -> np.ndarra
         row = np.repeat(np.arange(len(groups)), sizes)
         out[row, np.arange(len(row)) - groups.starts[row]] = groups.arrays.lengths
         return out
-    for row, several in enumerate(groups):
-        out[row, : len(several)] = [len(array) for array in several]
+    for several, lengths in zip(groups, out, strict=True):
+        lengths[: len(several)] = [len(array) for array in several]
     return out
 
 

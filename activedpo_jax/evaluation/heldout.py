@@ -10,6 +10,7 @@ import numpy as np
 from activedpo_jax import layout
 from activedpo_jax.data.batches import parts
 from activedpo_jax.data.groups import Bucket, Groups, PairPool, assign_buckets, pad_pairs
+from activedpo_jax.data.packing import Lengths, Packing, lengths_in, multiple_on, plan
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.models.policy import Policy, response_logps
@@ -25,14 +26,34 @@ def score(decoder: Decoder, params: Params, lora: Lora, groups: Groups) -> jax.A
 
 
 class Batches:
-    """Rows of a pool as padded batches of pairs on the mesh, bucket by bucket; shapes repeat, so programs are compiled
-    once each."""
+    """Rows of a pool as batches of pairs on the mesh; shapes repeat, so programs are compiled once each.
 
-    def __init__(self, pool: PairPool, rows: np.ndarray, buckets: Sequence[Bucket], size: int, mesh: jax.sharding.Mesh):
+    Args:
+      packed: batches are packed, all alike; else they are padded, bucket by bucket.
+    """
+
+    packing: Packing | None = None  # of every batch
+
+    def __init__(
+        self,
+        pool: PairPool,
+        rows: np.ndarray,
+        buckets: Sequence[Bucket],
+        size: int,
+        mesh: jax.sharding.Mesh,
+        packed: bool = False,
+    ):
         self._pool, self._buckets, self._sharding = pool, buckets, layout.batch(mesh)
         self._size = layout.round_up(size, mesh)
-        bucket_of = assign_buckets(pool, buckets)[pool.pairs[rows, 0]]
-        self._chunks = [(part.bucket, rows[part.places]) for part in parts(bucket_of, buckets, 2, (self._size,))]
+        if packed:
+            group, *shown = pool.pairs[rows].T
+            of_groups = lengths_in(pool)
+            lengths = Lengths(of_groups.prompts[group], of_groups.responses[group[:, None], np.stack(shown, axis=1)])
+            found, self.packing = plan(lengths, self._size, multiple_on(jax.default_backend()), together=True)
+            self._chunks = [(len(buckets) - 1, rows[members]) for members in found]
+        else:
+            bucket_of = assign_buckets(pool, buckets)[pool.pairs[rows, 0]]
+            self._chunks = [(part.bucket, rows[part.places]) for part in parts(bucket_of, buckets, 2, (self._size,))]
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -57,11 +78,12 @@ class Batches:
 
 def log_probs(policy: Policy, lora: Lora, batches: Batches, label: str, saved: SavedWork) -> np.ndarray:
     """log π(y|x) of both responses of every row in `batches`: [rows, 2] float32, indexed by row."""
+    decoder = policy.packed(batches.packing).decoder
     found = pieces(
         saved,
         label.replace(" ", "_"),
         len(batches),
-        lambda i: score(policy.decoder, policy.params, lora, batches[i]),
+        lambda i: score(decoder, policy.params, lora, batches[i]),
         lambda _: batches.like,
     )
     count = sum(len(batches.rows(i)) for i in range(len(batches)))

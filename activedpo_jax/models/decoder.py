@@ -118,13 +118,14 @@ class Layer(nn.Module):
         v = heads(linear("v_proj", kv_width, inputs, config.qkv_bias))
 
         rule, kept, attended = attention.make_rule(config, per_layer.window), None, []
-        if places.packed is not None:
-            turned = [
-                [attention.rotate(x, *at, per_layer.frequencies) for x, *at in zip(y, places.packed.positions, strict=True)]
+        where = places.packed
+        if where is not None:
+            turned_q, turned_k = (
+                [attention.rotate(*x, per_layer.frequencies) for x in zip(y, where.positions, strict=True)]
                 for y in (q, k)
-            ]
-            attended = places.packed.attention(*turned, v, rule, self.backend)
-        for i, x in enumerate([] if places.packed else blocks):
+            )
+            attended = where.attention((turned_q, turned_k, v), rule, self.backend)
+        for i, x in enumerate([] if where else blocks):
             # A prompt's positions start at 0 whatever its padding; each response continues where its prompt ends.
             if x.ndim == 3:
                 width = x.shape[1]

@@ -146,20 +146,28 @@ class Packed:
         """m"""
         return len(self.responses.length) // len(self.prompts.length)
 
-    def attention(
-        self, q: Sequence[jax.Array], k: Sequence[jax.Array], v: Sequence[jax.Array], rule: Rule, backend: kernels.Backend
-    ) -> list[jax.Array]:
-        """As `kernels.prompt_attention` and `kernels.response_attention`, of packed tokens [N, heads, Dh] → [N, H·Dh]."""
-        prompts, responses = self.prompts, self.responses
-        inputs = zip(*(prompts.padded(x[0]) for x in (q, k, v)), prompts.by_tier(prompts.length), strict=True)
-        of_prompts = [kernels.prompt_attention(*x, rule, backend) for x in inputs]
+    def attention(self, qkv: Sequence[Sequence[jax.Array]], rule: Rule, backend: kernels.Backend) -> list[jax.Array]:
+        """As `kernels.prompt_attention` and `kernels.response_attention`.
 
+        Args:
+          qkv: queries, keys and values of both blocks, [N, heads, Dh] each.
+
+        Returns:
+          of both blocks, [N, H·Dh].
+        """
+        prompts, responses = self.prompts, self.responses
+        q, k, v = (prompts.padded(x[0]) for x in qkv)
+        lengths = prompts.by_tier(prompts.length)
+        of_prompts = [
+            kernels.prompt_attention(q[i], k[i], v[i], lengths[i], rule, backend) for i in range(len(prompts.tiers))
+        ]
+        q, k, v = ([y[:, None] for y in responses.padded(x[1])] for x in qkv)
         lengths = responses.by_tier(jnp.repeat(prompts.length, self.of_response))
-        own = [[y[:, None] for y in responses.padded(x[1])] for x in (q, k, v)]
-        tiers = [(count, self.width) for count, _ in responses.tiers]
-        shared = [_cut(moved(x[0], self.source, self.back), tiers) for x in (k, v)]
+        tiers = [Tier(texts, self.width) for texts, _ in responses.tiers]
+        prompt_k, prompt_v = (_cut(moved(x[0], self.source, self.back), tiers) for x in qkv[1:])
         of_responses = [
-            kernels.response_attention(*x, rule, backend)[:, 0] for x in zip(*own, *shared, lengths, strict=True)
+            kernels.response_attention(q[i], k[i], v[i], prompt_k[i], prompt_v[i], lengths[i], rule, backend)[:, 0]
+            for i in range(len(tiers))
         ]
         return [prompts.packed(of_prompts), responses.packed(of_responses)]
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from activedpo_jax.data.groups import Groups
+from activedpo_jax.data.packing import Packing
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
 
@@ -24,6 +25,10 @@ class Policy:
     decoder: Decoder
     params: Params
     reference: Lora
+
+    def packed(self, packing: Packing | None) -> "Policy":
+        """The policy that scores groups so packed; None: padded."""
+        return dataclasses.replace(self, decoder=self.decoder.clone(packing=packing))
 
 
 def response_logps(decoder: Decoder, params: Params, lora: Lora | None, groups: Groups) -> jax.Array:

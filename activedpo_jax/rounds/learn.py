@@ -10,6 +10,7 @@ import optax
 
 from activedpo_jax import layout
 from activedpo_jax.data.groups import Bucket, Groups
+from activedpo_jax.data.packing import Packing
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.models.policy import Policy, response_logps
 from activedpo_jax.rounds.choose import labelled_vectors
@@ -66,32 +67,37 @@ def append(spec: RoundSpec, labelled: Labelled, chosen: Chosen, answers: Answers
     )
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["slots", "weights"], meta_fields=["bucket"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["slots", "weights"], meta_fields=["bucket", "packing"]
+)
 @dataclasses.dataclass(frozen=True)
 class Microbatch:
-    """Some of a batch's labelled pairs; a pytree whose bucket is static."""
+    """Some of a batch's labelled pairs; a pytree whose shape is static."""
 
-    slots: Any  # [B] int32, places among the labelled pairs
+    slots: Any  # [B] int32, places among the labelled pairs; −1 makes up the batch
     weights: Any  # [B] float32, of each in the mean over the batch; 0 at padding
     bucket: Bucket  # which holds all of them; their padding beyond it is cut off
+    packing: Packing | None = None  # in which they lie; None: they are padded
 
 
 def microbatch_gradient(
     spec: RoundSpec, policy: Policy, lora: Lora, labelled: Labelled, microbatch: Microbatch
 ) -> tuple[Lora, losses.DpoMetrics]:
     """What some labelled pairs add to the gradient and the metrics of their batch."""
-    slots, weights, bucket = microbatch.slots, microbatch.weights, microbatch.bucket
+    weights, bucket = microbatch.weights, microbatch.bucket
+    there, slots = microbatch.slots >= 0, jnp.maximum(microbatch.slots, 0)
     cut = Groups(
         labelled.groups.prompt_ids[slots, spec.bucket.prompt - bucket.prompt :],
-        labelled.groups.prompt_len[slots],
+        jnp.where(there, labelled.groups.prompt_len[slots], 1),
         labelled.groups.response_ids[slots, :, : bucket.response],
-        labelled.groups.response_len[slots],
+        jnp.where(there[:, None], labelled.groups.response_len[slots], 0),
     )
     groups = jax.lax.with_sharding_constraint(cut, layout.batch(spec.mesh))
     pairs = losses.Preferences(
         labelled.preferences[slots], labelled.ref_logps[slots], weights * labelled.weights[slots]
     )
-    return optimiser.dpo_gradient(policy.decoder, spec.training.dpo, policy.params, lora, groups, pairs)
+    decoder = policy.packed(microbatch.packing).decoder
+    return optimiser.dpo_gradient(decoder, spec.training.dpo, policy.params, lora, groups, pairs)
 
 
 def added(

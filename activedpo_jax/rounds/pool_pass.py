@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from activedpo_jax import layout
 from activedpo_jax.data.batches import parts
 from activedpo_jax.data.groups import Bucket, Candidates, Groups, assign_buckets, pad_groups
+from activedpo_jax.data.packing import Packing, fill, lengths_in, multiple_on, plan
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.progress import progress
 from activedpo_jax.resumable import SavedWork, pieces
@@ -23,28 +24,48 @@ evidence_program = jax.jit(choose.chunk_evidence, static_argnums=0)
 
 
 class Chunks:
-    """Groups of the candidates as padded chunks, bucket by bucket, and the rows of their pairs among the candidates.
+    """Groups of the candidates in chunks, and the rows of their pairs among the candidates.
 
     Args:
       size: groups of a chunk.
       members: [n] the groups; None: all of them.
+      packed: chunks are packed, all alike; else they are padded, bucket by bucket.
     """
 
+    packing: Packing | None = None  # of every chunk
+
     def __init__(
-        self, candidates: Candidates, buckets: Sequence[Bucket], size: int, members: np.ndarray | None = None
+        self,
+        candidates: Candidates,
+        buckets: Sequence[Bucket],
+        size: int,
+        members: np.ndarray | None = None,
+        packed: bool = False,
     ) -> None:
         self._candidates, self._buckets, self.size = candidates, buckets, size
         self.responses = candidates.responses_per_group
-        members = np.arange(candidates.num_groups) if members is None else members
-        bucket_of = assign_buckets(candidates, buckets)[members]
-        found = parts(bucket_of, buckets, self.responses, (size,))
-        self._parts = [(part.bucket, members[part.places]) for part in found]
+        self._parts: list[tuple[int, np.ndarray]]
+        if packed:
+            self._parts = [(len(buckets) - 1, rows) for rows in self._packed(members)]
+        else:
+            members = np.arange(candidates.num_groups) if members is None else members
+            bucket_of = assign_buckets(candidates, buckets)[members]
+            found = parts(bucket_of, buckets, self.responses, (size,))
+            self._parts = [(part.bucket, members[part.places]) for part in found]
         # Of a pair in its group: the number of canonical pairs before (i, j).
         group, low = candidates.pairs[:, 0], candidates.pairs[:, 1:].min(axis=1)
         high = candidates.pairs[:, 1:].max(axis=1)
         m = self.responses
         self._row_of = np.full((candidates.num_groups, m * (m - 1) // 2), -1, np.int32)
         self._row_of[group, low * m - low * (low + 1) // 2 + high - low - 1] = np.arange(len(group), dtype=np.int32)
+
+    def _packed(self, members: np.ndarray | None) -> list[np.ndarray]:
+        # Of all candidates, so that what brings some of them up to date is no other program.
+        lengths, multiple = lengths_in(self._candidates), multiple_on(jax.default_backend())
+        found, self.packing = plan(lengths, self.size, multiple, together=False)
+        if members is None:
+            return found
+        return [members[rows] for rows in fill(lengths.of(members), self.packing, together=False)]
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -89,7 +110,7 @@ class Pass(NamedTuple):
     buckets: Sequence[Bucket]  # which hold every candidate, the last of them all
 
     def chunks(self, candidates: Candidates, members: np.ndarray | None = None) -> Chunks:
-        return Chunks(candidates, self.buckets, self.spec.chunk, members)
+        return Chunks(candidates, self.buckets, self.spec.chunk, members, self.spec.packed)
 
     def like(self, state: RunState, responses: int) -> Part:
         """Shapes, dtypes and shardings of a part, the same for every bucket; m responses a group."""
@@ -108,12 +129,12 @@ class Pass(NamedTuple):
         Args:
           saved: what is kept of the pass, under the name of the stage.
         """
-        spec, like = self.spec, self.like(state, chunks.responses)
+        spec, like, policy = self.spec, self.like(state, chunks.responses), self.policy.packed(chunks.packing)
 
         def compute(number: int) -> Part:
             groups, members = chunks.groups(number, spec.mesh), np.full(spec.chunk, -1, np.int32)
             members[: len(chunks.members(number))] = chunks.members(number)
-            found = evidence_program(spec, self.policy, state.lora, groups, state.seed)
+            found = evidence_program(spec, policy, state.lora, groups, state.seed)
             # Waits, else the bar would count what is only queued.
             return jax.block_until_ready(Part(layout.put(members, layout.replicated(spec.mesh)), found))
 

@@ -6,6 +6,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from activedpo_jax.data.groups import Bucket
+from activedpo_jax.data.packing import Packing
 from activedpo_jax.evidence.registry import EvidenceSpec
 from activedpo_jax.generation.decoding import DecodingSpec
 from activedpo_jax.selection import strategies
@@ -73,6 +74,13 @@ class RoundSpec:
     pool_only: bool  # every labelled pair is among the candidates of every round
     hidden_size: int  # of the decoder: D of its embeddings
     passes: PassSpec = PassSpec()  # of staged rounds
+    # Of minibatches of labelled pairs, by rising size, where batches are packed; none: they are padded.
+    packings: tuple[Packing, ...] = ()
+
+    @property
+    def packed(self) -> bool:
+        """Whether the candidates' texts, and those of labelled pairs, lie end to end in batches."""
+        return bool(self.packings)
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ import optax
 from activedpo_jax import layout
 from activedpo_jax.data import batches
 from activedpo_jax.data.groups import Bucket, Candidates, Groups
+from activedpo_jax.data.packing import Lengths, Packing, minibatch
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.progress import progress
@@ -154,9 +155,10 @@ def train(
     def advance(step: int, lora: Lora, opt_state: optax.OptState) -> tuple[Lora, optax.OptState, losses.DpoMetrics]:
         slots, weight = schedule.slots[step], schedule.weight[step]
         total = no_gradient_program(spec, lora)
-        for b, part, size in plan[step]:
-            pad = (0, size - len(part))
-            microbatch = place(learn.Microbatch(np.pad(slots[part], pad), np.pad(weight[part], pad), buckets[b]))
+        for part in plan[step]:
+            pad = (0, part.size - len(part.places))
+            own = np.pad(slots[part.places], pad, constant_values=-1), np.pad(weight[part.places], pad)
+            microbatch = place(learn.Microbatch(*own, part.bucket, part.packing))
             total = gradient_program(spec, policy, lora, total, labelled, microbatch)
         gradient, metrics = total
         position = place(optimiser.Position(np.int32(step), np.int32(schedule.num_steps)))
@@ -180,9 +182,25 @@ def train(
 _TRAINING = "training"
 
 
+class _Part(NamedTuple):
+    """Pairs of a step that go through the model together."""
+
+    places: np.ndarray  # [n] int64, in the step's batch
+    size: int  # the number to which they are made up, at least n
+    bucket: Bucket
+    packing: Packing | None
+
+    @property
+    def tokens(self) -> int:
+        """What is computed."""
+        if self.packing is not None:
+            return self.packing.tokens(2)
+        return self.size * (self.bucket.prompt + 2 * self.bucket.response)
+
+
 def _plan(
     spec: RoundSpec, after: RunState, buckets: Sequence[Bucket]
-) -> tuple[optimiser.BatchSchedule, list[list[batches.Part]]]:
+) -> tuple[optimiser.BatchSchedule, list[list[_Part]]]:
     """The labels of every step of a round's training, and their microbatches, as places in the step's batch.
 
     Args:
@@ -190,10 +208,16 @@ def _plan(
     """
     usable = np.flatnonzero(np.asarray(after.labelled.weights) > 0)
     schedule = spec.schedule(usable, int(after.round), int(after.seed))
-    bucket_of = _bucket_of(layout.get(after.labelled.groups), buckets)
+    groups = layout.get(after.labelled.groups)
+    steps = [np.array(schedule.examples(step)) for step in range(schedule.num_steps)]
+    if spec.packed:
+        lengths = Lengths(groups.prompt_len.astype(np.int64), groups.response_len.astype(np.int64))
+        found = [minibatch(lengths.of(slots), spec.packings) for slots in steps]
+        return schedule, [[_Part(rows, shape.groups, spec.bucket, shape) for rows, shape in part] for part in found]
+    bucket_of = _bucket_of(groups, buckets)
     sizes = batches.sizes(spec.training.microbatch, layout.round_up(1, spec.mesh))
-    steps = (schedule.examples(step) for step in range(schedule.num_steps))
-    return schedule, [batches.parts(bucket_of[slots], buckets, 2, sizes) for slots in steps]
+    cut = [batches.parts(bucket_of[slots], buckets, 2, sizes) for slots in steps]
+    return schedule, [[_Part(places, size, buckets[b], None) for b, places, size in part] for part in cut]
 
 
 def _useful(spec: RoundSpec, after: RunState, buckets: Sequence[Bucket]) -> float | None:
@@ -201,7 +225,7 @@ def _useful(spec: RoundSpec, after: RunState, buckets: Sequence[Bucket]) -> floa
     schedule, plan = _plan(spec, after, buckets)
     groups = after.labelled.groups
     lengths = np.asarray(groups.prompt_len) + np.asarray(groups.response_len).sum(axis=1)
-    computed = sum(batches.computed(parts, buckets, 2) for parts in plan)
+    computed = sum(part.tokens for parts in plan for part in parts)
     text = sum(int(lengths[schedule.examples(step)].sum()) for step in range(schedule.num_steps))
     return text / computed if computed else None
 

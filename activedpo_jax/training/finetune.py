@@ -7,7 +7,7 @@ the mesh as in `layout.weight_shardings`.  The base weights under an adapter kee
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from activedpo_jax import layout
 from activedpo_jax.data import batches
 from activedpo_jax.data.groups import Bucket, Groups, Texts, assign_buckets, pad_groups
+from activedpo_jax.data.packing import Packing, lengths_in, minibatch, multiple_on, packings, plan
 from activedpo_jax.data.ragged import lengths_of, longest_of
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
@@ -43,6 +44,7 @@ class Recipe(NamedTuple):
     batch_size: int  # examples per optimiser step
     microbatch: int  # examples whose activations exist at a time at most, divided evenly by the mesh
     checkpoint_minutes: float  # that a kill may cost
+    packed: bool = False  # whether the texts of a batch lie end to end; else they are padded
 
     def steps_per_epoch(self, examples: Examples) -> int:
         return -(-examples.train.num_groups // self.batch_size)
@@ -72,28 +74,60 @@ def steps(recipe: Recipe, trainee: Trainee, examples: Examples, seed: int) -> Ad
     """The optimiser steps of the whole stage, as `loop.descend` takes them."""
     decoder, params, mesh = trainee.decoder, trainee.params, trainee.mesh
     texts, buckets = examples.train, examples.buckets
-    bucket_of = assign_buckets(texts, buckets)
+    cut = _packed_parts(recipe, texts) if recipe.packed else _padded_parts(recipe, texts, buckets, mesh)
     learnt = longest_of(texts.response_tokens)  # of the only response
     useful = lengths_of(texts.prompt_tokens) + learnt
     total_steps = recipe.epochs * recipe.steps_per_epoch(examples)
     every = np.arange(texts.num_groups)
     size = recipe.batch_size
-    part_sizes = batches.sizes(recipe.microbatch, layout.round_up(1, mesh))
     schedule = optimiser.batch_schedule(every, recipe.epochs, size, size, total_steps, seed)
 
     def advance(step: int, weights: Any, opt_state: optax.OptState) -> tuple[Any, optax.OptState, Report]:
         rows = schedule.slots[step][schedule.weight[step] > 0]
         share = np.float32(1 / learnt[rows].sum())
         total = no_gradient(mesh, weights)
-        for b, places, width in batches.parts(bucket_of[rows], buckets, 1, part_sizes):
-            groups = layout.put(pad_groups(texts, rows[places], buckets[b], width), layout.batch(mesh))
-            total = gradient_program(decoder, params, weights, total, groups, share)
+        for part in cut(rows):
+            groups = layout.put(pad_groups(texts, part.rows, part.bucket, part.size), layout.batch(mesh))
+            total = gradient_program(decoder.clone(packing=part.packing), params, weights, total, groups, share)
         gradient, loss = total
         position = optimiser.Position(jnp.int32(step), jnp.int32(total_steps))
         weights, opt_state, rate = update_program(recipe.optimiser, mesh, weights, opt_state, gradient, position)
         return weights, opt_state, Report(loss, rate, int(useful[rows].sum()))
 
     return advance
+
+
+class _Part(NamedTuple):
+    """Examples of a step that go through the model together."""
+
+    rows: np.ndarray  # [n] int64, of the texts
+    size: int  # the number to which they are made up, at least n
+    bucket: Bucket
+    packing: Packing | None
+
+
+def _padded_parts(
+    recipe: Recipe, texts: Texts, buckets: Sequence[Bucket], mesh: Mesh
+) -> Callable[[np.ndarray], list[_Part]]:
+    """What cuts a minibatch [n] of rows into parts."""
+    bucket_of, sizes = assign_buckets(texts, buckets), batches.sizes(recipe.microbatch, layout.round_up(1, mesh))
+
+    def cut(rows: np.ndarray) -> list[_Part]:
+        found = batches.parts(bucket_of[rows], buckets, 1, sizes)
+        return [_Part(rows[places], size, buckets[b], None) for b, places, size in found]
+
+    return cut
+
+
+def _packed_parts(recipe: Recipe, texts: Texts) -> Callable[[np.ndarray], list[_Part]]:
+    lengths, sizes = lengths_in(texts), batches.sizes(recipe.microbatch, 1)
+    shapes = packings(lengths, sizes, multiple_on(jax.default_backend()))
+    bucket = Bucket(int(lengths.prompts.max()), int(lengths.responses.max()))
+
+    def cut(rows: np.ndarray) -> list[_Part]:
+        return [_Part(rows[b.rows], b.packing.groups, bucket, b.packing) for b in minibatch(lengths.of(rows), shapes)]
+
+    return cut
 
 
 def initial_moments(recipe: Recipe, mesh: Mesh, weights: Any) -> Any:
@@ -155,14 +189,19 @@ def loss_program(decoder: Decoder, params: Params, lora: Lora | None, groups: Gr
     return -jnp.sum(decoder.apply(variables, groups))  # type: ignore[arg-type]
 
 
-def mean_loss(trainee: Trainee, texts: Texts, buckets: Sequence[Bucket], size: int) -> float:
-    """The mean negative log-likelihood of all completion tokens, in nats, `size` examples at a time."""
+def mean_loss(recipe: Recipe, trainee: Trainee, texts: Texts, buckets: Sequence[Bucket]) -> float:
+    """The mean negative log-likelihood of all completion tokens, in nats."""
     base, lora = _base_and_adapter(trainee.params, trainee.weights)
-    total = 0.0
-    parts = batches.parts(assign_buckets(texts, buckets), buckets, 1, (size,))
-    for b, rows, _ in progress(parts, desc="held-out loss", unit="batch"):
-        groups = layout.put(pad_groups(texts, rows, buckets[b], size), layout.batch(trainee.mesh))
-        total += float(loss_program(trainee.decoder, base, lora, groups))
+    total, size = 0.0, recipe.microbatch
+    if recipe.packed:
+        found, shape = plan(lengths_in(texts), size, multiple_on(jax.default_backend()), together=True)
+        parts = [_Part(rows, size, buckets[-1], shape) for rows in found]
+    else:
+        cut = batches.parts(assign_buckets(texts, buckets), buckets, 1, (size,))
+        parts = [_Part(rows, size, buckets[b], None) for b, rows, _ in cut]
+    for part in progress(parts, desc="held-out loss", unit="batch"):
+        groups = layout.put(pad_groups(texts, part.rows, part.bucket, size), layout.batch(trainee.mesh))
+        total += float(loss_program(trainee.decoder.clone(packing=part.packing), base, lora, groups))
     return total / int(longest_of(texts.response_tokens).sum())
 
 
