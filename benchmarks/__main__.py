@@ -15,7 +15,11 @@ CPU = {
         "features --name full",
         "features --lengths mixed --groups 24 --repeats 2 --only response hooks --name mixed",
     ),
-    "training_cpu.json": ("training --repeats 2 --name mixed",),
+    "training_cpu.json": (
+        "training --repeats 2 --name mixed",
+        "training --loss sft --batch 8 --repeats 2 --name sft",
+    ),
+    "scoring_cpu.json": ("scoring",),
     "round_cpu.json": ("round",),
     "generation_cpu.json": ("generation --random",),
     "selection_cpu.json": ("selection --repeats 5",),

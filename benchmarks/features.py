@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from activedpo_jax import layout, programs
-from activedpo_jax.data.groups import Bucket, Groups, pad_pairs
+from activedpo_jax.data.groups import Groups, pad_pairs
 from activedpo_jax.data.packing import Packing, lengths_in, multiple_on, plan, useful_share
 from activedpo_jax.evidence.gradients import (
     FeatureSpec,
@@ -86,8 +86,7 @@ def batches(args: argparse.Namespace, vocabulary: int) -> Batches:
         pool = shapes.mixed_pairs(vocabulary, args.groups, args.factor)
     lengths = lengths_in(pool)
     found, packing = plan(lengths, args.chunk, multiple_on(jax.default_backend()), together=False)
-    bucket = Bucket(int(lengths.prompts.max()), int(lengths.responses.max()))
-    groups = [pad_pairs(pool, rows, bucket, packing.groups) for rows in found]
+    groups = [pad_pairs(pool, rows, shapes.longest(pool), packing.groups) for rows in found]
     texts = list(zip(pool.prompt_tokens, map(list, pool.response_tokens), strict=True))
     print(f"{len(found)} batches, {useful_share(lengths, found, packing):.2f} of them text, {packing}")
     return Batches(groups, [rows.tolist() for rows in found], texts, packing)

@@ -2,9 +2,10 @@
 
     python -m benchmarks.padding --model models/smollm2-135m --pairs PAIRS.jsonl --out benchmarks/results/padding.json
 
-For every setting of configs/alpaca_eval_smollm2.py, and for the defaults: a pass over the pool, and minibatches of DPO
-that are drawn from it; as they are, and as they would be with the buckets of the config alone and every part of one
-padded to `pairs_per_chunk`.  Nothing is computed but numbers of tokens.
+For every setting of configs/alpaca_eval_smollm2.py, and for the defaults: a pass over the pool, a pass over pairs that
+are scored, and minibatches of DPO that are drawn from the pool; packed, padded to the buckets that a run adds to those
+of the config (as it does on several devices), and to those of the config alone, with every batch of one size.  Nothing
+is computed but numbers of tokens.
 """
 
 import argparse
@@ -18,9 +19,8 @@ import numpy as np
 
 from activedpo_jax import flags, layout, specs, tasks
 from activedpo_jax.config import default
-from activedpo_jax.data import batches
+from activedpo_jax.data import batches, packing
 from activedpo_jax.data.groups import assign_buckets
-from activedpo_jax.data.ragged import lengths_of, longest_of, totals_of
 
 BATCHES = 500
 
@@ -44,27 +44,37 @@ def one_size(bucket_of: np.ndarray, size: int) -> list[batches.Part]:
 def shares(config: ml_collections.ConfigDict) -> dict[str, Any]:
     mesh = layout.make_mesh(config.mesh, jax.devices()[:1])
     given = tasks.load(config, 0, mesh, None)
+    config.data.packing = False
     task = specs.with_more_buckets(config, given)
     pool, size = task.pool, min(config.dpo.pairs_per_chunk, config.dpo.batch_size)
     assert pool is not None
-    text = lengths_of(pool.prompt_tokens) + totals_of(pool.response_tokens)
+    lengths = packing.lengths_in(pool)
     rng = np.random.default_rng(0)
-    drawn = [rng.choice(len(text), config.dpo.batch_size, replace=False) for _ in range(BATCHES)]
+    every = [np.arange(len(lengths.prompts))]
+    drawn = [rng.choice(len(lengths.prompts), config.dpo.batch_size, replace=False) for _ in range(BATCHES)]
 
-    def share(buckets: Any, groups: list[np.ndarray], cut: Any) -> float:
+    def padded(buckets: Any, groups: list[np.ndarray], cut: Any) -> float:
         bucket_of = assign_buckets(pool, buckets)
         computed = sum(batches.computed(cut(bucket_of[rows]), buckets, 2) for rows in groups)
-        return float(sum(text[rows].sum() for rows in groups) / computed)
+        return float(sum(lengths.text[rows].sum() for rows in groups) / computed)
 
-    chunk, every = config.features.groups_per_chunk, [np.arange(len(text))]
+    def packed_pass(size: int, together: bool) -> float:
+        return packing.useful_share(lengths, *packing.plan(lengths, size, multiple, together))
+
+    multiple, sizes = packing.multiple_on(jax.default_backend()), batches.sizes(size, 1)
+    shapes = packing.packings(lengths, sizes, multiple)
+    minibatches = [packing.minibatch(lengths.of(rows), shapes) for rows in drawn]
+    text = sum(lengths.text[rows].sum() for rows in drawn)
+    chunk, many = config.features.groups_per_chunk, task.buckets
     return {
         "buckets": [list(bucket) for bucket in task.buckets],
-        "pass": share(task.buckets, every, lambda b: batches.parts(b, task.buckets, 2, (chunk,))),
-        "pass, given buckets": share(given.buckets, every, lambda b: one_size(b, chunk)),
-        "DPO": share(task.buckets, drawn, lambda b: batches.parts(b, task.buckets, 2, batches.sizes(size, 1))),
-        "DPO, given buckets, one size": share(given.buckets, drawn, lambda b: one_size(b, size)),
-        # Both responses of a pair are padded to the longer one, whatever the bucket.
-        "bound": float(text.sum() / np.sum(lengths_of(pool.prompt_tokens) + 2 * longest_of(pool.response_tokens))),
+        "features": packed_pass(chunk, False),
+        "scoring": packed_pass(config.evaluation.pairs_per_chunk, True),
+        "DPO": float(text / sum(packing.computed(minibatch, 2) for minibatch in minibatches)),
+        "pass, padded": padded(many, every, lambda b: batches.parts(b, many, 2, (chunk,))),
+        "DPO, padded": padded(many, drawn, lambda b: batches.parts(b, many, 2, sizes)),
+        "pass, given buckets": padded(given.buckets, every, lambda b: one_size(b, chunk)),
+        "DPO, given buckets": padded(given.buckets, drawn, lambda b: one_size(b, size)),
     }
 
 

@@ -64,7 +64,7 @@ def main() -> None:
     decoder = shapes.make_decoder(args)
     weights = shapes.weights(decoder)
     args.only = ["response"]
-    args.batch, args.batches, args.lengths = args.groups, 1, "mixed"
+    args.batch, args.batches, args.lengths, args.loss = args.groups, 1, "mixed", "dpo"
     choose, texts = our_choice(args, decoder, weights)
     # Neighbours are the two responses of a pair, as `torch_side` wants them.
     rows = [

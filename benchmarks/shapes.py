@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activedpo_jax.data.groups import Groups, PairPool
+from activedpo_jax.data.groups import Bucket, Groups, PairPool
+from activedpo_jax.data.packing import lengths_in
 from activedpo_jax.huggingface import families
 from activedpo_jax.models.config import LINEAR_MAPS, LoraConfig, ModelConfig
 from activedpo_jax.models.decoder import Decoder, Params, init_params
@@ -108,6 +109,12 @@ def mixed_pairs(vocabulary: int, count: int, factor: float = 1.0) -> PairPool:
     places = np.arange(count) % len(LENGTHS) if count >= len(LENGTHS) else (2 * np.arange(count) + 1) * 16 // count
     lengths = [[max(1, round(factor * n)) for n in LENGTHS[i]] for i in rng.permutation(places)]
     return _pairs([[rng.integers(0, vocabulary, n).astype(np.int32) for n in several] for several in lengths])
+
+
+def longest(pool: PairPool) -> Bucket:
+    """The bucket that holds every pair."""
+    lengths = lengths_in(pool)
+    return Bucket(int(lengths.prompts.max()), int(lengths.responses.max()))
 
 
 def full_pairs(vocabulary: int, count: int, prompt: int, response: int) -> PairPool:

@@ -100,11 +100,10 @@ def padding(record: dict[str, Any]) -> str:
         "cpu": "`alpaca_eval_smollm2.py:cpu`",
         "gpu": "`alpaca_eval_smollm2.py:gpu`",
     }
-    keys = ("pass", "pass, given buckets", "DPO", "DPO, given buckets, one size", "bound")
+    keys = ("features", "scoring", "DPO", "pass, padded", "DPO, padded", "pass, given buckets", "DPO, given buckets")
     found = record["results"]
     rows = [[name, *(f"{found[config][key]:.2f}" for key in keys)] for config, name in names.items()]
-    header = ["", "a pass over the pool", "given buckets alone", "DPO", "given buckets and one size"]
-    return _rows([*header, "any buckets"], rows)
+    return _rows(["", *keys], rows)
 
 
 def moments(record: dict[str, Any]) -> str:

@@ -1,12 +1,16 @@
-"""A DPO step, side by side with PyTorch on the same weights and pairs: gradient, clipping, AdamW.
+"""A DPO or SFT step, side by side with PyTorch on the same weights and texts: gradient, clipping, AdamW.
 
     python -m benchmarks.training                                    # SmolLM2-135M's shape, mixed lengths
+    python -m benchmarks.training --loss sft --batch 8
     python -m benchmarks.training --model llama2_7b --dtype bfloat16 --rank 128 --lengths full --remat dots  # on a GPU
 
     ours    the parts of the batch, packed in shapes that are fitted to the pool
     lean    a PyTorch step that one can write in an hour: PEFT, one forward pass over both responses of all pairs, each
             on a row of its own, and logits at response tokens alone
-    trl     `DPOTrainer.compute_loss` with reference log-probs known beforehand, then the same clipping and AdamW
+    trl     `DPOTrainer.compute_loss` with reference log-probs known beforehand, or `SFTTrainer.compute_loss`, then the
+            same clipping and AdamW
+
+SFT learns the first response of each pair.
 
 In bfloat16 the adapter is float32 on all sides, and PyTorch computes under autocast.  Loss and gradient norm are
 compared first.  Steps are interleaved after a warm-up, on several batches, since lengths matter.
@@ -30,7 +34,7 @@ import trl
 
 from activedpo_jax import programs
 from activedpo_jax.data import batches
-from activedpo_jax.data.groups import Bucket, Groups, PairPool, pad_pairs
+from activedpo_jax.data.groups import Groups, PairPool, pad_pairs
 from activedpo_jax.data.packing import Batch, Packing, lengths_in, minibatch, multiple_on, packings
 from activedpo_jax.models.decoder import Decoder, Params
 from activedpo_jax.models.lora import Lora
@@ -53,13 +57,15 @@ class Work:
             self.pool = shapes.mixed_pairs(vocabulary, count, args.factor)
         else:
             self.pool = shapes.full_pairs(vocabulary, count, args.prompt, args.response)
-        self.lengths = lengths_in(self.pool)
-        self.bucket = Bucket(int(self.lengths.prompts.max()), int(self.lengths.responses.max()))
+        self.sides = 2 if args.loss == "dpo" else 1
+        both = lengths_in(self.pool)
+        self.lengths = both._replace(responses=both.responses[:, : self.sides])
+        self.bucket = shapes.longest(self.pool)
         self.shapes = packings(self.lengths, batches.sizes(args.batch, 1), multiple_on(jax.default_backend()))
         self.batches = np.arange(count).reshape(args.batches, args.batch)
         reference = jax.jit(response_logps, static_argnums=0)
-        self.reference = np.zeros((count, 2), np.float32)
-        for rows in self.batches:
+        self.reference = np.zeros((count, self.sides), np.float32)
+        for rows in self.batches if args.loss == "dpo" else ():
             for places, packing in self.parts(rows):
                 groups, part = self.groups(rows[places], packing), decoder.clone(packing=packing)
                 self.reference[rows[places]] = reference(part, params, None, groups)[: len(places)]
@@ -69,17 +75,21 @@ class Work:
         return minibatch(self.lengths.of(rows), self.shapes)
 
     def groups(self, rows: np.ndarray, packing: Packing) -> Groups:
-        return pad_pairs(self.pool, rows, self.bucket, packing.groups)
+        groups = pad_pairs(self.pool, rows, self.bucket, packing.groups)
+        return groups._replace(
+            response_ids=groups.response_ids[:, : self.sides], response_len=groups.response_len[:, : self.sides]
+        )
 
     def texts(self, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """Prompt and response of all first responses, then of all second ones."""
         pool: PairPool = self.pool
-        return [(pool.prompt_tokens[row], pool.response_tokens[row][side]) for side in (0, 1) for row in rows]
+        sides = range(self.sides)
+        return [(pool.prompt_tokens[row], pool.response_tokens[row][side]) for side in sides for row in rows]
 
     def tokens(self) -> tuple[int, int]:
         """Useful ones of a batch, on average, and those of them in responses."""
-        responses = sum(len(r) for several in self.pool.response_tokens for r in several) // len(self.batches)
-        return responses + sum(map(len, self.pool.prompt_tokens)) // len(self.batches), responses
+        responses = int(self.lengths.responses.sum()) // len(self.batches)
+        return int(self.lengths.text.sum()) // len(self.batches), responses
 
 
 def ours(work: Work, decoder: Decoder, params: Params, lora: Lora) -> Step:
@@ -90,6 +100,11 @@ def ours(work: Work, decoder: Decoder, params: Params, lora: Lora) -> Step:
     @functools.partial(jax.jit, donate_argnums=2, static_argnums=0)
     def add(packing: Packing, lora: Lora, total: Any, params: Params, groups: Any, pairs: losses.Preferences) -> Any:
         new = optimiser.dpo_gradient(decoder.clone(packing=packing), spec, params, lora, groups, pairs)
+        return jax.tree.map(jnp.add, total, (new[0], new[1].loss))
+
+    @functools.partial(jax.jit, donate_argnums=2, static_argnums=0)
+    def add_completions(packing: Packing, lora: Lora, total: Any, params: Params, groups: Any, share: Any) -> Any:
+        new = optimiser.completion_gradient(decoder.clone(packing=packing), params, lora, groups, share)
         return jax.tree.map(jnp.add, total, new)
 
     @jax.jit
@@ -97,20 +112,24 @@ def ours(work: Work, decoder: Decoder, params: Params, lora: Lora) -> Step:
         new, _ = optimiser.update(recipe, lora, state, gradient, jnp.float32(RATE))
         return new, optax.global_norm(gradient)
 
-    nothing = jax.jit(optimiser.no_gradient)
+    nothing = jax.jit(lambda lora: (optimiser.no_gradient(lora)[0], jnp.float32(0)))
 
     def step(rows: np.ndarray) -> tuple[float, float]:
         total = nothing(lora)
         for places, packing in work.parts(rows):
             groups = work.groups(rows[places], packing)
+            if work.sides == 1:
+                share = np.float32(1 / work.lengths.responses[rows].sum())
+                total = add_completions(packing, lora, total, params, groups, share)
+                continue
             pad = (0, packing.groups - len(places))
             weight = np.pad(np.full(len(places), 1 / len(rows), np.float32), pad)
             reference = np.pad(work.reference[rows[places]], (pad, (0, 0)))
             pairs = losses.Preferences(np.zeros(packing.groups, np.float32), reference, weight)
             total = add(packing, lora, total, params, groups, pairs)
-        gradient, metrics = total
+        gradient, loss = total
         _, norm = jax.block_until_ready(update(lora, gradient))
-        return float(metrics.loss), float(norm)
+        return float(loss), float(norm)
 
     return step
 
@@ -140,6 +159,8 @@ def lean(work: Work, model: Any, dtype: str) -> Step:
 
     def loss(rows: np.ndarray) -> torch.Tensor:
         logps = torch_side.rows(work.texts(rows)).log_probs(causal)
+        if work.sides == 1:
+            return -logps.sum() / int(work.lengths.responses[rows].sum())
         reference = torch.from_numpy(work.reference[rows]).to(torch_side.DEVICE)
         margins = BETA * (logps.view(2, -1).T - reference)
         return -torch.nn.functional.logsigmoid(margins[:, 0] - margins[:, 1]).mean()
@@ -149,21 +170,35 @@ def lean(work: Work, model: Any, dtype: str) -> Step:
 
 def of_trl(work: Work, model: Any, dtype: str, folder: str) -> Step:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<pad>": 1}, unk_token="a"))
-    trainer = trl.DPOTrainer(
-        model,
-        args=trl.DPOConfig(
-            folder, beta=BETA, use_cpu=torch_side.DEVICE.type == "cpu", bf16=dtype == "bfloat16", report_to=[],
-            gradient_checkpointing=False, precompute_ref_log_probs=True, disable_tqdm=True,
-        ),
-        train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "a", "rejected": "a"}]),
-        processing_class=transformers.PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="<pad>", eos_token="<pad>"
-        ),
-    )  # fmt: skip
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
+    common: dict[str, Any] = {
+        "output_dir": folder, "use_cpu": torch_side.DEVICE.type == "cpu", "bf16": dtype == "bfloat16", "report_to": [],
+        "gradient_checkpointing": False, "disable_tqdm": True,
+    }  # fmt: skip
+    trainer: Any
+    if work.sides == 1:
+        trainer = trl.SFTTrainer(
+            model,
+            args=trl.SFTConfig(**common),
+            train_dataset=datasets.Dataset.from_list([{"prompt": "a", "completion": "a"}]),
+            processing_class=tokenizer,
+        )
+    else:
+        trainer = trl.DPOTrainer(
+            model,
+            args=trl.DPOConfig(beta=BETA, precompute_ref_log_probs=True, **common),
+            train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "a", "rejected": "a"}]),
+            processing_class=tokenizer,
+        )
     model.train()
 
     def loss(rows: np.ndarray) -> torch.Tensor:
         texts = torch_side.rows(work.texts(rows))
+        if work.sides == 1:
+            labels = texts.ids.masked_fill(texts.completed == 0, -100)
+            batch = {"input_ids": texts.ids, "attention_mask": texts.attended, "labels": labels}
+            loss_of: torch.Tensor = trainer.compute_loss(trainer.model, batch)
+            return loss_of
         chosen, rejected = torch.from_numpy(work.reference[rows]).to(torch_side.DEVICE).T
         batch = {
             "input_ids": texts.ids, "attention_mask": texts.attended, "completion_mask": texts.completed,
@@ -178,6 +213,7 @@ def of_trl(work: Work, model: Any, dtype: str, folder: str) -> Step:
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes.add_options(found, remat="dots", repeats=3)
+    found.add_argument("--loss", default="dpo", choices=["dpo", "sft"])
     found.add_argument("--lengths", default="mixed", choices=["full", "mixed"])
     found.add_argument("--prompt", type=int, default=256, help="tokens, where lengths are full")
     found.add_argument("--response", type=int, default=256)
@@ -215,7 +251,7 @@ def main() -> None:
     flops, peak = shapes.useful_flops(decoder.config, tokens, responses), measure.peak_flops(args.dtype)
     for several in times.values():  # of one step
         several |= {key: [t / args.batches for t in values] for key, values in several.items()}
-    print(f"\n{args.model}, {args.dtype}, {args.batch} pairs, {tokens} useful tokens, rank {args.rank}")
+    print(f"\n{args.model}, {args.dtype}, {args.batch} examples, {tokens} useful tokens, rank {args.rank}")
     print(measure.table(times, next(iter(times)), tokens, flops, peak))
     found_all = {"results": times, "loss and gradient norm": results, "useful tokens": tokens}
     measure.save(args.out, args.name, args, found_all | {"useful FLOPs": flops, "peak FLOP/s": peak})

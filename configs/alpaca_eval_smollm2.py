@@ -46,10 +46,10 @@ def get_config(setting: str = "gpu") -> ml_collections.ConfigDict:
         config.labels_per_round = 12
         config.data.train_limit = 48
         config.data.heldout_limit = 40
-        config.features.groups_per_chunk = 4
-        config.evaluation.pairs_per_chunk = 4
+        config.features.groups_per_chunk = 8
+        config.evaluation.pairs_per_chunk = 8
         config.dpo.epochs = 2
-        config.dpo.pairs_per_chunk = 4
+        config.dpo.pairs_per_chunk = 8
     else:
         config.data.buckets = ((64, 128), (128, 256), (128, 384), (256, 512))
         config.seeds = (0, 1, 2)

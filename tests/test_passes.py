@@ -116,9 +116,9 @@ def test_what_is_in_reach_is_packed_as_all_candidates_were() -> None:
     assert spec.packed
     evidence, after = PoolEvidence(pool_pass.Pass(spec, policy, BUCKETS)), later(state, 1)
     staged.pick(evidence, state, data)
-    compiled = pool_pass.evidence_program._cache_size()
+    compiled = pool_pass.evidence_program._cache_size()  # type: ignore[attr-defined]
     picks, _ = staged.pick(evidence, after, data)
-    assert pool_pass.evidence_program._cache_size() == compiled
+    assert pool_pass.evidence_program._cache_size() == compiled  # type: ignore[attr-defined]
     count = data.num_pairs
     expected, current = in_numpy(
         whole(setting_on(1), state)[:count], whole(setting_on(1), after)[:count], data, spec.selection.lam
