@@ -9,11 +9,18 @@ import pathlib
 import subprocess
 import sys
 
+_SWEEP = "--repeats 3 --only summed none response hooks"
 # By file: the commands, `python -m benchmarks.…`, on a CPU and on a GPU.
 CPU = {
     "features_cpu.json": (
         "features --name full",
-        "features --lengths mixed --groups 24 --repeats 2 --only response hooks --name mixed",
+        "features --lengths mixed --groups 24 --repeats 2 --only summed none response hooks peft --name mixed",
+        f"features {_SWEEP} --name rank-8 --rank 8",
+        f"features {_SWEEP} --name rank-64 --rank 64",
+        f"features {_SWEEP} --name rank-128 --rank 128",
+        f"features {_SWEEP} --name rank-128,-attention-only --rank 128 --attention_only",
+        f"features {_SWEEP} --name 256-+-256-tokens --prompt 256 --response 256",
+        f"features {_SWEEP} --name 512-+-512-tokens --prompt 512 --response 512 --groups 2",
     ),
     "training_cpu.json": (
         "training --repeats 2 --name mixed",

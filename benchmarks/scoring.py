@@ -62,12 +62,15 @@ def main() -> None:
     difference = float(np.abs(found - theirs).max() / np.abs(theirs).max())
     print(f"log-probs differ by {difference:.1e} of the largest", flush=True)
     assert difference < (1e-4 if args.dtype == "float32" else 0.02)
-    times = measure.in_turns({"ours": ours, "lean": lean}, args.repeats)
+    times = measure.in_turns({"ours": ours, "lean_forward": lean}, args.repeats)
     responses = sum(len(response) for _, response in texts)
     tokens = responses + sum(map(len, pool.prompt_tokens))
     print(measure.table(times, "ours", tokens))
     measure.save(
-        args.out, "scoring", args, {"results": times, "useful tokens": tokens, "differences": {"lean": difference}}
+        args.out,
+        "scoring",
+        args,
+        {"results": times, "useful tokens": tokens, "differences": {"lean_forward": difference}},
     )
 
 

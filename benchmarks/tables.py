@@ -32,7 +32,8 @@ NAMES = {
     "traker": "PyTorch: the same, and traker's `BasicProjector`",
     "ours": "activedpo_jax",
     "lean": "PyTorch: a lean step with PEFT",
-    "trl": "PyTorch: TRL's `DPOTrainer`",
+    "lean_forward": "PyTorch: a lean forward pass with PEFT",
+    "trl": "PyTorch: TRL's trainer",
     "assembled": "PyTorch: PEFT as in LESS, and TRL",
     "strongest": "PyTorch: batched hooks, a lean step",
 }
@@ -62,6 +63,18 @@ def times(record: dict[str, Any]) -> str:
         row += [f"{tokens / median[name]:,.0f}"] * bool(tokens)
         row += [f"{flops / median[name] / peak:.1%}" if flops and peak else ""] * bool(peak)
         rows.append(row)
+    return _rows(header, rows)
+
+
+def sweep(record: dict[str, Any]) -> str:
+    """Several measurements of the same contenders, a row each: seconds, and what is compared."""
+    rows = []
+    for name, found in record.items():
+        median = {n: statistics.median(several["seconds"]) for n, several in found["results"].items()}
+        seconds = [_number(median[n]) for n in ("summed", "none", "response", "hooks")]
+        ratios = f"{median['none'] / median['summed']:.2f}", f"{median['hooks'] / median['response']:.2f}"
+        rows.append([name.replace("-", " "), *seconds, *ratios])
+    header = ["", "summed", "`none`", "`response`", "hooks", "`none` ÷ summed", "hooks ÷ `response`"]
     return _rows(header, rows)
 
 
@@ -122,6 +135,7 @@ def errors(record: dict[str, Any]) -> str:
 
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "times": times,
+    "sweep": sweep,
     "naive": naive,
     "product": product,
     "padding": padding,
@@ -136,7 +150,9 @@ def made(text: str) -> str:
     def table(match: re.Match[str]) -> str:
         opening, kind, file, name, closing = match.groups()
         found = json.loads((FOLDER / "results" / file).read_text())
-        return opening + "\n" + KINDS[kind](found[name] if name else found) + "\n" + closing
+        if name:
+            found = {one: found[one] for one in name.split()} if kind == "sweep" else found[name]
+        return opening + "\n" + KINDS[kind](found) + "\n" + closing
 
     return _TABLE.sub(table, text)
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from activedpo_jax import layout
 from activedpo_jax.compile_only import tpu_devices
 from activedpo_jax.data.groups import Groups
+from activedpo_jax.data.packing import Axis, Packing, Tier
 from activedpo_jax.evidence.gradients import response_features
 from activedpo_jax.models import attention, kernels
 from activedpo_jax.models.attention import Rule
@@ -319,10 +320,10 @@ def test_the_decoder_says_why_too() -> None:
 # Compiled for machines that are not here
 
 
-def feature_program(kernel_mesh: Mesh, head_dim: int) -> Any:
+def feature_program(kernel_mesh: Mesh, head_dim: int, packing: Packing | None = None) -> Any:
     """Features and training gradient of a small bfloat16 decoder, as one jitted function, and abstract arguments."""
     config = dataclasses.replace(tiny.MODEL, num_heads=4, num_kv_heads=2, head_dim=head_dim)
-    decoder = Decoder(config, tiny.LORA, jnp.bfloat16, "dots", mesh=kernel_mesh)
+    decoder = Decoder(config, tiny.LORA, jnp.bfloat16, "dots", mesh=kernel_mesh, packing=packing)
     replicated, batch = layout.replicated(kernel_mesh), layout.batch(kernel_mesh)
 
     def abstract(tree: Any, dtype: Any = None) -> Any:
@@ -353,6 +354,23 @@ def test_splash_compiles_for_tpu(head_dim: int) -> None:
         assert f"splash_mha_{part}" in text
     assert "tpu_custom_call" in text
     assert compiled.memory_analysis().temp_size_in_bytes > 0
+
+
+TWO_WIDTHS = Axis(3 * LENGTH, (Tier(1, 2 * LENGTH), Tier(3, LENGTH)))
+
+
+def test_splash_compiles_for_packed_batches() -> None:
+    pytest.importorskip("libtpu", reason="needs libtpu: pip install '.[tpu]'")
+    mesh = layout.make_mesh(ml_collections.ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), tpu_devices("v5e:2x2")[:1])
+    program, arguments = feature_program(mesh, 64, Packing(TWO_WIDTHS, TWO_WIDTHS))
+    assert "splash_mha_dkv" in program.lower(*arguments).compile().as_text()
+
+
+def test_cudnn_lowers_for_packed_batches(nvidia: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_FOR_PLATFORM", {"cpu": "cudnn"})
+    program, arguments = feature_program(mesh_of(1, 1, 1), 64, Packing(TWO_WIDTHS, TWO_WIDTHS))
+    text = program.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "@__cudnn$fmhaSoftmaxBackward(" in text and "ScaleBias" not in text
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

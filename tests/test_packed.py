@@ -83,6 +83,12 @@ def test_a_missing_response_has_no_gradient() -> None:
     assert np.array_equal(np.any(found != 0, axis=-1), some_groups().response_len > 0)
 
 
+def test_a_packing_of_another_batch_is_refused() -> None:
+    (decoder, _), params, lora = both()
+    with pytest.raises(ValueError, match="3 groups do not make a batch packed for 5"):
+        response_logps(decoder, params, lora, Groups(*(x[:3] for x in some_groups())))
+
+
 def test_last_states() -> None:
     decoders, params, lora = both()
     states = jax.jit(

@@ -23,8 +23,8 @@ def programs(config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh) ->
     """The programs of a run, in the order in which it comes to them.
 
     Of several buckets, the largest is taken to hold everything: `runs` of the others' programs is 0.  What needs less
-    of the same is left out: buckets that a run adds for the lengths of its pool, and parts of a batch that are smaller
-    than a whole microbatch.
+    of the same is left out: buckets that a run adds for the lengths of its pool, parts of a batch that are smaller than
+    a whole microbatch, and packed batches, whose shapes only the data can tell.
     """
     yield from _base_model(config, task, mesh)
     yield from _sft(config, task, mesh)

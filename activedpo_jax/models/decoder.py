@@ -357,5 +357,6 @@ def unstack(tree: Any, outputs_first: bool = False) -> Any:
 def init_params(decoder: Decoder, key: jax.Array) -> Params:
     """Random weights (normal, 0.02), for decoders that are trained from scratch."""
     example = Groups(np.zeros((1, 1), int), np.ones((1,), int), np.zeros((1, 1, 1), int), np.ones((1, 1), int))
-    decoder = decoder.clone(attention="xla")  # the kernel asked for may be unable to run a single token
+    # The kernel asked for may be unable to run a single token, and the packing is one of other groups.
+    decoder = decoder.clone(attention="xla", packing=None)
     return jax.jit(decoder.init)(key, example)["params"]

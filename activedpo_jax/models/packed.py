@@ -198,8 +198,15 @@ class Packed:
 
 
 def pack(groups: Groups, packing: Packing) -> Packed:
-    """Of a batch whose texts the packing holds."""
-    m = groups.response_ids.shape[1]
+    """Where the tokens of a batch go whose texts the packing holds; whether it does, only the host can check
+    (`data.packing.holds`).
+
+    Raises:
+      ValueError: it is one for another number of groups.
+    """
+    count, m = groups.response_ids.shape[:2]
+    if packing.groups != count:
+        raise ValueError(f"{count} groups do not make a batch packed for {packing.groups}: make it up with empty ones")
     prompts = _texts(jnp.asarray(groups.prompt_len), packing.prompts, left=True)
     responses = _texts(jnp.asarray(groups.response_len).reshape(-1), packing.responses.times(m), left=False)
     prompt_of = jnp.repeat(prompts.length, m)  # the length of each response's prompt
