@@ -27,6 +27,7 @@ CPU = {
         "training --loss sft --batch 8 --repeats 2 --name sft",
     ),
     "scoring_cpu.json": ("scoring",),
+    "passes.json": ("passes",),
     "round_cpu.json": ("round",),
     "generation_cpu.json": ("generation --random",),
     "selection_cpu.json": ("selection --repeats 5",),

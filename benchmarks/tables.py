@@ -78,6 +78,19 @@ def sweep(record: dict[str, Any]) -> str:
     return _rows(header, rows)
 
 
+def passes(record: dict[str, Any]) -> str:
+    """Fewer passes over the pool against one in every round, over paired seeds."""
+    whole = record["results"]["every round"]["area"]
+    rows = []
+    for name, found in record["results"].items():
+        gains = [area - other for area, other in zip(found["area"], whole, strict=True)]
+        error = statistics.stdev(gains) / len(gains) ** 0.5
+        area, computed, overlap = (f"{statistics.mean(found[key]):.3f}" for key in ("area", "computed", "overlap"))
+        rows.append([name, computed, overlap, area, f"{statistics.mean(gains):+.3f}", f"{error:.3f}"])
+    header = ["features of", "computed", "same labels", "area", "difference", "standard error"]
+    return _rows(header, rows)
+
+
 def naive(record: dict[str, Any]) -> str:
     """Selection against the naive loop."""
     kinds = {
@@ -136,6 +149,7 @@ def errors(record: dict[str, Any]) -> str:
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "times": times,
     "sweep": sweep,
+    "passes": passes,
     "naive": naive,
     "product": product,
     "padding": padding,
