@@ -6,6 +6,8 @@
     ones: identical rows, and tight clusters larger than the block with unequal norms.  Picks are compared too.
   many: K = 1,000 of 100,000 × 8,192 (or more: `--count`), against one product of the features with K rows and, where
     there is a GPU, a downdate a pick in PyTorch.
+  public: fewer of them, against what PyTorch has: a downdate a pick, and GPyTorch's `linear_operator`, whose pivoted
+    Cholesky factorisation of λI + ΦΦᵀ makes the same greedy choice.
   large: features in bfloat16, N = 200,000 and D = 8,192, on the device and streamed from a file: time, and what the
     process needs beside the features at its peak.
   rounding: picks and information gain of features rounded to bfloat16, measured on the unrounded ones.
@@ -192,6 +194,37 @@ def torch_downdates(features: jax.Array, num_picks: int) -> np.ndarray:
     return rows.cpu().numpy()
 
 
+def public(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
+    """Some picks of many rows, against PyTorch."""
+    found = {}
+    for kind in ("clusters", "normal"):
+        features = drawn(kind, (args.count, args.dim))
+        contenders: dict[str, Callable[[], np.ndarray]] = {
+            "greedy": picker(features, args.picks, args.block, mesh),
+            "downdates": functools.partial(torch_downdates, features, args.picks),
+            "pivots": functools.partial(pivoted_cholesky, features, args.picks),
+        }
+        picked = {name: run() for name, run in contenders.items()}
+        same = {name: int(np.sum(picked["greedy"] == rows)) for name, rows in picked.items()}
+        times = measure.in_turns(contenders, args.few_repeats)
+        print(f"{kind}, {args.picks} of {args.count} × {args.dim}: {measure.medians(times)}, {same}", flush=True)
+        found[kind] = {"times": times, "same picks": same}
+        del features, contenders
+    return found
+
+
+def pivoted_cholesky(features: jax.Array, num_picks: int) -> np.ndarray:
+    """The diagonal that is left of λI + ΦΦᵀ after the pivots S is λ + λ φᵀV⁻¹φ, V = λI + Σ_S φφᵀ."""
+    import linear_operator
+    import torch
+    from linear_operator.operators import RootLinearOperator
+
+    kernel = RootLinearOperator(torch.from_dlpack(features)).add_jitter(LAM)
+    _, pivots = linear_operator.pivoted_cholesky(kernel, rank=num_picks, error_tol=0.0, return_pivots=True)
+    found: np.ndarray = pivots[:num_picks].cpu().numpy()
+    return found
+
+
 @jax.jit
 def _product(features: jax.Array, rows: jax.Array) -> jax.Array:
     return jnp.sum(jnp.matmul(features, rows.T, precision=HIGHEST), axis=-1)
@@ -299,7 +332,7 @@ def report(title: str, found: dict[str, Any]) -> None:
     print(f"{title}: {medians}, {found['ratios']}{same}", flush=True)
 
 
-PARTS = {"speed": speed, "many": many, "large": large, "rounding": rounding}
+PARTS = {"speed": speed, "many": many, "public": public, "large": large, "rounding": rounding}
 
 
 def main() -> None:

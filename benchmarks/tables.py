@@ -120,6 +120,18 @@ def product(record: dict[str, Any]) -> str:
     return _rows(["features", "seconds, ours", "the product", "ratio"], rows)
 
 
+def public(record: dict[str, Any]) -> str:
+    """Some picks against what PyTorch has."""
+    rows = []
+    for kind, found in record["results"].items():
+        median = {name: statistics.median(several["seconds"]) for name, several in found["times"].items()}
+        same = {name: f"{found['same picks'][name]}/{found['same picks']['greedy']}" for name in median}
+        for name, title in (("downdates", "a downdate a pick"), ("pivots", "`linear_operator`'s pivoted Cholesky")):
+            ratio = f"{median[name] / median['greedy']:.1f}"
+            rows.append([f"{kind}: {title}", same[name], f"{median['greedy']:.2f}", f"{median[name]:.1f}", ratio])
+    return _rows(["features, PyTorch's side", "same picks", "seconds, ours", "theirs", "ratio"], rows)
+
+
 def padding(record: dict[str, Any]) -> str:
     names = {
         "defaults": "defaults",
@@ -152,6 +164,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "passes": passes,
     "naive": naive,
     "product": product,
+    "public": public,
     "padding": padding,
     "moments": moments,
     "errors": errors,
