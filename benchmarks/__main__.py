@@ -28,7 +28,7 @@ CPU = {
     ),
     "scoring_cpu.json": ("scoring",),
     "passes.json": ("passes",),
-    "round_cpu.json": ("round",),
+    "round_cpu.json": ("round", "round --on_policy"),
     "generation_cpu.json": ("generation --random",),
     "selection_cpu.json": ("selection --repeats 5",),
 }

@@ -13,6 +13,7 @@ SMALL = {
     "training --loss sft": "--factor 0.1 --batch 3 --batches 1",
     "scoring": "--factor 0.1 --pairs 5 --chunk 2",
     "round": "--factor 0.1 --groups 6 --picks 4 --chunk 2",
+    "round --on_policy": "--groups 4 --picks 2 --prompt 9 --response 5",
 }
 
 
@@ -32,7 +33,7 @@ def test_sides_agree_and_are_timed(name: str, tmp_path: pathlib.Path) -> None:
     ]
     done = subprocess.run([*command, f"--out={out}"], capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(out.read_text())[module]
+    found = json.loads(out.read_text())["on-policy" if "--on_policy" in options else module]
     assert len(found["results"]) >= 2 and found["useful tokens"] > 0
     assert all(len(several["seconds"]) == 1 for several in found["results"].values())
     if name == "features":
