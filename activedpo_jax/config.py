@@ -255,7 +255,9 @@ OPTIONS: dict[str, Option] = {
     "oracle.temperature": Option(1.0, "of the rewards, with `bradley_terry`"),
     # Training on the labels
     "dpo.loss": Option(
-        "sigmoid", "DPO's own, or SLiC's on the same rewards", registry="activedpo_jax.training.losses:LOSSES"
+        "sigmoid",
+        "TRL's names: DPO's own is sigmoid, conservative DPO with label_smoothing",
+        registry="activedpo_jax.training.losses:LOSSES",
     ),
     "dpo.beta": Option(0.1, "β"),
     "dpo.label_smoothing": Option(

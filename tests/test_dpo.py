@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import types
 from typing import Any, NamedTuple
 
 import datasets
@@ -81,10 +82,19 @@ def to_groups(batch: dict[str, torch.Tensor]) -> Groups:
     return out
 
 
-@pytest.fixture(scope="module", params=[("sigmoid", 0.1), ("sigmoid", 0.5), ("hinge", 0.5)], ids="{0[0]}-{0[1]}".format)
+USUAL = [(kind, 0.1) for kind in ("sigmoid", "sigmoid_norm", "ipo", "robust")] + [("sigmoid", 0.5), ("hinge", 0.5)]
+OTHERS = [(kind, 0.1) for kind in sorted(losses.LOSSES.keys() - {"orpo"} - {kind for kind, _ in USUAL})]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*USUAL, *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS)],
+    ids="{0[0]}-{0[1]}".format,
+)
 def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[losses.LossSpec, Trl]:
     """TRL's own trainer on its own batch of ragged prompts and responses."""
     (kind, beta), folder = request.param, tmp_path_factory.mktemp("trl")
+    smoothing = 0.2 if kind in ("robust", "exo_pair") else 0.0
     tokenizer = make_tokenizer(CHATML)
     base = tiny_llama(folder / "base", vocab_size=len(tokenizer), tie_word_embeddings=True)
     rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in RECORDS]
@@ -94,6 +104,7 @@ def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             output_dir=str(folder / "out"),
             beta=beta,
             loss_type=kind,
+            label_smoothing=smoothing,
             use_cpu=True,
             bf16=False,
             report_to=[],
@@ -116,7 +127,7 @@ def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     loss.backward()
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     gradient = to_tree({name: p.grad for name, p in weights.items()})
-    spec = losses.LossSpec(kind, beta, 0.0)
+    spec = losses.LossSpec(kind, beta, smoothing)
     return spec, Trl(folder / "base", float(loss.detach()), metrics, to_groups(batch), to_tree(weights), gradient)
 
 
@@ -139,8 +150,9 @@ def test_loss_and_gradient_are_those_of_trl(theirs: tuple[losses.LossSpec, Trl],
         return losses.loss(spec, decoder, params, lora, groups, pairs)
 
     (ours, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(trl_.lora)
-    assert abs(trl_.loss - np.log(2)) > 0.01  # or nothing would be compared
-    assert float(ours) == pytest.approx(trl_.loss, abs=1e-5)
+    compared = losses.metrics(spec, jnp.asarray(pairs.ref_logps), groups.response_len, pairs).loss
+    assert abs(trl_.loss - float(compared)) > 1e-3 * abs(trl_.loss)  # or nothing would be compared
+    assert float(ours) == pytest.approx(trl_.loss, abs=1e-5, rel=1e-5)
     assert float(metrics.accuracy) == pytest.approx(trl_.metrics["rewards/accuracies"], abs=1e-6)
     assert float(metrics.margin) == pytest.approx(trl_.metrics["rewards/margins"], abs=1e-5)
     for module in MODULES:
@@ -165,7 +177,7 @@ def batches(draw: Any) -> tuple[np.ndarray, losses.Preferences]:
 
 def values(logps: Any, pairs: losses.Preferences, beta: float = 0.1, smoothing: float = 0.0) -> np.ndarray:
     spec = losses.LossSpec("sigmoid", beta, smoothing)
-    return np.array(losses.metrics(spec, jnp.asarray(logps), jax.tree.map(jnp.asarray, pairs)))
+    return np.array(losses.metrics(spec, jnp.asarray(logps), jnp.ones(logps.shape), jax.tree.map(jnp.asarray, pairs)))
 
 
 @settings(deadline=None, max_examples=30)
@@ -205,12 +217,14 @@ def test_parts_add_up_and_padding_is_nothing(batch: tuple[np.ndarray, losses.Pre
 
 
 @settings(deadline=None, max_examples=30)
-@given(batches(), st.sampled_from(["sigmoid", "hinge"]), st.floats(0, 0.4))
+@given(batches(), st.sampled_from(sorted(losses.LOSSES)), st.floats(0.01, 0.4))
 def test_a_tie_is_half_of_each_order(batch: tuple[np.ndarray, losses.Preferences], kind: str, smoothing: float) -> None:
     logps, pairs = batch
-    spec = losses.LossSpec(kind, 0.1, smoothing)
+    spec, lengths = losses.LossSpec(kind, 0.1, smoothing), 1 + np.arange(2 * len(logps)).reshape(-1, 2)
     found = {
-        preference: losses.metrics(spec, jnp.asarray(logps), pairs._replace(preference=np.full(len(logps), preference)))
+        preference: losses.metrics(
+            spec, jnp.asarray(logps), lengths, pairs._replace(preference=np.full(len(logps), preference))
+        )
         for preference in (0.0, 0.5, 1.0)
     }
     np.testing.assert_allclose(found[0.5].loss, (found[0.0].loss + found[1.0].loss) / 2, rtol=1e-5)
@@ -228,6 +242,35 @@ def test_the_reference_model_knows_nothing(beta: float) -> None:
 def test_smoothing_stops_at_a_finite_margin(epsilon: float) -> None:
     at = np.log((1 - epsilon) / epsilon)
     spec = losses.LossSpec("sigmoid", 0.1, epsilon)
-    slope = jax.vmap(jax.grad(lambda margin: losses.smoothed(spec, margin, epsilon)))
+
+    def loss(margin: jax.Array) -> jax.Array:
+        ratios = jnp.stack([margin / spec.beta, jnp.zeros(())])[None]
+        return losses.smoothed(spec, losses.Ordered(ratios, ratios, jnp.ones((1, 2))), 0.0)[0]
+
+    slope = jax.vmap(jax.grad(loss))
     below, here, above = slope(jnp.array([at - 0.5, at, at + 0.5]))
     assert below < -0.01 and above > 0.01 and abs(here) < 1e-6
+
+
+def test_orpo_is_the_papers_and_its_odds_are_those_of_trl() -> None:
+    """On log-probs of a token from nearly 0 to very low."""
+    from trl.experimental.orpo import ORPOTrainer
+
+    logps = np.array([[-2e-3, -3.0], [-60.0, -0.4], [-7.0, -7.0]], np.float32)
+    lengths = np.array([[2, 3], [4, 1], [7, 7]])
+    pairs = losses.Preferences(np.zeros(3), np.zeros((3, 2), np.float32), np.full(3, 1 / 3, np.float32))
+    averages = logps.astype(np.float64) / lengths
+    odds = averages - np.log(-np.expm1(averages))
+    beta = 0.3
+    odds_loss = beta * np.logaddexp(0, odds[:, 1] - odds[:, 0])
+    wanted = -averages[:, 0] + odds_loss
+    found = losses.orpo(losses.LossSpec("orpo", beta, 0.0), losses.ordered(jnp.asarray(logps), lengths, pairs))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    stand_in = types.SimpleNamespace(beta=beta, accelerator=types.SimpleNamespace(device="cpu"))
+    theirs = ORPOTrainer.odds_ratio_loss(stand_in, *torch.tensor(averages, dtype=torch.float32).T)[0]
+    np.testing.assert_allclose(-theirs.numpy(), odds_loss, rtol=1e-5)
+
+
+def test_exo_without_smoothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="label_smoothing=0 with config.dpo.loss='exo_pair'"):
+        losses.LossSpec("exo_pair", 0.1, 0.0)

@@ -45,10 +45,12 @@ class Batches:
     ):
         self._pool, self._buckets, self._sharding = pool, buckets, layout.batch(mesh)
         self._size = layout.round_up(size, mesh)
+        group, *shown = pool.pairs[rows].T
+        of_groups = lengths_in(pool)
+        lengths = Lengths(of_groups.prompts[group], of_groups.responses[group[:, None], np.stack(shown, axis=1)])
+        self.lengths = np.zeros((pool.num_pairs, 2), np.int64)  # of both responses of every row
+        self.lengths[rows] = lengths.responses
         if packed:
-            group, *shown = pool.pairs[rows].T
-            of_groups = lengths_in(pool)
-            lengths = Lengths(of_groups.prompts[group], of_groups.responses[group[:, None], np.stack(shown, axis=1)])
             found, self.packing = plan(lengths, self._size, multiple_on(jax.default_backend()), together=True)
             self._chunks = [(len(buckets) - 1, rows[members]) for members in found]
         else:
@@ -113,6 +115,7 @@ class Evaluator:
     ) -> None:
         self._policy, self._batches = policy, batches
         self._num_rows, self._loss = len(preferences), loss
+        self._lengths = jnp.asarray(batches.lengths, jnp.int32)
         self._ref = log_probs(policy, policy.reference, batches, "held-out reference", saved)
         # Each weight is one and sums are divided at the end, so that an accuracy is an exact fraction.
         weight = jnp.ones(self._num_rows, jnp.float32)
@@ -127,5 +130,5 @@ class Evaluator:
         return self._metrics(self._ref)
 
     def _metrics(self, logps: np.ndarray) -> dict[str, float]:
-        out = losses.metrics(self._loss, jnp.asarray(logps), self._pairs)
+        out = losses.metrics(self._loss, jnp.asarray(logps), self._lengths, self._pairs)
         return {name: float(total) / self._num_rows for name, total in out._asdict().items()}
