@@ -14,7 +14,7 @@ _SWEEP = "--repeats 3 --only summed none response hooks"
 CPU = {
     "features_cpu.json": (
         "features --name full",
-        "features --lengths mixed --groups 24 --repeats 2 --only summed none response hooks peft --name mixed",
+        "features --lengths mixed --groups 24 --chunk 8 --repeats 2 --only response hooks peft --name mixed",
         f"features {_SWEEP} --name rank-8 --rank 8",
         f"features {_SWEEP} --name rank-64 --rank 64",
         f"features {_SWEEP} --name rank-128 --rank 128",

@@ -182,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--groups", type=int, default=4)
     found.add_argument("--prompt", type=int, default=128, help="tokens, where lengths are full")
     found.add_argument("--response", type=int, default=64)
-    found.add_argument("--chunk", type=int, default=8, help="groups at a time")
+    found.add_argument("--chunk", type=int, default=4, help="groups at a time")
     found.add_argument("--torch_chunk", type=int, default=4, help="groups at a time in PyTorch")
     found.add_argument("--attention_only", action="store_true", help="LoRA on the four maps of attention alone")
     found.add_argument("--dim", type=int, default=8192)

@@ -142,8 +142,8 @@ class Packed:
     width: int  # P
 
     @property
-    def of_response(self) -> int:
-        """m"""
+    def num_responses(self) -> int:
+        """m, of a group."""
         return len(self.responses.length) // len(self.prompts.length)
 
     def attention(self, qkv: Sequence[Sequence[jax.Array]], rule: Rule, backend: kernels.Backend) -> list[jax.Array]:
@@ -162,7 +162,7 @@ class Packed:
             kernels.prompt_attention(q[i], k[i], v[i], lengths[i], rule, backend) for i in range(len(prompts.tiers))
         ]
         q, k, v = ([y[:, None] for y in responses.padded(x[1])] for x in qkv)
-        lengths = responses.by_tier(jnp.repeat(prompts.length, self.of_response))
+        lengths = responses.by_tier(jnp.repeat(prompts.length, self.num_responses))
         tiers = [Tier(texts, self.width) for texts, _ in responses.tiers]
         prompt_k, prompt_v = (_cut(moved(x[0], self.source, self.back), tiers) for x in qkv[1:])
         of_responses = [
@@ -174,16 +174,16 @@ class Packed:
     def before(self, prompt: jax.Array, response: jax.Array) -> jax.Array:
         """The state before each token of the responses: of packed states [N, d] and [N', d] → [N', d]."""
         last = prompt[jnp.cumsum(self.prompts.length) - 1]
-        group = jnp.minimum(self.responses.text // self.of_response, len(last) - 1)
+        group = jnp.minimum(self.responses.text // self.num_responses, len(last) - 1)
         rows = jnp.concatenate([last, response])
         return rows[jnp.where(self.responses.place == 0, group, len(last) - 1 + jnp.arange(len(response)))]
 
     def last(self, prompt: jax.Array, response: jax.Array) -> jax.Array:
         """The last state of every response, its prompt's where it has no token: [G, m, d]."""
         end = jnp.cumsum(self.responses.length) - 1
-        of_prompt = jnp.repeat(prompt[jnp.cumsum(self.prompts.length) - 1], self.of_response, axis=0)
+        of_prompt = jnp.repeat(prompt[jnp.cumsum(self.prompts.length) - 1], self.num_responses, axis=0)
         found = jnp.where(self.responses.length[:, None] > 0, response[end], of_prompt)
-        return found.reshape(-1, self.of_response, found.shape[-1])
+        return found.reshape(-1, self.num_responses, found.shape[-1])
 
     def per_group(
         self, outer_sum: Callable[..., jax.Array], lefts: Sequence[jax.Array], rights: Sequence[jax.Array]
