@@ -13,7 +13,7 @@ _SWEEP = "--repeats 3 --only summed none response hooks"
 # By file: the commands, `python -m benchmarks.…`, on a CPU and on a GPU.
 CPU = {
     "features_cpu.json": (
-        "features --name full",
+        "features --repeats 4 --only summed none response hooks torch_vmap peft --name full",
         "features --lengths mixed --groups 24 --chunk 8 --repeats 2 --only response hooks peft --name mixed",
         f"features {_SWEEP} --name rank-8 --rank 8",
         f"features {_SWEEP} --name rank-64 --rank 64",
@@ -27,7 +27,6 @@ CPU = {
         "training --loss sft --batch 8 --repeats 2 --name sft",
     ),
     "scoring_cpu.json": ("scoring",),
-    "passes.json": ("passes",),
     "round_cpu.json": ("round", "round --on_policy"),
     "generation_cpu.json": ("generation --random",),
     "selection_cpu.json": ("selection --repeats 5",),

@@ -79,16 +79,17 @@ def save(out: pathlib.Path | None, name: str, args: argparse.Namespace, found: M
     kept = json.loads(out.read_text()) if out.exists() else {}
     record = facts() | {"arguments": arguments, **found}
     before = kept.get(name, {})
-    if _work(before) == _work(record) and not set(before["results"]) & set(record["results"]):
+    work = _work(record)
+    if work is not None and work == _work(before) and not set(before["results"]) & set(record["results"]):
         for key in _OF_CONTENDERS & before.keys() & record.keys():
             record[key] = before[key] | record[key]
     out.write_text(json.dumps(kept | {name: record}, indent=1, default=str) + "\n")
 
 
 def _work(record: Mapping[str, Any]) -> Any:
-    """What was measured, and on what, whoever the contenders were."""
+    """What was measured, and on what, whoever the contenders were; None where there were none."""
     arguments = {key: str(value) for key, value in record.get("arguments", {}).items() if key != "only"}
-    return "results" in record and (arguments, record["device"])
+    return (arguments, record["device"]) if "results" in record else None
 
 
 def table(times: Times, against: str, tokens: int, flops: float | None = None, peak: float | None = None) -> str:

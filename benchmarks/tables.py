@@ -66,31 +66,6 @@ def times(record: dict[str, Any]) -> str:
     return _rows(header, rows)
 
 
-def sweep(record: dict[str, Any]) -> str:
-    """Several measurements of the same contenders, a row each: seconds, and what is compared."""
-    rows = []
-    for name, found in record.items():
-        median = {n: statistics.median(several["seconds"]) for n, several in found["results"].items()}
-        seconds = [_number(median[n]) for n in ("summed", "none", "response", "hooks")]
-        ratios = f"{median['none'] / median['summed']:.2f}", f"{median['hooks'] / median['response']:.2f}"
-        rows.append([name.replace("-", " "), *seconds, *ratios])
-    header = ["", "summed", "`none`", "`response`", "hooks", "`none` ÷ summed", "hooks ÷ `response`"]
-    return _rows(header, rows)
-
-
-def passes(record: dict[str, Any]) -> str:
-    """Fewer passes over the pool against one in every round, over paired seeds."""
-    whole = record["results"]["every round"]["area"]
-    rows = []
-    for name, found in record["results"].items():
-        gains = [area - other for area, other in zip(found["area"], whole, strict=True)]
-        error = statistics.stdev(gains) / len(gains) ** 0.5
-        area, computed, overlap = (f"{statistics.mean(found[key]):.3f}" for key in ("area", "computed", "overlap"))
-        rows.append([name, computed, overlap, area, f"{statistics.mean(gains):+.3f}", f"{error:.3f}"])
-    header = ["features of", "computed", "same labels", "area", "difference", "standard error"]
-    return _rows(header, rows)
-
-
 def naive(record: dict[str, Any]) -> str:
     """Selection against the naive loop."""
     kinds = {
@@ -118,18 +93,6 @@ def product(record: dict[str, Any]) -> str:
         greedy, work = (statistics.median(found["seconds"][n]) for n in ("greedy", "product"))
         rows.append([kind, f"{greedy:.1f}", f"{work:.1f}", f"{greedy / work:.2f}"])
     return _rows(["features", "seconds, ours", "the product", "ratio"], rows)
-
-
-def public(record: dict[str, Any]) -> str:
-    """Some picks against what PyTorch has."""
-    rows = []
-    for kind, found in record["results"].items():
-        median = {name: statistics.median(several["seconds"]) for name, several in found["times"].items()}
-        same = {name: f"{found['same picks'][name]}/{found['same picks']['greedy']}" for name in median}
-        for name, title in (("downdates", "a downdate a pick"), ("pivots", "`linear_operator`'s pivoted Cholesky")):
-            ratio = f"{median[name] / median['greedy']:.1f}"
-            rows.append([f"{kind}: {title}", same[name], f"{median['greedy']:.2f}", f"{median[name]:.1f}", ratio])
-    return _rows(["features, PyTorch's side", "same picks", "seconds, ours", "theirs", "ratio"], rows)
 
 
 def padding(record: dict[str, Any]) -> str:
@@ -160,11 +123,8 @@ def errors(record: dict[str, Any]) -> str:
 
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "times": times,
-    "sweep": sweep,
-    "passes": passes,
     "naive": naive,
     "product": product,
-    "public": public,
     "padding": padding,
     "moments": moments,
     "errors": errors,
@@ -177,9 +137,7 @@ def made(text: str) -> str:
     def table(match: re.Match[str]) -> str:
         opening, kind, file, name, closing = match.groups()
         found = json.loads((FOLDER / "results" / file).read_text())
-        if name:
-            found = {one: found[one] for one in name.split()} if kind == "sweep" else found[name]
-        return opening + "\n" + KINDS[kind](found) + "\n" + closing
+        return opening + "\n" + KINDS[kind](found[name] if name else found) + "\n" + closing
 
     return _TABLE.sub(table, text)
 

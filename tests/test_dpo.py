@@ -151,7 +151,8 @@ def test_loss_and_gradient_are_those_of_trl(theirs: tuple[losses.LossSpec, Trl],
 
     (ours, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(trl_.lora)
     compared = losses.metrics(spec, jnp.asarray(pairs.ref_logps), groups.response_len, pairs).loss
-    assert abs(trl_.loss - float(compared)) > 1e-3 * abs(trl_.loss)  # or nothing would be compared
+    least = 0.01 if spec.kind in ("sigmoid", "hinge") else 1e-3 * abs(trl_.loss)
+    assert abs(trl_.loss - float(compared)) > least  # or nothing would be compared
     assert float(ours) == pytest.approx(trl_.loss, abs=1e-5, rel=1e-5)
     assert float(metrics.accuracy) == pytest.approx(trl_.metrics["rewards/accuracies"], abs=1e-6)
     assert float(metrics.margin) == pytest.approx(trl_.metrics["rewards/margins"], abs=1e-5)
@@ -217,9 +218,10 @@ def test_parts_add_up_and_padding_is_nothing(batch: tuple[np.ndarray, losses.Pre
 
 
 @settings(deadline=None, max_examples=30)
-@given(batches(), st.sampled_from(sorted(losses.LOSSES)), st.floats(0.01, 0.4))
+@given(batches(), st.sampled_from(sorted(losses.LOSSES)), st.floats(0, 0.4))
 def test_a_tie_is_half_of_each_order(batch: tuple[np.ndarray, losses.Preferences], kind: str, smoothing: float) -> None:
     logps, pairs = batch
+    smoothing = max(smoothing, 0.01) if kind == "exo_pair" else smoothing
     spec, lengths = losses.LossSpec(kind, 0.1, smoothing), 1 + np.arange(2 * len(logps)).reshape(-1, 2)
     found = {
         preference: losses.metrics(

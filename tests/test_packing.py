@@ -81,7 +81,7 @@ def test_a_text_longer_than_a_shape_is_refused() -> None:
 
 
 def test_batches_are_alike_and_nearly_all_text() -> None:
-    """Lengths as of real pairs, from a few tokens to 500: batches of 8 that are padded are a quarter text."""
+    """Lengths as of real pairs, from a few tokens to 500."""
     rng = np.random.default_rng(0)
     lengths = Lengths(
         np.clip(rng.lognormal(4, 0.4, 2000).astype(int), 1, 256),

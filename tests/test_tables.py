@@ -41,3 +41,10 @@ def test_contenders_at_the_same_work_share_a_record(tmp_path: pathlib.Path) -> N
     assert save(8, "hooks", 2.0) == {"ours": {"seconds": [1.0]}, "hooks": {"seconds": [2.0]}}
     assert save(8, "ours", 3.0) == {"ours": {"seconds": [3.0]}}, "measured again"
     assert save(16, "hooks", 4.0) == {"hooks": {"seconds": [4.0]}}, "other work"
+
+
+def test_a_record_without_contenders_is_replaced(tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "found.json"
+    for seconds in (1.0, 2.0):
+        measure.save(out, "startup", argparse.Namespace(out=out), {"moments": {"first start": [seconds]}})
+    assert json.loads(out.read_text())["startup"]["moments"] == {"first start": [2.0]}

@@ -117,37 +117,11 @@ class Layer(nn.Module):
         k = heads(linear("k_proj", kv_width, inputs, config.qkv_bias), "k_norm")
         v = heads(linear("v_proj", kv_width, inputs, config.qkv_bias))
 
-        rule, kept, attended = attention.make_rule(config, per_layer.window), None, []
-        where = places.packed
-        if where is not None:
-            turned_q, turned_k = (
-                [attention.rotate(*x, per_layer.frequencies) for x in zip(y, where.positions, strict=True)]
-                for y in (q, k)
-            )
-            attended = where.attention((turned_q, turned_k, v), rule, self.backend)
-        for i, x in enumerate([] if where else blocks):
-            # A prompt's positions start at 0 whatever its padding; each response continues where its prompt ends.
-            if x.ndim == 3:
-                width = x.shape[1]
-                positions = jnp.maximum(jnp.arange(width) - (width - places.prompt_len[:, None]), 0)
-            else:
-                positions = places.prompt_len[:, None, None] + places.start + jnp.arange(x.shape[2])
-            q_i, k_i = (attention.rotate(y[i], positions, per_layer.frequencies) for y in (q, k))
-            if x.ndim == 3:
-                prompt_kv = (k_i, v[i])
-                attended.append(kernels.prompt_attention(q_i, *prompt_kv, places.prompt_len, rule, self.backend))
-                if len(blocks) == 1:
-                    kept = attention.kept(k_i, v[i])
-            elif per_layer.cache is None:
-                attended.append(
-                    kernels.response_attention(q_i, k_i, v[i], *prompt_kv, places.prompt_len, rule, self.backend)
-                )
-            else:
-                assert per_layer.prompt is not None
-                kept = attention.extended(per_layer.cache, k_i, v[i], places.start)
-                attended.append(
-                    attention.cached_attention(q_i, per_layer.prompt, kept, places.prompt_len, rule, places.start)
-                )
+        rule = attention.make_rule(config, per_layer.window)
+        if places.packed is None:
+            attended, kept = self._padded_attention((q, k, v), per_layer, places, rule)
+        else:
+            attended, kept = self._packed_attention((q, k, v), per_layer, places.packed, rule), None
         out = whole(linear("o_proj", config.hidden_size, attended))
         out = norm("attention_post_norm", out) if post else out
         blocks = [x + y for x, y in zip(blocks, out, strict=True)]
@@ -160,6 +134,46 @@ class Layer(nn.Module):
         out = norm("mlp_post_norm", out) if post else out
         blocks = [x + y for x, y in zip(blocks, out, strict=True)]
         return blocks, kept
+
+    def _packed_attention(
+        self, qkv: tuple[Blocks, Blocks, Blocks], per_layer: PerLayer, where: Packed, rule: attention.Rule
+    ) -> Blocks:
+        q, k = (
+            [attention.rotate(*x, per_layer.frequencies) for x in zip(blocks, where.positions, strict=True)]
+            for blocks in qkv[:2]
+        )
+        return where.attention((q, k, qkv[2]), rule, self.backend)
+
+    def _padded_attention(
+        self, qkv: tuple[Blocks, Blocks, Blocks], per_layer: PerLayer, places: Places, rule: attention.Rule
+    ) -> tuple[Blocks, KeysValues | None]:
+        """Also returns what later tokens need."""
+        q, k, v = qkv
+        kept, attended = None, []
+        for i, x in enumerate(q):
+            # A prompt's positions start at 0 whatever its padding; each response continues where its prompt ends.
+            if x.ndim == 4:
+                width = x.shape[1]
+                positions = jnp.maximum(jnp.arange(width) - (width - places.prompt_len[:, None]), 0)
+            else:
+                positions = places.prompt_len[:, None, None] + places.start + jnp.arange(x.shape[2])
+            q_i, k_i = (attention.rotate(y[i], positions, per_layer.frequencies) for y in (q, k))
+            if x.ndim == 4:
+                prompt_kv = (k_i, v[i])
+                attended.append(kernels.prompt_attention(q_i, *prompt_kv, places.prompt_len, rule, self.backend))
+                if len(q) == 1:
+                    kept = attention.kept(k_i, v[i])
+            elif per_layer.cache is None:
+                attended.append(
+                    kernels.response_attention(q_i, k_i, v[i], *prompt_kv, places.prompt_len, rule, self.backend)
+                )
+            else:
+                assert per_layer.prompt is not None
+                kept = attention.extended(per_layer.cache, k_i, v[i], places.start)
+                attended.append(
+                    attention.cached_attention(q_i, per_layer.prompt, kept, places.prompt_len, rule, places.start)
+                )
+        return attended, kept
 
 
 class Embedding(nn.Module):

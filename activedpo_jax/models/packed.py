@@ -111,7 +111,7 @@ def _texts(length: jax.Array, axis: Axis, left: bool) -> Texts:
     place = token - start[own]
 
     # Of each rank: the width of its tier, and where among the padded places its text begins.
-    widths = np.repeat([width for _, width in axis.tiers], [n for n, _ in axis.tiers])
+    widths = axis.widths
     begins = np.cumsum(widths) - widths
     total = int(widths.sum())
     row = np.repeat(np.arange(count), widths)  # of each padded place

@@ -100,7 +100,7 @@ def ipo(spec: LossSpec, pairs: Ordered) -> jax.Array:
 def robust(spec: LossSpec, pairs: Ordered) -> jax.Array:
     """((1−ε) loss(Δ) − ε loss(−Δ))/(1−2ε), `sigmoid`'s without bias if a label is wrong with probability ε.
 
-    Chowdhury et al. (2024), eq. 12.
+    Chowdhury et al. (2024).
     """
     epsilon = spec.label_smoothing
     return ((1 - epsilon) * sigmoid(spec, pairs) - epsilon * sigmoid(spec, pairs.turned)) / (1 - 2 * epsilon)
