@@ -153,7 +153,18 @@ def test_features_are_pair_features() -> None:
     assert tiny.relative_error(rows("features", batch), expected.reshape(12, DIM)) < BOUND
 
 
-def test_log_probs_and_margins_pair_by_pair() -> None:
+def test_features_are_the_differences_of_those_of_responses() -> None:
+    batch = tiny.groups(0, 4, 3)
+    both = rows("response_features", batch)
+    assert both.shape == (12, 2, DIM)
+    np.testing.assert_allclose(np.linalg.norm(both, axis=-1), 1.0, rtol=1e-6)
+    assert tiny.relative_error(both[:, 0] - both[:, 1], rows("features", batch)) < BOUND
+    of_group = both.reshape(4, 3, 2, DIM)  # the pairs (0, 1), (0, 2), (1, 2)
+    np.testing.assert_array_equal(of_group[:, 0, 0], of_group[:, 1, 0])
+    np.testing.assert_array_equal(of_group[:, 0, 1], of_group[:, 2, 0])
+
+
+def test_log_probs_rewards_and_margins_pair_by_pair() -> None:
     batch = tiny.groups(1, 2, 3)
     policy, lora = policy_and_lora()
     logps = {
@@ -167,6 +178,8 @@ def test_log_probs_and_margins_pair_by_pair() -> None:
         BETA * ((logps[g, i][0] - logps[g, i][1]) - (logps[g, j][0] - logps[g, j][1])) for g, i, j in pairs_of(batch)
     ]
     assert tiny.relative_error(rows("margins", batch), margins) < BOUND
+    rewards = [[BETA * (logps[g, k][0] - logps[g, k][1]) for k in pair] for g, *pair in pairs_of(batch)]
+    assert tiny.relative_error(rows("rewards", batch), rewards) < BOUND
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
@@ -175,8 +188,9 @@ def test_margins_at_the_reference_are_exactly_zero(shape: tuple[int, int, int], 
     mesh = mesh_of(shape)
     policy, _ = jax.device_put(policy_and_lora(dtype=dtype, mesh=mesh), NamedSharding(mesh, P()))
     batch = jax.device_put(tiny.groups(0, 8, 3), NamedSharding(mesh, P(BATCH_AXES)))
-    found = evidence_of(("margins", "log_probs"), spec(shape), policy, policy.reference, batch, SEED)
-    assert not np.asarray(found["margins"]).any() and np.asarray(found["log_probs"]).all()
+    found = evidence_of(("margins", "rewards", "log_probs"), spec(shape), policy, policy.reference, batch, SEED)
+    assert not np.asarray(found["margins"]).any() and not np.asarray(found["rewards"]).any()
+    assert np.asarray(found["log_probs"]).all()
 
 
 # ----------------------------------------------------------------------------------------------------- embeddings

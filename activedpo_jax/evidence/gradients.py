@@ -91,17 +91,33 @@ def pair_features(
     if spec.normalisation == "none" and m == 2:  # the difference itself is one gradient
         probe = _probe(groups, spec.dim, seed)
         return _weighted_gradient(decoder, params, lora, groups, jnp.array([1.0, -1.0]), probe)[:, None]
-    features = response_features(decoder, params, lora, groups, spec.dim, seed)
-    if spec.normalisation == "response":
-        features = normalise(features)
+    features = scaled_features(decoder, params, lora, groups, spec, seed)
     first, second = np.asarray(group_pairs(m)).T
     return features[:, first] - features[:, second]
+
+
+def scaled_features(
+    decoder: Decoder, params: Params, lora: Lora, groups: Groups, spec: FeatureSpec, seed: jax.Array
+) -> jax.Array:
+    """ĝ of every response: [G, m, D] float32.  Arguments as of `pair_features`."""
+    found = response_features(decoder, params, lora, groups, spec.dim, seed)
+    return normalise(found) if spec.normalisation == "response" else found
 
 
 def features(spec: EvidenceSpec, policy: Policy, lora: Lora, groups: Groups, seed: jax.Array) -> jax.Array:
     """`pair_features` as a kind of evidence: [G, m(m−1)/2, D] of the dtype in which they are stored."""
     found = pair_features(policy.decoder, policy.params, lora, groups, spec.features, seed)
     return found.astype(spec.features.dtype)
+
+
+def features_of_both(spec: EvidenceSpec, policy: Policy, lora: Lora, groups: Groups, seed: jax.Array) -> jax.Array:
+    """ĝ of both responses of every pair i < j: [G, m(m−1)/2, 2, D] of the dtype in which features are stored.
+
+    φ is their difference, so that rules which look at single responses need no second pass; see
+    `selection.widths.pair_vectors`.
+    """
+    found = scaled_features(policy.decoder, policy.params, lora, groups, spec.features, seed)
+    return found[:, group_pairs(groups.response_ids.shape[1])].astype(spec.features.dtype)
 
 
 def reference_gradients(decoder: Decoder, params: Params, lora: Lora, groups: Groups) -> dict[str, Any]:

@@ -7,9 +7,10 @@ import jax
 from activedpo_jax.data.groups import Groups
 from activedpo_jax.evidence.embeddings import embeddings
 from activedpo_jax.evidence.entropies import entropies
-from activedpo_jax.evidence.gradients import features
+from activedpo_jax.evidence.gradients import features, features_of_both
 from activedpo_jax.evidence.log_probs import log_probs
 from activedpo_jax.evidence.margins import margins
+from activedpo_jax.evidence.rewards import rewards
 from activedpo_jax.evidence.spec import EvidenceFunction, EvidenceSpec
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.models.policy import Policy
@@ -20,6 +21,8 @@ EVIDENCE: dict[str, EvidenceFunction] = {
     "features": features,
     "log_probs": log_probs,
     "margins": margins,
+    "response_features": features_of_both,
+    "rewards": rewards,
 }
 
 

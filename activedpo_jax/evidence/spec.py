@@ -54,7 +54,7 @@ class EvidenceFunction(Protocol):
           seed: scalar uint32, for everything random.
 
         Returns:
-          [G, m(m−1)/2, ...] float32 (features: of `spec.features.dtype`), pairs in the order of
+          [G, m(m−1)/2, ...] float32 (those of gradients: `spec.features.dtype`), pairs in the order of
           `data.groups.group_pairs`.  A pair's value does not depend on its batch, bucket or padding.
         """
         ...

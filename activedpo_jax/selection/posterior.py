@@ -111,9 +111,14 @@ def resolved_lam(features: jax.Array, available: jax.Array, lam: jax.Array | flo
     rounding of ‖φ‖²/λ would hide them.  The order of picks outside the span does not depend on λ either.
 
     Args:
-      features: [N, D] float32 or bfloat16; available: [N] bool, the rows that count.
+      features: [N, D] float32 or bfloat16, or [N, 2, D] of the two responses of pairs, which φ is the difference of: it
+        is taken to be as long as both together, since the difference of a whole pool would need memory for itself.
+      available: [N] bool, the rows that count.
     """
-    return raised_lam(jnp.max(jnp.where(available, prior_variances(features, 1.0), 0.0)), lam)
+    squares = prior_variances(features, 1.0)
+    if features.ndim == 3:
+        squares = jnp.square(jnp.sum(jnp.sqrt(squares), axis=-1))
+    return raised_lam(jnp.max(jnp.where(available, squares, 0.0)), lam)
 
 
 def raised_lam(largest: jax.Array | float, lam: jax.Array | float) -> jax.Array:
@@ -122,7 +127,7 @@ def raised_lam(largest: jax.Array | float, lam: jax.Array | float) -> jax.Array:
 
 
 def prior_variances(features: jax.Array, lam: jax.Array | float) -> jax.Array:
-    """‖φ‖²/λ, the variances before any label: [N, D] float32 or bfloat16 to [N] float32."""
+    """‖φ‖²/λ, the variances before any label: [..., D] float32 or bfloat16 to [...] float32."""
     return jnp.sum(jnp.square(features.astype(jnp.float32)), axis=-1) / lam
 
 
