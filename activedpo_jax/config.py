@@ -203,6 +203,9 @@ OPTIONS: dict[str, Option] = {
         "features of labelled pairs: at the current θ, or as they were when picked",
         choices=("refreshed", "frozen"),
     ),
+    "selection.width_scale": Option(
+        1.0, "c of the bounds μ ± c s of rewards, for `dts` and the others that choose on every prompt", NOT_NEGATIVE
+    ),
     "selection.block": Option(1024, "candidates that a device holds while selecting"),
     "selection.pass_every": Option(
         1,

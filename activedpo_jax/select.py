@@ -45,6 +45,7 @@ from activedpo_jax.record import folders, inputs
 from activedpo_jax.record.labels import verdicts
 from activedpo_jax.selection import host
 from activedpo_jax.selection.strategies import STRATEGIES
+from activedpo_jax.selection.widths import pair_vectors
 
 _RANKED = "ranked.jsonl"
 _TO_FILL_IN = ("pairs.csv", "pairs.jsonl")
@@ -289,19 +290,21 @@ def rank(
             host.check_finite(values, f"{name} of config.model.path={config.model.path}")
     available = np.array([name not in labelled for name in pool.pair_ids])
     counted = np.array([labelled.get(name, False) for name in pool.pair_ids])
-    known = evidence[strategy.design][counted] if strategy.design else None
+    known = np.asarray(pair_vectors(evidence[strategy.design][counted])) if strategy.design else None
     query = host.Query(
         strategy,
         config.select.budget,
         float(selection.lam),
         selection.block,
         config.seeds[0],
+        float(selection.width_scale),
         config.select.in_blocks,
     )
-    choice = host.choose(query, {**evidence, "groups": pool.pairs[:, 0]}, available, known, mesh)
+    seen = {**evidence, "groups": pool.pairs[:, 0], "responses": np.sort(pool.pairs[:, 1:], axis=1)}
+    choice = host.choose(query, seen, available, known, mesh)
 
     if choice.fallback:
-        print(f"{strategy.name}: every reward margin is zero before training: picked at random")
+        print(f"{strategy.name}: {strategy.falls_back}: picked at random")
     if choice.lam > np.float32(selection.lam):
         print(
             f"config.selection.lam={selection.lam} is below what float32 resolves for these features; "

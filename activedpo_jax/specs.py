@@ -53,7 +53,11 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: Task, mes
             f"{bucket.response} tokens; lower the one, or add a larger bucket"
         )
     rule = strategies.get(strategy)
-    if config.features.placement == "host" and rule.needs & {"features", "embeddings"} and not rule.gains:
+    if (
+        config.features.placement == "host"
+        and rule.needs & {"features", "response_features", "embeddings"}
+        and not rule.gains
+    ):
         usable = [name for name, other in strategies.STRATEGIES.items() if other.gains]
         raise ValueError(
             f"config.features.placement: got 'host' with strategy {strategy}, which ranks all features at once; "
@@ -87,6 +91,7 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: Task, mes
             lam=float(config.selection.lam),
             frozen=config.selection.posterior == "frozen",
             block=config.selection.block,
+            width_scale=float(config.selection.width_scale),
         ),
         training=TrainingSpec(
             dpo=DpoSpec(loss_spec(config), optimiser),

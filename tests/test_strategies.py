@@ -25,6 +25,8 @@ from tests.test_selection import INTEGER_ROWS, MASKS, D, K, N, dense_greedy, mes
 SHAPES = [(1, 1, 1), (2, 2, 2)]
 LAM = 0.5
 FALLS_BACK = ["aplp", "margin"]
+# The others, which choose prompt by prompt, are in `test_per_prompt`.
+POOL = sorted(name for name, strategy in STRATEGIES.items() if "rewards" not in strategy.needs)
 
 
 @functools.cache
@@ -85,13 +87,13 @@ def some_evidence(seed: int, count: int = N) -> Evidence:
 
 
 def test_there_is_a_file_for_each() -> None:
-    files = {module.name for module in pkgutil.iter_modules(strategies.__path__)} - {"base"}
+    files = {module.name for module in pkgutil.iter_modules(strategies.__path__)} - {"base", "per_prompt"}
     assert files == set(STRATEGIES)
     for name in files:
         assert importlib.import_module(f"{strategies.__name__}.{name}").STRATEGY is STRATEGIES[name]
 
 
-@pytest.mark.parametrize("name", sorted(STRATEGIES))
+@pytest.mark.parametrize("name", POOL)
 def test_missing_evidence_is_named(name: str) -> None:
     strategy = STRATEGIES[name]
     arguments = (jnp.ones(4, bool), jax.random.key(0), 2, 4, mesh_of((1, 1, 1)))
@@ -103,7 +105,7 @@ def test_missing_evidence_is_named(name: str) -> None:
             strategy.select(changed(some_evidence(0, 4), **{need: None}), *arguments)
 
 
-@pytest.mark.parametrize("name", sorted(STRATEGIES))
+@pytest.mark.parametrize("name", POOL)
 def test_what_a_strategy_does_not_name_it_does_not_look_at(name: str) -> None:
     strategy, evidence = STRATEGIES[name], some_evidence(1)
     named = strategy.needs | {"groups", "lam"} | ({"posterior"} if strategy.design else set())
@@ -116,7 +118,7 @@ def test_what_a_strategy_does_not_name_it_does_not_look_at(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", sorted(STRATEGIES))
+@pytest.mark.parametrize("name", POOL)
 def test_rows_run_out(name: str, shape: tuple[int, int, int]) -> None:
     """Fewer rows than picks, and fewer rows in all than picks; those that may not be picked hold anything."""
     evidence = some_evidence(2)
@@ -143,7 +145,7 @@ def test_rows_run_out(name: str, shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize(
     ("name", "field"),
-    [(name, field) for name, strategy in sorted(STRATEGIES.items()) for field in sorted(strategy.needs)],
+    [(name, field) for name in POOL for field in sorted(STRATEGIES[name].needs)],
 )
 def test_numbers_that_are_not_finite_are_not_ranked(
     name: str, field: str, value: float, shape: tuple[int, int, int]
@@ -157,7 +159,7 @@ def test_numbers_that_are_not_finite_are_not_ranked(
 
 
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("name", sorted(STRATEGIES))
+@pytest.mark.parametrize("name", POOL)
 def test_the_same_on_any_mesh_and_padding(name: str, flat: bool) -> None:
     """240 rows, every one of them twice or more, and 8 rows of padding."""
     evidence, count = some_evidence(4, 240), 240
@@ -186,7 +188,7 @@ def test_the_same_on_any_mesh_and_padding(name: str, flat: bool) -> None:
     assert picks.rows.tolist() == expected.rows.tolist() and picks.fallback == expected.fallback
 
 
-@pytest.mark.parametrize("name", sorted(STRATEGIES))
+@pytest.mark.parametrize("name", POOL)
 def test_gains_are_information(name: str) -> None:
     """Where a strategy says so, its scores add up to the growth of log det V."""
     strategy, rng = STRATEGIES[name], np.random.default_rng(5)

@@ -60,7 +60,7 @@ def round_summary(
             entry["information_gain"] = float(information_gain(jnp.array(picked.scores, jnp.float32)))
         entry["score_min"], entry["score_max"] = min(picked.scores), max(picked.scores)
     if picked.fallback:
-        entry["fallback"] = "every reward margin is zero: picked at random"
+        entry["fallback"] = f"{selection.rule.falls_back}: picked at random"
     if picked.computed is not None:
         entry["computed"] = picked.computed
     if picked.lam > np.float32(selection.lam):
@@ -84,7 +84,7 @@ def _heldout(scores: Mapping[str, float]) -> Any:
 def round_notes(spec: RoundSpec, entry: RoundSummary) -> dict[str, str]:
     """What a person should know of a round, by kind; a run says each kind once."""
     selection, dim, notes = spec.selection, spec.evidence.features.dim, {}
-    if selection.rule.design == "features" and entry["labels"] > dim / 10:
+    if selection.rule.design in ("features", "response_features") and entry["labels"] > dim / 10:
         # The sketch keeps inner products to about 1/√D, which n of them add up to √(n/D).
         notes["dim"] = (
             f"from round {entry['round']} on there are more labels than a tenth of config.features.dim={dim}: the "

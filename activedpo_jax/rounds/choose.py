@@ -14,6 +14,7 @@ from activedpo_jax.rounds.spec import RoundSpec
 from activedpo_jax.rounds.state import Chosen, RunState, round_key
 from activedpo_jax.selection.greedy import Picks
 from activedpo_jax.selection.strategies import Evidence, conditioned
+from activedpo_jax.selection.widths import pair_vectors
 
 EvidenceRows = dict[str, jax.Array]  # by name, [N, ...]: a row for each pair
 
@@ -43,7 +44,7 @@ def labelled_vectors(spec: RoundSpec, policy: Policy, lora: Lora, groups: Groups
     """The vectors of labelled pairs that the strategy's posterior is made of: [G, D] of groups with m = 2."""
     design = spec.selection.rule.design
     assert design is not None
-    return registry.compute((design,), spec.evidence, policy, lora, groups, seed)[design]
+    return pair_vectors(registry.compute((design,), spec.evidence, policy, lora, groups, seed)[design])
 
 
 def all_labelled_vectors(spec: RoundSpec, policy: Policy, state: RunState) -> jax.Array:
@@ -80,8 +81,9 @@ def select(
     if labelled.vectors is not None:
         known = labelled.vectors
     elif known is None and rule.design is not None:
-        known = evidence[rule.design][places]
-    seen = Evidence(groups=rows.pairs[:, 0], **evidence)
+        known = pair_vectors(evidence[rule.design][places])
+    responses = jnp.sort(rows.pairs[:, 1:], axis=1)
+    seen = Evidence(groups=rows.pairs[:, 0], responses=responses, width_scale=spec.selection.width_scale, **evidence)
     seen = conditioned(rule, seen, available, spec.selection.lam, known, filled & (labelled.weights > 0))
     count, block = spec.selection.labels_per_round, spec.selection.block
     return rule.select(seen, available, round_key(state), count, block, spec.mesh), seen["lam"]

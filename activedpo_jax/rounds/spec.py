@@ -22,6 +22,7 @@ class SelectionSpec:
     lam: float  # λ of V = λI + Σ φφᵀ
     frozen: bool  # the vectors of labelled pairs stay as they were when these were picked
     block: int  # candidates that a device holds while selecting
+    width_scale: float = 1.0  # c of the bounds μ ± c s
 
     @property
     def rule(self) -> strategies.Strategy:

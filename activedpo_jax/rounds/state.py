@@ -68,7 +68,7 @@ def vector_size(spec: RoundSpec) -> int | None:
     design = spec.selection.rule.design
     if design is None:
         return None
-    return spec.evidence.features.dim if design == "features" else spec.hidden_size
+    return spec.hidden_size if design == "embeddings" else spec.evidence.features.dim
 
 
 def round_key(state: RunState) -> jax.Array:

@@ -46,6 +46,7 @@ class Query:
     lam: float  # λ of V = λI + Σ φφᵀ
     block: int  # candidates that each device holds while selecting
     seed: int  # of all random numbers
+    width_scale: float = 1.0  # c of the bounds μ ± c s
     in_blocks: bool = False  # the design's vectors stay on the host; for strategies with `gains`
 
 
@@ -59,7 +60,8 @@ def choose(
     """Picks as the rounds of a run do: the first round, or a later one with these labels.
 
     Args:
-      evidence: kinds of evidence by name, [N, ...] each and finite; at least those that the strategy needs.
+      evidence: kinds of evidence by name, [N, ...] each and finite; at least those that the strategy needs, with
+        `groups` and `responses` where it looks at prompts.
       available: [N] bool, the pairs that can be picked; at least K.
       known: [n, D] float32, the vectors of labelled pairs for the strategy's posterior; None: no pair is labelled.
 
@@ -68,7 +70,7 @@ def choose(
     """
     design = query.strategy.design
     if known is None and design is not None:
-        known = np.zeros((0, evidence[design].shape[1]), np.float32)
+        known = np.zeros((0, evidence[design].shape[-1]), np.float32)
     if query.in_blocks:
         assert query.strategy.gains and design is not None and known is not None
         labelled = Known(jnp.asarray(known), jnp.ones(len(known), bool))
@@ -120,6 +122,7 @@ def _program(
     query: Query, mesh: Mesh, seen: Evidence, available: jax.Array, known: jax.Array | None
 ) -> tuple[Picks, jax.Array]:
     counts = None if known is None else jnp.ones(known.shape[0], bool)
+    seen = {**seen, "width_scale": query.width_scale}
     seen = conditioned(query.strategy, seen, available, query.lam, known, counts)
     key = jax.random.fold_in(jax.random.key(jnp.uint32(query.seed)), 1)  # as in the first round of a run
     picks = query.strategy.select(seen, available, key, query.count, query.block, mesh)

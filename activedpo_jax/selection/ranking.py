@@ -27,14 +27,14 @@ def first(keys: Sequence[jax.Array], scores: jax.Array, available: jax.Array, nu
     filled = jnp.arange(num_picks) < jnp.sum(available)
     found = jnp.where(filled, jnp.pad(order[:num_picks], missing), -1)
     found_scores = jnp.where(filled, jnp.pad(sorted_scores[:num_picks], missing), 0.0)
-    return _unless_broken(Picks(found, found_scores), available, *keys, scores)
+    return unless_broken(Picks(found, found_scores), _broken(available, *keys, scores))
 
 
 def largest(scores: jax.Array, tolerance: jax.Array, available: jax.Array, num_picks: int) -> Picks:
     """The K rows with the largest scores, one after the other, where scores are known to a tolerance.
 
     Args:
-      scores: [N] float32, at least 0.
+      scores: [N] float32.
       tolerance: [N] float32.  Each pick is the lowest of the rows whose scores are no further than this below the
         largest one left, as in `greedy`, so that equal rows are tied however their scores were rounded.
       available, num_picks: as in `first`.
@@ -50,9 +50,30 @@ def largest(scores: jax.Array, tolerance: jax.Array, available: jax.Array, num_p
         return rest.at[row].set(False), found
 
     _, picks = jax.lax.scan(pick, available, length=num_picks)
-    return _unless_broken(Picks(*picks), available, scores)
+    return unless_broken(Picks(*picks), _broken(available, scores))
 
 
-def _unless_broken(picks: Picks, available: jax.Array, *evidence: jax.Array) -> Picks:
-    broken = jnp.any(jnp.stack([jnp.any(available & ~jnp.isfinite(x)) for x in evidence]))
-    return Picks(jnp.where(broken, -1, picks.rows), jnp.where(broken, jnp.nan, picks.scores))
+def draw(available: jax.Array, key: jax.Array, num_picks: int) -> Picks:
+    """K rows in random order, with score 0.
+
+    Every row draws a ticket from the key and its own number, and the lowest tickets win.  So the picks do not depend on
+    how many rows follow: padding the pool to a multiple of the devices changes nothing.
+    """
+    rows = jnp.arange(available.shape[0], dtype=jnp.int32)
+    tickets = jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row)))(rows)
+    return first((tickets,), jnp.zeros(rows.size, jnp.float32), available, num_picks)
+
+
+def instead(fall_back: jax.Array, drawn: Picks, picks: Picks) -> Picks:
+    """The picks, or those drawn, marked as a fallback."""
+    rows = jnp.where(fall_back, drawn.rows, picks.rows)
+    return Picks(rows, jnp.where(fall_back, drawn.scores, picks.scores), fall_back | picks.fallback)
+
+
+def _broken(available: jax.Array, *evidence: jax.Array) -> jax.Array:
+    return jnp.any(jnp.stack([jnp.any(available & ~jnp.isfinite(x)) for x in evidence]))
+
+
+def unless_broken(picks: Picks, broken: jax.Array) -> Picks:
+    """The picks; rows −1 and scores NaN where evidence is not finite."""
+    return picks._replace(rows=jnp.where(broken, -1, picks.rows), scores=jnp.where(broken, jnp.nan, picks.scores))

@@ -13,8 +13,17 @@ from activedpo_jax.selection.strategies import (
     activedpo_topk,
     aplp,
     apo,
+    deltaquantile,
+    deltaucb,
+    drts,
+    dts,
+    ids,
+    infomax,
     margin,
+    maxminlcb,
     random,
+    rucb,
+    ultrafeedback,
 )
 from activedpo_jax.selection.strategies.base import Evidence, Select, Strategy, conditioned
 
@@ -28,8 +37,17 @@ STRATEGIES: dict[str, Strategy] = {
         activedpo_topk.STRATEGY,
         aplp.STRATEGY,
         apo.STRATEGY,
+        deltaquantile.STRATEGY,
+        deltaucb.STRATEGY,
+        drts.STRATEGY,
+        dts.STRATEGY,
+        ids.STRATEGY,
+        infomax.STRATEGY,
         margin.STRATEGY,
+        maxminlcb.STRATEGY,
         random.STRATEGY,
+        rucb.STRATEGY,
+        ultrafeedback.STRATEGY,
     )
 }
 

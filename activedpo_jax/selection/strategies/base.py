@@ -12,10 +12,13 @@ from activedpo_jax.selection.posterior import condition, resolved_lam
 
 # What strategies may look at, about each of N pairs; a pytree.  By name:
 #   each kind of evidence that the strategy needs: [N, ...] float32, as `evidence.registry` computes it; the rows of
-#     features and embeddings are cut over all devices, and these two may be bfloat16
+#     features and embeddings are cut over all devices, and these may be bfloat16
 #   groups: [N] int32, which prompt the pair belongs to
+#   responses: [N, 2] int32, which two of the prompt's responses it is of, i < j: evidence about two responses is in
+#     this order, whichever is shown first
 #   posterior: W [n, D] float32 of the labelled pairs' features or embeddings, where the strategy has a `design`
 #   lam: λ, scalar
+#   width_scale: c of the bounds μ ± c s, scalar
 Evidence = dict[str, Any]
 
 
@@ -53,6 +56,7 @@ class Strategy:
     design: str | None = None  # which of these `evidence.posterior` must be made of; None: it is not used
     ranks: bool = True  # scores mean something
     gains: bool = False  # Σ log(1 + score) is the information gain; see `posterior.information_gain`
+    falls_back: str = "every reward margin is zero"  # when it picks at random instead, for the record
 
 
 def conditioned(
