@@ -281,13 +281,14 @@ def test_draws_have_the_distribution_of_the_definition(name: str) -> None:
     m = 5
     pairs = np.array(list(itertools.combinations(range(m), 2)))
     groups, responses = np.repeat(np.arange(PROMPTS), len(pairs)), np.tile(pairs, (PROMPTS, 1))
-    mixed = 0
-    for seed, left_out in [(1, []), (2, []), (3, [2, 5])]:
+    mixed, told_apart = 0, False
+    for seed, left_out, scale in [(1, [], 0.4), (2, [], 2.0), (3, [2, 5], 2.0)]:
         rng = np.random.default_rng(seed)
-        mu, vectors = (0.4 * rng.normal(size=m)).astype(np.float32), rng.normal(size=(m, D)).astype(np.float32)
+        mu, vectors = (scale * rng.normal(size=m)).astype(np.float32), rng.normal(size=(m, D)).astype(np.float32)
         found = of_responses(seed, groups, responses, mu[responses], vectors[responses])
         open_rows = [row for row in range(len(pairs)) if row not in left_out]
         prompt = Prompt(found, open_rows)
+        told_apart |= 1 < len(prompt.candidates) < m
         if name in ("dts", "drts"):
             exact = vectors.astype(np.float64)
             widths = SCALE * np.sqrt(np.einsum("md,de,me->m", exact, found.inverse, exact))
@@ -305,7 +306,7 @@ def test_draws_have_the_distribution_of_the_definition(name: str) -> None:
             mixed += 0.05 < p < 0.95
             share = np.mean(picks.rows % len(pairs) == row)
             assert abs(share - p) < 5 * math.sqrt(p * (1 - p) / PROMPTS) + 2e-3, (seed, row)
-    assert mixed > 0
+    assert mixed > 0 and told_apart
 
 
 # ---------------------------------------------------------------------------------------- what holds for all
