@@ -14,7 +14,7 @@ from activedpo_jax.data.packing import Packing, lengths_in, multiple_on, packing
 from activedpo_jax.data.packing import useful_share as packed_share
 from activedpo_jax.data.ragged import sizes_of
 from activedpo_jax.evidence.gradients import FeatureSpec
-from activedpo_jax.evidence.registry import EvidenceSpec
+from activedpo_jax.evidence.registry import EMBEDDINGS, SKETCHES, EvidenceSpec
 from activedpo_jax.rounds.spec import PassSpec, RoundSpec, SelectionSpec, TrainingSpec
 from activedpo_jax.selection import strategies
 from activedpo_jax.tasks import Task
@@ -53,11 +53,7 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: Task, mes
             f"{bucket.response} tokens; lower the one, or add a larger bucket"
         )
     rule = strategies.get(strategy)
-    if (
-        config.features.placement == "host"
-        and rule.needs & {"features", "response_features", "embeddings"}
-        and not rule.gains
-    ):
+    if config.features.placement == "host" and rule.needs & (SKETCHES | EMBEDDINGS) and not rule.gains:
         usable = [name for name, other in strategies.STRATEGIES.items() if other.gains]
         raise ValueError(
             f"config.features.placement: got 'host' with strategy {strategy}, which ranks all features at once; "

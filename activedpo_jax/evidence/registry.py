@@ -7,6 +7,7 @@ import jax
 from activedpo_jax.data.groups import Groups
 from activedpo_jax.evidence.embeddings import embeddings
 from activedpo_jax.evidence.entropies import entropies
+from activedpo_jax.evidence.fisher import fisher_embeddings, fisher_features
 from activedpo_jax.evidence.gradients import features, features_of_both
 from activedpo_jax.evidence.log_probs import log_probs
 from activedpo_jax.evidence.margins import margins
@@ -19,11 +20,17 @@ EVIDENCE: dict[str, EvidenceFunction] = {
     "embeddings": embeddings,
     "entropies": entropies,
     "features": features,
+    "fisher_embeddings": fisher_embeddings,
+    "fisher_features": fisher_features,
     "log_probs": log_probs,
     "margins": margins,
     "response_features": features_of_both,
     "rewards": rewards,
 }
+
+# Those that are vectors: sketches of `features.dim` numbers, and embeddings of as many as the decoder is wide.
+SKETCHES = frozenset({"features", "fisher_features", "response_features"})
+EMBEDDINGS = frozenset({"embeddings", "fisher_embeddings"})
 
 
 def compute(

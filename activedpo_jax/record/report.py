@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from activedpo_jax.evidence.registry import SKETCHES
 from activedpo_jax.files import write_atomic
 from activedpo_jax.record.comparison import CONFIDENCE, Curves, compare, learning_curves, mean_interval, table
 from activedpo_jax.record.folders import RoundSummary, RunSummary
@@ -84,7 +85,7 @@ def _heldout(scores: Mapping[str, float]) -> Any:
 def round_notes(spec: RoundSpec, entry: RoundSummary) -> dict[str, str]:
     """What a person should know of a round, by kind; a run says each kind once."""
     selection, dim, notes = spec.selection, spec.evidence.features.dim, {}
-    if selection.rule.design in ("features", "response_features") and entry["labels"] > dim / 10:
+    if selection.rule.design in SKETCHES and entry["labels"] > dim / 10:
         # The sketch keeps inner products to about 1/√D, which n of them add up to √(n/D).
         notes["dim"] = (
             f"from round {entry['round']} on there are more labels than a tenth of config.features.dim={dim}: the "

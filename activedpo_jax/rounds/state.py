@@ -8,6 +8,7 @@ import numpy as np
 
 from activedpo_jax import layout
 from activedpo_jax.data.groups import Groups
+from activedpo_jax.evidence.registry import EMBEDDINGS
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.rounds.spec import RoundSpec
 from activedpo_jax.selection.greedy import Picks
@@ -68,7 +69,7 @@ def vector_size(spec: RoundSpec) -> int | None:
     design = spec.selection.rule.design
     if design is None:
         return None
-    return spec.hidden_size if design == "embeddings" else spec.evidence.features.dim
+    return spec.hidden_size if design in EMBEDDINGS else spec.evidence.features.dim
 
 
 def round_key(state: RunState) -> jax.Array:

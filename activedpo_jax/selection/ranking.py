@@ -59,9 +59,14 @@ def draw(available: jax.Array, key: jax.Array, num_picks: int) -> Picks:
     Every row draws a ticket from the key and its own number, and the lowest tickets win.  So the picks do not depend on
     how many rows follow: padding the pool to a multiple of the devices changes nothing.
     """
-    rows = jnp.arange(available.shape[0], dtype=jnp.int32)
-    tickets = jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row)))(rows)
-    return first((tickets,), jnp.zeros(rows.size, jnp.float32), available, num_picks)
+    count = available.shape[0]
+    return first((tickets(key, count),), jnp.zeros(count, jnp.float32), available, num_picks)
+
+
+def tickets(key: jax.Array, count: int) -> jax.Array:
+    """A random number for each of N rows, which depends on the key and the row alone: [N] uint32."""
+    rows = jnp.arange(count, dtype=jnp.int32)
+    return jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row)))(rows)
 
 
 def instead(fall_back: jax.Array, drawn: Picks, picks: Picks) -> Picks:

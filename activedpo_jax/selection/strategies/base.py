@@ -17,6 +17,7 @@ from activedpo_jax.selection.posterior import condition, resolved_lam
 #   responses: [N, 2] int32, which two of the prompt's responses it is of, i < j: evidence about two responses is in
 #     this order, whichever is shown first
 #   posterior: W [n, D] float32 of the labelled pairs' features or embeddings, where the strategy has a `design`
+#   known: [n, D] of these pairs, and counts: [n] bool, which of them are there and count
 #   lam: λ, scalar
 #   width_scale: c of the bounds μ ± c s, scalar
 Evidence = dict[str, Any]
@@ -79,7 +80,7 @@ def conditioned(
         return {**evidence, "lam": jnp.float32(lam)}
     assert known is not None and counts is not None
     lam = resolved_lam(evidence[strategy.design], available, lam)
-    return {**evidence, "lam": lam, "posterior": condition(known, counts, lam)}
+    return {**evidence, "known": known, "counts": counts, "lam": lam, "posterior": condition(known, counts, lam)}
 
 
 def required(strategy: str, evidence: Evidence, *names: str) -> list[jax.Array]:

@@ -1,0 +1,133 @@
+"""`transductive`: greedy in the fall of Σ φ_tᵀV⁻¹φ_t over the pairs t that the model will be asked about.
+
+Transductive experimental design (Yu, Bi & Tresp 2006) on this project's features.  `activedpo` asks about what is least
+known, though nothing else may depend on it; here a pick counts by what it says of others.  Adding φφᵀ to V lowers the
+sum by Σ_t (φ_tᵀV⁻¹φ)²/(1 + φᵀV⁻¹φ).
+
+The targets are the pairs that may be picked: a pool stands for the prompts that the model will serve.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from activedpo_jax.selection.greedy import Picks
+from activedpo_jax.selection.held import best_of
+from activedpo_jax.selection.one_by_one import Pool, Ranked, Row, Rule, one_by_one
+from activedpo_jax.selection.posterior import HIGHEST, TIE, prior_variances, rows_of, variances, widened
+from activedpo_jax.selection.strategies.base import Evidence, Strategy, required
+
+_TILE = 1024  # rows that are taken at a time, in float32
+_SHARE = 1 / 16  # of what it was: once the best fall is less, all are computed anew, since updates round by what was
+
+
+class _State(NamedTuple):
+    """What is known of the rows: [n] float32 each, and V⁻¹ = I/λ − WᵀW."""
+
+    variances: jax.Array  # φᵀV⁻¹φ
+    falls: jax.Array  # Σ_t (φ_tᵀV⁻¹φ)²
+    first: jax.Array  # what the falls were before the first pick
+    anew: jax.Array  # and when they were computed anew: their rounding is a share of both
+    targets: jax.Array  # C = Σ_t φ_tφ_tᵀ, [D, D]
+    w: jax.Array  # W, [n + K, D]; rows to come are zero
+    count: jax.Array  # of rows in W
+
+
+def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh) -> Picks:
+    """Scores are what each pick lowers the sum by.  Key and block are not used.
+
+    Needs 2 D² numbers of memory beside the features on every device, and N·D² arithmetic at the start and each time the
+    falls have become much smaller; a pick costs three passes over the features.
+    """
+    features, posterior, lam = required("transductive", evidence, "features", "posterior", "lam")
+
+    def inverse(state_w: jax.Array, vectors: jax.Array) -> jax.Array:
+        """V⁻¹ v of vectors [..., D]."""
+        return vectors / lam - _product(_product(vectors, state_w.T), state_w)
+
+    def begin(pool: Pool, axes: tuple[str, ...]) -> _State:
+        w = jnp.pad(posterior, ((0, num_picks), (0, 0)))
+        targets = jax.lax.psum(_second_moment(pool), axes)
+        falls = falls_of(pool, targets, w)
+        known = variances(pool.vectors, posterior, lam)
+        return _State(known, falls, falls, falls, targets, w, jnp.int32(len(posterior)))
+
+    def falls_of(pool: Pool, targets: jax.Array, w: jax.Array) -> jax.Array:
+        """φᵀV⁻¹CV⁻¹φ, with V⁻¹CV⁻¹ formed once."""
+        both = inverse(w, inverse(w, targets).T)
+        return jnp.maximum(widened(lambda rows: jnp.sum(_product(rows, both) * rows, axis=-1), pool.vectors), 0.0)
+
+    def ranked(pool: Pool, state: _State, made: jax.Array) -> Ranked:
+        gains = jnp.maximum(state.falls, 0.0) / (1 + state.variances)
+        return Ranked(gains, 4 * TIE * jnp.sqrt(state.first * state.anew) / (1 + state.variances), gains)
+
+    def picked(pool: Pool, state: _State, row: Row, axes: tuple[str, ...]) -> _State:
+        vector = row.vector
+        u = inverse(state.w, vector)  # V⁻¹φ
+        score = jnp.maximum(jnp.dot(vector, u, precision=HIGHEST), 0.0)
+        resolved = score > TIE * prior_variances(vector, lam)  # or u is rounding noise; see `posterior.downdate`
+        u, score = jnp.where(resolved, u, 0.0), jnp.where(resolved, score, 0.0)
+        along = widened(lambda rows: _product(rows, u), pool.vectors)  # b
+        counted = jnp.where(pool.available, along, 0.0)
+        moved = jax.lax.psum(_sum_of_rows(pool, counted), axes)  # C u
+        squares = jax.lax.psum(jnp.sum(jnp.square(counted)), axes)  # uᵀC u
+        back = widened(lambda rows: _product(rows, inverse(state.w, moved)), pool.vectors)  # φᵀV⁻¹C u
+        share = along / (1 + score)
+        state = state._replace(
+            variances=jnp.maximum(state.variances - along * share, 0.0),
+            falls=state.falls - 2 * share * back + jnp.square(share) * squares,
+            w=state.w.at[state.count].set(u / jnp.sqrt(1 + score)),
+            count=state.count + 1,
+        )
+        best, was = (best_of(jnp.where(pool.available, x, 0.0), axes) for x in (state.falls, state.anew))
+        falls = jax.lax.cond(best < _SHARE * was, lambda: falls_of(pool, state.targets, state.w), lambda: state.falls)
+        return state._replace(falls=falls, anew=jnp.where(best < _SHARE * was, falls, state.anew))
+
+    return one_by_one(Rule(begin, ranked, picked), features, (), available, num_picks, mesh)
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=HIGHEST)
+
+
+def _tiles(pool: Pool) -> tuple[int, int]:
+    """Rows of a tile, and how many tiles there are."""
+    size = min(_TILE, len(pool.numbers))
+    return size, -(-len(pool.numbers) // size)
+
+
+def _tile(pool: Pool, number: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """The rows of a tile [size, D] float32, zero where they are no targets or the tile before has them, and where they
+    are."""
+    start = jnp.minimum(number * size, len(pool.numbers) - size)  # the last one overlaps
+    places = start + jnp.arange(size)
+    own = (places >= number * size) & pool.available[places]
+    return jnp.where(own[:, None], rows_of(pool.vectors, places), 0.0), places
+
+
+def _second_moment(pool: Pool) -> jax.Array:
+    """Σ φφᵀ of the rows that may be picked, [D, D]."""
+    size, count = _tiles(pool)
+
+    def add(number: jax.Array, total: jax.Array) -> jax.Array:
+        rows, _ = _tile(pool, number, size)
+        return total + _product(rows.T, rows)
+
+    dim = pool.vectors.shape[1]
+    return jax.lax.fori_loop(0, count, add, jnp.zeros((dim, dim)))
+
+
+def _sum_of_rows(pool: Pool, factors: jax.Array) -> jax.Array:
+    """Σ f φ of the rows that may be picked, factors [n] float32: [D]."""
+    size, count = _tiles(pool)
+
+    def add(number: jax.Array, total: jax.Array) -> jax.Array:
+        rows, places = _tile(pool, number, size)
+        return total + _product(factors[places], rows)
+
+    return jax.lax.fori_loop(0, count, add, jnp.zeros(pool.vectors.shape[1]))
+
+
+STRATEGY = Strategy("transductive", select, frozenset({"features"}), design="features")
