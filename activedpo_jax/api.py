@@ -272,7 +272,8 @@ def choose(
       labelled: the pairs labelled so far, which count in V: either row numbers [n], which are not picked again, or the
         features [n, D] of pairs outside the pool.
       lam: λ.
-      strategy: one that needs only features: `activedpo`, `activedpo_norm`, `activedpo_topk` or `random`.
+      strategy: one that needs only features: `activedpo`, `activedpo_norm`, `activedpo_topk`, `transductive` or
+        `random`.
       seed: of all random numbers.
 
     Returns:

@@ -76,7 +76,9 @@ _SCHEDULES = ("linear", "cosine", "constant")
 # Where the paper fixes a value, that is the default (arXiv 2505.19241, section 5).
 OPTIONS: dict[str, Option] = {
     # Several strategies or seeds get a folder each, `<strategy>/seed<seed>/`, and a comparison at the top.
-    "strategies": Option(("activedpo",), "how pairs are picked; each runs on every seed", NAMES),
+    "strategies": Option(
+        ("activedpo",), "how pairs are picked; module:function is your own; each runs on every seed", NAMES
+    ),
     "seeds": Option((0,), "of everything that is drawn", SEEDS),
     "rounds": Option(10, "of picking, labelling and training"),
     "labels_per_round": Option(50, "K"),
@@ -219,7 +221,7 @@ OPTIONS: dict[str, Option] = {
         "approximate: a pair that has become better since the last pass may be missed",
     ),
     "selection.entropy_samples": Option(
-        8, "responses a prompt from which `aplp` estimates its entropy", between(1, 1024)
+        8, "responses a prompt from which `aplp` and `apl_entropy` estimate its entropy", between(1, 1024)
     ),
     # The command `select`: pairs to label, for those who train elsewhere
     "select.features": Option(

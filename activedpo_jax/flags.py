@@ -281,7 +281,7 @@ def validate(config: ml_collections.ConfigDict, strategies: Collection[str], com
             raise wrong(name, value, option.rule.words)
         _check_width(name, option.default, value)
     for strategy in config.strategies:
-        if strategy not in strategies:
+        if strategy not in strategies and ":" not in strategy:  # a user's own is looked up where it is used
             raise wrong("strategies", strategy, _one_of(strategy, strategies))
     option_checks.check(config, command)
 

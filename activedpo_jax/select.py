@@ -43,7 +43,7 @@ from activedpo_jax.oracles import formats
 from activedpo_jax.oracles.labels import Question
 from activedpo_jax.record import folders, inputs
 from activedpo_jax.record.labels import verdicts
-from activedpo_jax.selection import host
+from activedpo_jax.selection import host, strategies
 from activedpo_jax.selection.strategies import STRATEGIES
 from activedpo_jax.selection.widths import pair_vectors
 
@@ -97,7 +97,7 @@ def check_options(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             "config.data.train: got 'synthetic', which is not for people to label; expected a file or a `datasets` name"
         )
-    strategy = STRATEGIES[config.strategies[0]]
+    strategy = strategies.get(config.strategies[0])
     if config.select.features and not strategy.needs <= {"features"}:
         usable = [name for name, other in STRATEGIES.items() if other.needs <= {"features"}]
         raise ValueError(
@@ -279,7 +279,7 @@ def rank(
     Raises:
       ValueError: the model cannot be loaded, or evidence is not finite.
     """
-    strategy, selection, mesh = STRATEGIES[config.strategies[0]], config.selection, layout.make_mesh(config.mesh)
+    strategy, selection, mesh = strategies.get(config.strategies[0]), config.selection, layout.make_mesh(config.mesh)
     evidence = {}
     if given is not None:
         evidence["features"] = given

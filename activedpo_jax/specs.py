@@ -14,7 +14,7 @@ from activedpo_jax.data.packing import Packing, lengths_in, multiple_on, packing
 from activedpo_jax.data.packing import useful_share as packed_share
 from activedpo_jax.data.ragged import sizes_of
 from activedpo_jax.evidence.gradients import FeatureSpec
-from activedpo_jax.evidence.registry import EMBEDDINGS, SKETCHES, EvidenceSpec
+from activedpo_jax.evidence.registry import EMBEDDINGS, EVIDENCE, SKETCHES, EvidenceSpec
 from activedpo_jax.rounds.spec import PassSpec, RoundSpec, SelectionSpec, TrainingSpec
 from activedpo_jax.selection import strategies
 from activedpo_jax.tasks import Task
@@ -38,8 +38,14 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: Task, mes
 
     Raises:
       ValueError: the run would need more pairs than the pool has; the policy's responses are longer than the buckets;
-        the strategy cannot pick from features on the host.
+        the strategy looks at what is no evidence, or cannot pick from features on the host.
     """
+    rule = strategies.get(strategy)
+    if unknown := sorted(rule.needs - set(EVIDENCE)):
+        raise ValueError(
+            f"config.strategies: {strategy} looks at {' and '.join(unknown)}, which is no evidence; known: "
+            f"{', '.join(EVIDENCE)}, and groups, responses and key"
+        )
     capacity, source = config.rounds * config.labels_per_round, config.candidates.source
     if source == "pool" and task.pool and capacity > task.pool.num_pairs:
         raise ValueError(
@@ -52,7 +58,6 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: Task, mes
             f"config.generation.max_new_tokens={length}: the longest response in config.data.buckets has "
             f"{bucket.response} tokens; lower the one, or add a larger bucket"
         )
-    rule = strategies.get(strategy)
     if config.features.placement == "host" and rule.needs & (SKETCHES | EMBEDDINGS) and not rule.gains:
         usable = [name for name, other in strategies.STRATEGIES.items() if other.gains]
         raise ValueError(

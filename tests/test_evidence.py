@@ -31,6 +31,9 @@ from tests.test_selection import mesh_of
 
 DIM, BETA, SEED = 193, 0.3, jnp.uint32(5)
 BOUND = 1e-5
+# Those of the other kinds are checked each time; these are made of them.
+_MADE_OF_OTHERS = ("fisher_embeddings", "fisher_features", "response_features")
+KINDS = [pytest.param(name, marks=[pytest.mark.slow] * (name in _MADE_OF_OTHERS)) for name in sorted(EVIDENCE)]
 UNTIED = dataclasses.replace(tiny.MODEL, tie_embeddings=False)
 
 
@@ -112,7 +115,7 @@ def test_every_strategy_finds_its_evidence() -> None:
         assert strategy.design is None or strategy.design in strategy.needs
 
 
-@pytest.mark.parametrize("name", sorted(EVIDENCE))
+@pytest.mark.parametrize("name", KINDS)
 def test_independent_of_batch_padding_and_bucket(name: str) -> None:
     batch = tiny.groups(3, 6, 3)
     expected = rows(name, batch)
@@ -122,7 +125,7 @@ def test_independent_of_batch_padding_and_bucket(name: str) -> None:
         assert tiny.relative_error(rows(name, tiny.widen(batch, prompt, response)), expected) < BOUND
 
 
-@pytest.mark.parametrize("name", sorted(EVIDENCE))
+@pytest.mark.parametrize("name", KINDS)
 def test_padding_gives_finite_numbers(name: str) -> None:
     """A group that is not there, as `pad_groups` makes it, and one that has two of its three responses."""
     tokens = [np.arange(3, 9), np.arange(5)]
@@ -131,7 +134,7 @@ def test_padding_gives_finite_numbers(name: str) -> None:
     assert np.isfinite(rows(name, batch)).all()
 
 
-@pytest.mark.parametrize("name", sorted(EVIDENCE))
+@pytest.mark.parametrize("name", KINDS)
 def test_the_same_on_any_mesh(name: str) -> None:
     batch = tiny.groups(4, 8, 2)
     expected = rows(name, batch)
@@ -380,3 +383,21 @@ def test_hashes_of_near_prompts_are_distinct_and_balanced() -> None:
     assert len(set(np.concatenate(found).tolist())) == 2 * len(prompts)
     bits = (found[0][:, None] >> np.arange(32, dtype=np.uint32)) & 1
     assert np.abs(bits.mean(axis=0) - 0.5).max() < 5 * 0.5 / math.sqrt(len(prompts))
+
+
+@pytest.mark.parametrize("m", [2, 3])
+def test_fisher_weights_are_the_deviations_of_answers(m: int) -> None:
+    """Against float64, from margins and vectors computed apart; ψ is that of the current adapter."""
+    batch = tiny.groups(11, 4, m)
+    policy, lora = policy_and_lora()
+    delta = rows("margins", batch).astype(np.float64)
+    p = 1 / (1 + np.exp(-delta))
+    assert delta.std() > 0
+    expected = np.sqrt(p * (1 - p))[:, None] * rows("features", batch)
+    assert tiny.relative_error(rows("fisher_features", batch), expected) < BOUND
+    current = evidence_of(("embeddings",), spec(), Policy(policy.decoder, policy.params, lora), lora, batch, SEED)[
+        "embeddings"
+    ]
+    expected = BETA * np.sqrt(p * (1 - p))[:, None] * np.asarray(current)
+    assert tiny.relative_error(rows("fisher_embeddings", batch), expected) < BOUND
+    assert tiny.relative_error(np.asarray(current), rows("embeddings", batch)) > 1e-3

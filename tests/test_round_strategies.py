@@ -12,7 +12,16 @@ from tests.test_fresh import ON_POLICY
 from tests.test_round import execute
 
 
-@pytest.mark.parametrize("strategy", ["aplp", "apo"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "aplp",
+        "apo",
+        "adpo",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("activedpo_fisher", "badge", "dopt", "kcenter")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("apl_entropy", "transductive")),
+    ],
+)
 def test_every_strategy_agrees_between_fused_and_staged(strategy: str, tmp_path: pathlib.Path) -> None:
     changes = {
         "strategies": (strategy,),
@@ -24,7 +33,7 @@ def test_every_strategy_agrees_between_fused_and_staged(strategy: str, tmp_path:
     staged = execute(tmp_path / "staged", changes | {"round.mode": "staged", "features.groups_per_chunk": 7})
     assert staged[0] == fused[0] and len(set(fused[0])) == 12
     rounds = fused[2]["rounds"]
-    by_margin = strategy == "aplp"
+    by_margin = strategy == "aplp"  # of those that fall back before any training
     assert ("fallback" in rounds[1]) == by_margin and "fallback" not in rounds[2]
     record = tmp_path / "fused" / "rounds" / "001" / "selected.jsonl"
     first = [json.loads(line) for line in record.read_text().splitlines()]

@@ -4,13 +4,13 @@ The function is called as TRL calls its reward functions: `function(prompts, com
 length, of strings or lists of chat messages and of strings; it returns a number for each completion.
 """
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from activedpo_jax import user_code
 from activedpo_jax.oracles.labels import Label, Question
 from activedpo_jax.oracles.noise import Noise
 
@@ -23,11 +23,7 @@ def load_function(name: str, option: str) -> Callable[..., Any]:
     Raises:
       ValueError: there is no such module or function; says which option to change.
     """
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{option}: {name!r} cannot be had ({error}); expected module:function, importable") from error
+    found: Callable[..., Any] = user_code.load(name, option)
     if not callable(found):
         raise ValueError(f"{option}: {name!r} is a {type(found).__name__}; expected a function")
     return found

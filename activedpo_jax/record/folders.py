@@ -177,7 +177,8 @@ def run_folder(workdir: pathlib.Path, config: ml_collections.ConfigDict, strateg
     """The folder of one of the command's runs: the work directory itself if there is only one run."""
     if len(config.strategies) * len(config.seeds) == 1:
         return workdir
-    return workdir / strategy / f"seed{seed}"
+    # A user's own strategy is `module:name`, and not all file systems take a colon.
+    return workdir / strategy.replace(":", ".") / f"seed{seed}"
 
 
 def selected_path(folder: pathlib.Path, round_number: int) -> pathlib.Path:

@@ -2,7 +2,7 @@
 
 A strategy names the evidence that it needs, so that a run computes no other, and is a pure function that can be traced
 into the compiled round.  Strategies differ in their definitions, not in what they see and return.  A new one is a file
-next to these, and a line below.
+next to these, and a line below; a user's own needs neither, see `selection.user`.
 """
 
 import difflib
@@ -34,6 +34,7 @@ from activedpo_jax.selection.strategies import (
     ultrafeedback,
 )
 from activedpo_jax.selection.strategies.base import Evidence, Select, Strategy, conditioned
+from activedpo_jax.selection.user import user_strategy
 
 __all__ = ["STRATEGIES", "Evidence", "Select", "Strategy", "conditioned", "get"]
 
@@ -69,11 +70,13 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def get(name: str) -> Strategy:
-    """The strategy of that name.
+    """The strategy of that name, or a user's own where it is `module:name`.
 
     Raises:
       ValueError: there is none; names the nearest, and lists all.
     """
+    if ":" in name:
+        return user_strategy(name)
     if name not in STRATEGIES:
         nearest = difflib.get_close_matches(name, STRATEGIES, n=1, cutoff=0.0)[0]
         raise ValueError(
