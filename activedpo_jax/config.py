@@ -270,6 +270,9 @@ OPTIONS: dict[str, Option] = {
         "probability that a label is taken to be wrong",
         Rule(lambda value: 0 <= value < 0.5, "a number from 0 to below 0.5"),
     ),
+    "dpo.sft_weight": Option(
+        0.0, "of the mean −log π over the tokens of the batch's preferred responses, which is added", NOT_NEGATIVE
+    ),
     "dpo.learning_rate": Option(1e-4, "the largest one"),
     "dpo.epochs": Option(4, "times that every labelled pair is learnt in a round"),
     "dpo.batch_size": Option(8, "pairs an optimiser step", EXAMPLES),

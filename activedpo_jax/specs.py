@@ -120,7 +120,8 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: Task, mes
 
 def loss_spec(config: ml_collections.ConfigDict) -> LossSpec:
     """The loss that `config.dpo` trains with, and the held-out pairs are judged by."""
-    return LossSpec(config.dpo.loss, config.dpo.beta, config.dpo.label_smoothing)
+    dpo = config.dpo
+    return LossSpec(dpo.loss, dpo.beta, dpo.label_smoothing, dpo.sft_weight)
 
 
 def can_pack(config: ml_collections.ConfigDict, mesh: Mesh) -> bool:

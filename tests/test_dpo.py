@@ -82,19 +82,26 @@ def to_groups(batch: dict[str, torch.Tensor]) -> Groups:
     return out
 
 
-USUAL = [(kind, 0.1) for kind in ("sigmoid", "sigmoid_norm", "ipo", "robust")] + [("sigmoid", 0.5), ("hinge", 0.5)]
-OTHERS = [(kind, 0.1) for kind in sorted(losses.LOSSES.keys() - {"orpo"} - {kind for kind, _ in USUAL})]
+USUAL = [losses.LossSpec(kind, 0.1, 0.0) for kind in ("sigmoid", "sigmoid_norm", "ipo")]
+USUAL += [
+    losses.LossSpec("robust", 0.1, 0.2),
+    losses.LossSpec("sigmoid", 0.5, 0.0, 0.7),
+    losses.LossSpec("hinge", 0.5, 0.0),
+]
+OTHERS = [
+    losses.LossSpec(kind, 0.1, 0.2 if kind == "exo_pair" else 0.0)
+    for kind in sorted(losses.LOSSES.keys() - {"orpo"} - {spec.kind for spec in USUAL})
+]
 
 
 @pytest.fixture(
     scope="module",
     params=[*USUAL, *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS)],
-    ids="{0[0]}-{0[1]}".format,
+    ids=lambda spec: f"{spec.kind}-{spec.beta}" + ("-sft" if spec.sft_weight else ""),
 )
 def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[losses.LossSpec, Trl]:
     """TRL's own trainer on its own batch of ragged prompts and responses."""
-    (kind, beta), folder = request.param, tmp_path_factory.mktemp("trl")
-    smoothing = 0.2 if kind in ("robust", "exo_pair") else 0.0
+    spec, folder = request.param, tmp_path_factory.mktemp("trl")
     tokenizer = make_tokenizer(CHATML)
     base = tiny_llama(folder / "base", vocab_size=len(tokenizer), tie_word_embeddings=True)
     rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in RECORDS]
@@ -102,9 +109,10 @@ def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         base,
         args=trl.DPOConfig(
             output_dir=str(folder / "out"),
-            beta=beta,
-            loss_type=kind,
-            label_smoothing=smoothing,
+            beta=spec.beta,
+            loss_type=[spec.kind, "sft"],
+            loss_weights=[1.0, spec.sft_weight],
+            label_smoothing=spec.label_smoothing,
             use_cpu=True,
             bf16=False,
             report_to=[],
@@ -127,7 +135,6 @@ def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     loss.backward()
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     gradient = to_tree({name: p.grad for name, p in weights.items()})
-    spec = losses.LossSpec(kind, beta, smoothing)
     return spec, Trl(folder / "base", float(loss.detach()), metrics, to_groups(batch), to_tree(weights), gradient)
 
 
@@ -142,9 +149,9 @@ def test_loss_and_gradient_are_those_of_trl(theirs: tuple[losses.LossSpec, Trl],
     decoder = decoder.clone(lora=LoraConfig(RANK, ALPHA))
     groups = swap(trl_.groups) if preference else trl_.groups
     n = len(RECORDS)
-    pairs = losses.Preferences(
-        jnp.full(n, preference), response_logps(decoder, params, None, groups), jnp.full(n, 1 / n)
-    )
+    ref, preferences = response_logps(decoder, params, None, groups), np.full(n, preference)
+    share = 1 / losses.preferred_tokens(groups.response_len, preferences)
+    pairs = losses.Preferences(preferences, ref, jnp.full(n, 1 / n), jnp.full(n, share))
 
     def loss(lora: Lora) -> tuple[jax.Array, losses.DpoMetrics]:
         return losses.loss(spec, decoder, params, lora, groups, pairs)
@@ -173,26 +180,32 @@ def batches(draw: Any) -> tuple[np.ndarray, losses.Preferences]:
     n = draw(st.integers(1, 5))
     logps, ref = (np.array(draw(st.lists(FLOATS, min_size=2 * n, max_size=2 * n)), np.float32) for _ in range(2))
     preference = np.array(draw(st.lists(st.integers(0, 1), min_size=n, max_size=n)))
-    return logps.reshape(n, 2), losses.Preferences(preference, ref.reshape(n, 2), np.full(n, 1 / n, np.float32))
+    share = np.full(n, 1 / n, np.float32)
+    return logps.reshape(n, 2), losses.Preferences(preference, ref.reshape(n, 2), share, share / 7)
 
 
-def values(logps: Any, pairs: losses.Preferences, beta: float = 0.1, smoothing: float = 0.0) -> np.ndarray:
-    spec = losses.LossSpec("sigmoid", beta, smoothing)
+def values(
+    logps: Any, pairs: losses.Preferences, beta: float = 0.1, smoothing: float = 0.0, sft: float = 0.0
+) -> np.ndarray:
+    spec = losses.LossSpec("sigmoid", beta, smoothing, sft)
     return np.array(losses.metrics(spec, jnp.asarray(logps), jnp.ones(logps.shape), jax.tree.map(jnp.asarray, pairs)))
 
 
 @settings(deadline=None, max_examples=30)
-@given(batches(), st.floats(0.01, 2), st.floats(0, 0.4))
-def test_loss_is_the_papers(batch: tuple[np.ndarray, losses.Preferences], beta: float, smoothing: float) -> None:
+@given(batches(), st.floats(0.01, 2), st.floats(0, 0.4), st.sampled_from([0.0, 0.5]))
+def test_loss_is_the_papers(
+    batch: tuple[np.ndarray, losses.Preferences], beta: float, smoothing: float, sft: float
+) -> None:
     logps, pairs = batch
     n, wide = np.arange(len(logps)), lambda x: np.asarray(x, np.float64)
     rewards = beta * (wide(logps) - wide(pairs.ref_logps))
     margins = rewards[n, pairs.preference] - rewards[n, 1 - pairs.preference]
     sigmoid_loss = np.logaddexp(0, -margins)
     smoothed = (1 - smoothing) * sigmoid_loss + smoothing * np.logaddexp(0, margins)
-    got = values(logps, pairs, beta, smoothing)
-    tolerance = 1e-5 * (1 + np.abs(rewards).max())
-    np.testing.assert_allclose(got[[0, 2]], [smoothed.mean(), margins.mean()], atol=tolerance)
+    sft_loss = -np.sum(wide(logps)[n, pairs.preference] * pairs.token_share)
+    got = values(logps, pairs, beta, smoothing, sft)
+    tolerance = 1e-5 * (1 + np.abs(rewards).max() + np.abs(sft_loss))
+    np.testing.assert_allclose(got[[0, 2]], [smoothed.mean() + sft * sft_loss, margins.mean()], atol=tolerance)
 
 
 @settings(deadline=None, max_examples=30)
@@ -208,13 +221,14 @@ def test_the_side_does_not_matter(batch: tuple[np.ndarray, losses.Preferences]) 
 def test_parts_add_up_and_padding_is_nothing(batch: tuple[np.ndarray, losses.Preferences], data: Any) -> None:
     logps, pairs = batch
     cut = data.draw(st.integers(0, len(logps)))
-    parts = [(logps[s], losses.Preferences(*(x[s] for x in pairs))) for s in (slice(0, cut), slice(cut, None))]
-    together = sum(values(*part) for part in parts if len(part[0]))
-    np.testing.assert_allclose(together, values(logps, pairs), rtol=1e-5, atol=1e-5)
+    parts = [jax.tree.map(lambda x, s=s: x[s], (logps, pairs)) for s in (slice(0, cut), slice(cut, None))]
+    together = sum(values(some, of_some, sft=0.5) for some, of_some in parts if len(some))
+    np.testing.assert_allclose(together, values(logps, pairs, sft=0.5), rtol=1e-5, atol=1e-5)
 
     pad = lambda x, value: np.concatenate([x, np.full((2, *x.shape[1:]), value, x.dtype)])  # noqa: E731
-    padded = losses.Preferences(pad(pairs.preference, 1), pad(pairs.ref_logps, -3.0), pad(pairs.weight, 0.0))
-    np.testing.assert_allclose(values(pad(logps, 7.0), padded), values(logps, pairs), rtol=1e-6, atol=1e-6)
+    padded = losses.Preferences(*(pad(x, value) for x, value in zip(pairs, (1, -3.0, 0.0, 0.0), strict=True)))
+    whole = values(logps, pairs, sft=0.5)
+    np.testing.assert_allclose(values(pad(logps, 7.0), padded, sft=0.5), whole, rtol=1e-6, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=30)
@@ -222,7 +236,7 @@ def test_parts_add_up_and_padding_is_nothing(batch: tuple[np.ndarray, losses.Pre
 def test_a_tie_is_half_of_each_order(batch: tuple[np.ndarray, losses.Preferences], kind: str, smoothing: float) -> None:
     logps, pairs = batch
     smoothing = max(smoothing, 0.01) if kind == "exo_pair" else smoothing
-    spec, lengths = losses.LossSpec(kind, 0.1, smoothing), 1 + np.arange(2 * len(logps)).reshape(-1, 2)
+    spec, lengths = losses.LossSpec(kind, 0.1, smoothing, 0.5), 1 + np.arange(2 * len(logps)).reshape(-1, 2)
     found = {
         preference: losses.metrics(
             spec, jnp.asarray(logps), lengths, pairs._replace(preference=np.full(len(logps), preference))

@@ -336,7 +336,7 @@ def test_adapters_gradients_and_moments_are_cut_over_fsdp_and_tensor(pod: Mesh) 
     state = RunState(lora, jax.eval_shape(lambda: empty_labelled(spec)), jnp.uint32(0), jnp.int32(0))
     policy = Policy(task.decoder, task.params_shape, lora)
     slots, shares = (jax.ShapeDtypeStruct((spec.training.microbatch,), x) for x in (jnp.int32, jnp.float32))
-    microbatch = Microbatch(slots, shares, task.buckets[0])
+    microbatch = Microbatch(slots, shares, np.float32(0), task.buckets[0])
     compiled = staged.gradient_program.lower(spec, policy, lora, gradient, state.labelled, microbatch).compile()
     assert set(parts(placed(shapes, compiled.output_shardings[0]))) == {8}
 

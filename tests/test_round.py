@@ -147,8 +147,10 @@ def test_options_agree_between_fused_and_staged(strategy: str, tmp_path: pathlib
         "dpo.train_on": "newest",
         "dpo.start_from": "current",
         "dpo.label_smoothing": 0.1,
+        "dpo.sft_weight": 0.5,
     }
     fused = execute(tmp_path / "fused", {**changes, "round.mode": "fused"})
+    changes["dpo.pairs_per_chunk"] = 3
     assert_same(execute(tmp_path / "staged", {**changes, "round.mode": "staged"}), fused)
 
 

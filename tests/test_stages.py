@@ -172,7 +172,7 @@ def test_rounds_that_are_one_program_or_on_policy_keep_their_buckets(
 def test_a_round_does_not_depend_on_its_buckets_and_packing(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     config = options()
     config.round.mode, config.dpo.batch_size, config.dpo.pairs_per_chunk = "staged", 4, 4
-    config.data.packing = False
+    config.data.packing, config.dpo.sft_weight = False, 0.5
     monkeypatch.setitem(specs._MULTIPLE, "cpu", 2)
     monkeypatch.setattr(specs, "_COMPILE_SECONDS", 0.0)
     fitted = specs.with_more_buckets(config, task)
@@ -202,3 +202,23 @@ def test_a_round_does_not_depend_on_its_buckets_and_packing(task: Task, monkeypa
         assert useful is not None and more_useful is not None and useful < more_useful <= 1
         for got, wanted in zip(jax.tree.leaves(other_state.lora), jax.tree.leaves(state.lora), strict=True):
             assert tiny.relative_error(np.asarray(got), np.asarray(wanted)) < 1e-5
+
+
+def test_sft_loss_is_the_mean_over_the_preferred_tokens_of_a_batch(task: Task) -> None:
+    """In microbatches, with a tie and a label that counts half; before the first step π_θ is π_ref."""
+    config, weight = options(), 0.5
+    config.round.mode, config.dpo.sft_weight, config.dpo.epochs = "staged", weight, 1
+    config.dpo.batch_size, config.dpo.pairs_per_chunk = config.labels_per_round, 4
+    mesh, (_, params, lora), data = task.decoder.mesh, tiny.model(), pool()
+    assert mesh is not None
+    spec = specs.round_spec(config, "random", task, mesh)
+    rounds = staged.StagedRound(spec, Policy(task.decoder, params, lora), lambda state: data, BUCKETS)
+    state = initial_state(spec, lora, 0)
+    answers = Answers(np.array([0, 1, 0.5, 1, 0, 0], np.float32), np.array([1, 1, 1, 0.5, 1, 0], np.float32))  # type: ignore[arg-type]
+    after, training = rounds.learn(state, rounds.choose(state), answers)
+    labelled, learnt = jax.device_get(after.labelled), 5  # the last pair has no preference
+    logps, lengths = (x[:learnt].astype(np.float64) for x in (labelled.ref_logps, labelled.groups.response_len))
+    preferences, confidence = (np.asarray(x)[:learnt] for x in answers)
+    picked = lambda x: (1 - preferences) * x[:, 0] + preferences * x[:, 1]  # noqa: E731
+    expected = np.mean(confidence) * np.log(2) - weight * np.sum(confidence * picked(logps)) / picked(lengths).sum()
+    assert training is not None and float(training.loss) == pytest.approx(expected, rel=1e-5)

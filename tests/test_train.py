@@ -92,12 +92,12 @@ def test_gradients_of_parts_add_up() -> None:
     decoder, params, lora = tiny.model()
     batch = tiny.groups(seed=3, count=4, m=2)
     ref = np.asarray(response_logps(decoder, params, None, batch))
-    pairs = losses.Preferences(jnp.array([0, 1, 1, 0]), jnp.asarray(ref), jnp.full(4, 0.25))
-    spec = DpoSpec(losses.LossSpec("sigmoid", 0.1, 0.0), OptimiserSpec(1e-3))
+    pairs = losses.Preferences(jnp.array([0, 1, 1, 0]), jnp.asarray(ref), jnp.full(4, 0.25), jnp.full(4, 1 / 13))
+    spec = DpoSpec(losses.LossSpec("sigmoid", 0.1, 0.0, 0.5), OptimiserSpec(1e-3))
     gradient = jax.jit(lambda groups, pairs: optimiser.dpo_gradient(decoder, spec, params, lora, groups, pairs))
     whole = gradient(batch, pairs)
     halves = [
-        gradient(Groups(*(x[s] for x in batch)), losses.Preferences(*(x[s] for x in pairs)))
+        gradient(Groups(*(x[s] for x in batch)), jax.tree.map(lambda x, s=s: x[s], pairs))
         for s in (slice(0, 2), slice(2, 4))
     ]
     for got, wanted in zip(jax.tree.leaves(jax.tree.map(jnp.add, *halves)), jax.tree.leaves(whole), strict=True):

@@ -254,7 +254,7 @@ class RoundPrograms:
             runs=1,
         )
         for bucket in self.task.buckets:
-            microbatch = shapes.replicated(mesh, learn.Microbatch(slots, share, bucket))
+            microbatch = shapes.replicated(mesh, learn.Microbatch(slots, share, np.float32(0), bucket))
             microbatches = mean(parts(n, training.batch_size, training.microbatch) for n in learnt)
             yield Program(
                 name=f"training gradient {tuple(bucket)}, {self.strategy}",

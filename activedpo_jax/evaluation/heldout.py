@@ -119,7 +119,10 @@ class Evaluator:
         self._ref = log_probs(policy, policy.reference, batches, "held-out reference", saved)
         # Each weight is one and sums are divided at the end, so that an accuracy is an exact fraction.
         weight = jnp.ones(self._num_rows, jnp.float32)
-        self._pairs = losses.Preferences(jnp.asarray(preferences, jnp.int32), jnp.asarray(self._ref), weight)
+        token_share = weight * self._num_rows / losses.preferred_tokens(batches.lengths, preferences)
+        self._pairs = losses.Preferences(
+            jnp.asarray(preferences, jnp.int32), jnp.asarray(self._ref), weight, token_share
+        )
 
     def __call__(self, lora: Lora, saved: SavedWork = NOTHING_SAVED) -> dict[str, float]:
         """Accuracy (ties count half), mean reward margin (nats) and DPO loss (nats) over the held-out pairs."""

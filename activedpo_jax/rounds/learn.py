@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from activedpo_jax import layout
-from activedpo_jax.data.groups import Bucket, Groups
+from activedpo_jax.data.groups import Array, Bucket, Groups
 from activedpo_jax.data.packing import Packing
 from activedpo_jax.models.lora import Lora
 from activedpo_jax.models.policy import Policy, response_logps
@@ -68,7 +68,7 @@ def append(spec: RoundSpec, labelled: Labelled, chosen: Chosen, answers: Answers
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["slots", "weights"], meta_fields=["bucket", "packing"]
+    jax.tree_util.register_dataclass, data_fields=["slots", "weights", "token_share"], meta_fields=["bucket", "packing"]
 )
 @dataclasses.dataclass(frozen=True)
 class Microbatch:
@@ -76,8 +76,20 @@ class Microbatch:
 
     slots: Any  # [B] int32, places among the labelled pairs; −1 makes up the batch
     weights: Any  # [B] float32, of each in the mean over the batch; 0 at padding
+    token_share: Any  # scalar float32, of a preferred token in the mean over those of the batch
     bucket: Bucket  # which holds all of them; their padding beyond it is cut off
     packing: Packing | None = None  # in which they lie; None: they are padded
+
+
+def token_share(lengths: Array, preferences: Array, slots: Array, weights: Array) -> Array:
+    """What one preferred token counts in the mean over those of a batch: a scalar.
+
+    Args:
+      lengths, preferences: of all labelled pairs, [C, 2] and [C]; on the host or traced.
+      slots, weights: [B] of the whole batch, else as of a `Microbatch`.
+    """
+    there = lengths[slots] * (weights > 0)[:, None]
+    return 1 / losses.preferred_tokens(there, preferences[slots])
 
 
 def microbatch_gradient(
@@ -93,8 +105,12 @@ def microbatch_gradient(
         jnp.where(there[:, None], labelled.groups.response_len[slots], 0),
     )
     groups = jax.lax.with_sharding_constraint(cut, layout.batch(spec.mesh))
+    confidence = labelled.weights[slots]
     pairs = losses.Preferences(
-        labelled.preferences[slots], labelled.ref_logps[slots], weights * labelled.weights[slots]
+        labelled.preferences[slots],
+        labelled.ref_logps[slots],
+        weights * confidence,
+        jnp.where(weights > 0, microbatch.token_share, 0.0) * confidence,
     )
     decoder = policy.packed(microbatch.packing).decoder
     return optimiser.dpo_gradient(decoder, spec.training.dpo, policy.params, lora, groups, pairs)
@@ -138,8 +154,11 @@ def learn(
     def step(i: jax.Array, carry):  # type: ignore[no-untyped-def]
         lora, opt_state, sums, good = carry
 
+        slots, weights = schedule.slots[i], schedule.weight[i]
+        share = token_share(labelled.groups.response_len, labelled.preferences, slots, weights)
+
         def add(total, part):  # type: ignore[no-untyped-def]
-            new = microbatch_gradient(spec, policy, lora, labelled, Microbatch(*part, spec.bucket))
+            new = microbatch_gradient(spec, policy, lora, labelled, Microbatch(*part, share, spec.bucket))
             return added(spec, total, new), None
 
         parts = jax.tree.map(lambda x: x[i].reshape(-1, spec.training.microbatch), (schedule.slots, schedule.weight))

@@ -148,17 +148,19 @@ def train(
       Diverged: a loss is not finite; names the step.
     """
     labelled = layout.put(_labelled(spec, policy, state, asked, buckets), layout.replicated(spec.mesh))
+    lengths, preferences = layout.get((labelled.groups.response_len, labelled.preferences))
     number = int(state.round) + 1
     schedule, plan = _plan(spec, state._replace(labelled=labelled, round=jnp.int32(number)), buckets)
     place = functools.partial(layout.put, sharding=layout.replicated(spec.mesh))
 
     def advance(step: int, lora: Lora, opt_state: optax.OptState) -> tuple[Lora, optax.OptState, losses.DpoMetrics]:
         slots, weight = schedule.slots[step], schedule.weight[step]
+        share = np.float32(learn.token_share(lengths, preferences, slots, weight))
         total = no_gradient_program(spec, lora)
         for part in plan[step]:
             pad = (0, part.size - len(part.places))
             own = np.pad(slots[part.places], pad, constant_values=-1), np.pad(weight[part.places], pad)
-            microbatch = place(learn.Microbatch(*own, part.bucket, part.packing))
+            microbatch = place(learn.Microbatch(*own, share, part.bucket, part.packing))
             total = gradient_program(spec, policy, lora, total, labelled, microbatch)
         gradient, metrics = total
         position = place(optimiser.Position(np.int32(step), np.int32(schedule.num_steps)))

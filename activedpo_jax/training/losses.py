@@ -25,6 +25,7 @@ class LossSpec:
     kind: str  # of `LOSSES`
     beta: float  # of the implicit reward
     label_smoothing: float  # ε, the probability that a label is taken to be wrong
+    sft_weight: float = 0.0  # of the preferred responses' negative log-likelihood, which is added
 
     def __post_init__(self) -> None:
         if self.kind == "exo_pair" and self.label_smoothing == 0:
@@ -40,6 +41,8 @@ class Preferences(NamedTuple):
     preference: Array  # [B] the probability that the second is preferred: 0 or 1, ½ for a tie
     ref_logps: Array  # [B, 2] float32, log π_ref of the two
     weight: Array  # [B] float32, each pair's share of the mean: 1/n, so that parts of a batch add up; 0 at padding
+    # [B] float32, likewise the share of each preferred token: 1/`preferred_tokens`; None: the loss has no SFT term
+    token_share: Array | None = None
 
 
 class DpoMetrics(NamedTuple):
@@ -191,18 +194,33 @@ def ordered(logps: jax.Array, lengths: Array, pairs: Preferences) -> Ordered:
     return Ordered(*(jnp.where(second, x[:, ::-1], x) for x in found))
 
 
+def preferred_tokens(lengths: Array, preference: Array) -> Array:
+    """The tokens of all preferred responses of a batch, scalar; of a tie, the mean of the two.
+
+    Args:
+      lengths: [B, 2], 0 at padding.
+    """
+    return ((1 - preference) * lengths[:, 0] + preference * lengths[:, 1]).sum()
+
+
 def metrics(spec: LossSpec, logps: jax.Array, lengths: Array, pairs: Preferences) -> DpoMetrics:
     """Loss, accuracy and margin of a batch from log π_θ [B, 2] and the responses' tokens [B, 2].
 
     The margin is β times the difference of log π_θ − log π_ref (Rafailov et al., eq. 5), whatever the loss.  The loss
-    of an uncertain preference is the mean over its two outcomes.
+    of an uncertain preference is the mean over its two outcomes.  The SFT term is the mean of −log π_θ over all tokens
+    of the batch's preferred responses, TRL's `sft`: a longer response counts more.  It takes no account of ε.
     """
     found = ordered(logps, lengths, pairs)
     doubt = jnp.minimum(pairs.preference, 1.0 - pairs.preference)
     margins = jnp.where(doubt == 0.5, 0.0, spec.beta * found.difference)
     correct = (margins > 0) + 0.5 * (margins == 0)
+    loss = jnp.sum(smoothed(spec, found, doubt) * pairs.weight)
+    if spec.sft_weight:
+        assert pairs.token_share is not None
+        preferred = (1 - doubt) * found.logps[:, 0] + doubt * found.logps[:, 1]
+        loss -= spec.sft_weight * jnp.sum(preferred * pairs.token_share)
     return DpoMetrics(
-        loss=jnp.sum(smoothed(spec, found, doubt) * pairs.weight),
+        loss=loss,
         accuracy=jnp.sum(correct * pairs.weight),
         margin=jnp.sum(margins * pairs.weight),
     )
