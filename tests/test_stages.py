@@ -120,7 +120,25 @@ def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown(packed: bo
     expected = (1 - smoothing) * np.logaddexp(0, -margins) + smoothing * np.logaddexp(0, margins)
     assert np.isclose(got["loss"], expected.mean(), atol=1e-5)
     start = judge.untrained()
-    assert start == pytest.approx({"accuracy": 0.5, "margin": 0.0, "loss": np.log(2)})
+    wanted = {"accuracy": 0.5, "margin": 0, "loss": np.log(2), "label_nll": np.log(2), "longer": 0.5}
+    wanted |= {"ratio_preferred": 0, "ratio_rejected": 0}
+    assert {name: start[name] for name in wanted} == pytest.approx(wanted)
+    assert np.isclose(got["label_nll"], np.logaddexp(0, -margins).mean(), atol=1e-5)
+    chosen, others, ours, nlls, ratios, more = [0], [0], [0.0], [0.0], np.zeros(2), np.zeros(2)
+    logps = heldout.log_probs(policy, lora, batches, "", NOTHING_SAVED).astype(np.float64)
+    for (group, *shown), label, gain, logp in zip(data.pairs, preferred, gains, logps, strict=True):
+        lengths = [len(data.response_tokens[group][j]) for j in shown]
+        chosen, others = [*chosen, lengths[label]], [*others, lengths[1 - label]]
+        ratios += gain[label], gain[1 - label]
+        ours, nlls = [*ours, lengths[gain.argmax()]], [*nlls, -logp[label]]
+        of_longer = [0.5, 0.5] if lengths[0] == lengths[1] else [float(n == max(lengths)) for n in lengths]
+        more += of_longer[gain.argmax()], of_longer[label]
+    n = data.num_pairs
+    wanted = {"nll": sum(nlls) / sum(chosen), "tokens": sum(ours) / n, "tokens_labels": sum(chosen) / n}
+    wanted |= {"ratio_preferred": ratios[0] / sum(chosen), "ratio_rejected": ratios[1] / sum(others)}
+    wanted |= {"longer": more[0] / n, "longer_labels": more[1] / n}
+    assert {name: got[name] for name in wanted} == pytest.approx(wanted, rel=1e-6)
+    assert got["tokens"] != got["tokens_labels"] and got["longer"] != got["longer_labels"]
 
     other_way = dataclasses.replace(
         data, pairs=data.pairs[:, [0, 2, 1]], preferences=(1 - data.preferences).astype(np.int8)
@@ -128,7 +146,7 @@ def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown(packed: bo
     batches = heldout.Batches(other_way, every, BUCKETS, 4, mesh, packed)
     judge = heldout.Evaluator(policy, other_way.preferences, batches, loss)
     again = judge(lora)
-    assert np.isclose(again["margin"], got["margin"], atol=1e-6) and again["accuracy"] == got["accuracy"]
+    assert again == pytest.approx(got, rel=1e-4, abs=1e-6) and again["accuracy"] == got["accuracy"]
 
 
 @pytest.fixture

@@ -1,4 +1,8 @@
-"""Held-out evaluation: how well the implicit reward tells preferred responses from the others."""
+"""Held-out evaluation: how well the implicit reward tells preferred responses from the others, and what training does
+to their likelihoods.
+
+KL(π_θ ‖ π_ref) is a mean over responses of π_θ, which the held-out ones are not.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -96,6 +100,48 @@ def log_probs(policy: Policy, lora: Lora, batches: Batches, label: str, saved: S
     return out
 
 
+def figures(
+    beta: float, logps: np.ndarray, ref_logps: np.ndarray, lengths: np.ndarray, preferences: np.ndarray
+) -> dict[str, float]:
+    """What N pairs show beside accuracy, margin and the loss that is trained.
+
+    Args:
+      logps, ref_logps: [N, 2], log π_θ(y|x) and log π_ref(y|x); lengths: [N, 2], tokens.
+      preferences: [N], the probability that the second is preferred.
+
+    Returns:
+      label_nll: −log σ(margin), the labels' under Bradley and Terry's model, nats a pair; what `sigmoid` trains.
+      nll: −log π_θ of preferred responses, nats a token.
+      ratio_preferred, ratio_rejected: log π_θ − log π_ref of preferred, and of the other responses, nats a token.
+      tokens, tokens_labels: the mean length of the responses that the implicit reward prefers, and the labels do.
+      longer, longer_labels: the share of pairs of which they prefer the longer; equal lengths count half, and so do
+        equal rewards.
+    """
+    ratios = logps.astype(np.float64) - ref_logps
+    by_reward = (1 + np.sign(ratios[:, 1] - ratios[:, 0])) / 2
+
+    def tokens(preferences: np.ndarray) -> float:
+        return float(losses.preferred_tokens(lengths, preferences)) / len(lengths)
+
+    def a_token(values: np.ndarray, preferences: np.ndarray) -> float:
+        return float(np.mean((1 - preferences) * values[:, 0] + preferences * values[:, 1])) / tokens(preferences)
+
+    def longer(preferences: np.ndarray) -> float:
+        return float(np.mean(1 + (2 * preferences - 1) * np.sign(lengths[:, 1] - lengths[:, 0]))) / 2
+
+    log_odds = beta * (ratios[:, 1] - ratios[:, 0])
+    return {
+        "label_nll": float(np.mean(np.logaddexp(0, log_odds) - preferences * log_odds)),
+        "nll": -a_token(logps.astype(np.float64), preferences),
+        "ratio_preferred": a_token(ratios, preferences),
+        "ratio_rejected": a_token(ratios, 1 - preferences),
+        "tokens": tokens(by_reward),
+        "tokens_labels": tokens(preferences),
+        "longer": longer(by_reward),
+        "longer_labels": longer(preferences),
+    }
+
+
 class Evaluator:
     """Scores adapters on a held-out set, whose reference log-probabilities are computed once.
 
@@ -115,7 +161,7 @@ class Evaluator:
     ) -> None:
         self._policy, self._batches = policy, batches
         self._num_rows, self._loss = len(preferences), loss
-        self._lengths = jnp.asarray(batches.lengths, jnp.int32)
+        self._preferences = np.asarray(preferences, np.float64)
         self._ref = log_probs(policy, policy.reference, batches, "held-out reference", saved)
         # Each weight is one and sums are divided at the end, so that an accuracy is an exact fraction.
         weight = jnp.ones(self._num_rows, jnp.float32)
@@ -125,7 +171,8 @@ class Evaluator:
         )
 
     def __call__(self, lora: Lora, saved: SavedWork = NOTHING_SAVED) -> dict[str, float]:
-        """Accuracy (ties count half), mean reward margin (nats) and DPO loss (nats) over the held-out pairs."""
+        """Over the held-out pairs: accuracy (ties count half), mean reward margin (nats), the mean of the loss that is
+        trained, and `figures`."""
         return self._metrics(log_probs(self._policy, lora, self._batches, "evaluation", saved))
 
     def untrained(self) -> dict[str, float]:
@@ -133,5 +180,7 @@ class Evaluator:
         return self._metrics(self._ref)
 
     def _metrics(self, logps: np.ndarray) -> dict[str, float]:
-        out = losses.metrics(self._loss, jnp.asarray(logps), self._lengths, self._pairs)
-        return {name: float(total) / self._num_rows for name, total in out._asdict().items()}
+        lengths = self._batches.lengths
+        out = losses.metrics(self._loss, jnp.asarray(logps), jnp.asarray(lengths, jnp.int32), self._pairs)
+        found = {name: float(total) / self._num_rows for name, total in out._asdict().items()}
+        return found | figures(self._loss.beta, logps, self._ref, lengths, self._preferences)

@@ -36,7 +36,16 @@ class RoundSummary(TypedDict):
     labels: int  # so far
     accuracy: float  # held-out preference accuracy
     margin: float  # mean held-out margin of the implicit reward
-    heldout_loss: NotRequired[float]  # DPO loss of the held-out pairs, nats
+    heldout_loss: NotRequired[float]  # of the held-out pairs, that which is trained
+    # The other figures of the held-out pairs: see `evaluation.heldout.figures`
+    heldout_label_nll: NotRequired[float]
+    heldout_nll: NotRequired[float]
+    heldout_ratio_preferred: NotRequired[float]
+    heldout_ratio_rejected: NotRequired[float]
+    heldout_tokens: NotRequired[float]
+    heldout_tokens_labels: NotRequired[float]
+    heldout_longer: NotRequired[float]
+    heldout_longer_labels: NotRequired[float]
     seconds: dict[str, float]  # by stage
     loss: NotRequired[float | None]  # of training, mean of the last epoch; null: it was not finite
     information_gain: NotRequired[float | None]  # of the round's picks: the growth of log det V, in nats
