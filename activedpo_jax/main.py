@@ -12,47 +12,18 @@ if __name__ == "__main__":  # first, since the imports take seconds
     cluster.guard()
     errors.end_at_signals()
 
-import dataclasses
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Sequence
-from typing import Any
 
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from jax.sharding import Mesh
 
-from activedpo_jax import cluster, compile_only, errors, files, flags, hosts, layout, sft, specs, start, tasks, verbs
-from activedpo_jax.data.groups import shared_prompts
-from activedpo_jax.evaluation import heldout
-from activedpo_jax.huggingface import adapters, merged
-from activedpo_jax.models.policy import Policy
-from activedpo_jax.oracles.dataset import answers
+from activedpo_jax import cluster, compile_only, errors, files, flags, hosts, layout, runs, tasks
 from activedpo_jax.oracles.labels import Pending
-from activedpo_jax.oracles.noise import Noise
-from activedpo_jax.record import checkpoints, comparison, folders, inputs, metrics, report
-from activedpo_jax.record.labels import RoundRecord, fingerprint
-from activedpo_jax.record.saved_work import SavedWork
-from activedpo_jax.rounds.checks import check_learnt
-from activedpo_jax.rounds.picked import as_answers
-from activedpo_jax.rounds.state import RunState, initial_state
+from activedpo_jax.record import comparison, folders, report
 from activedpo_jax.selection.strategies import STRATEGIES
-from activedpo_jax.training.loop import Diverged
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What the runs of one seed share."""
-
-    config: ml_collections.ConfigDict
-    mesh: Mesh
-    seed: int
-    task: tasks.Task
-    policy: Policy
-    judge: heldout.Evaluator
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,15 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         assert folder is not None
         hosts.start(command.address, cluster.detected(sys.argv[1:], os.environ))
-        folders.check_workdir(folder, config, "main")
         mesh = layout.make_mesh(config.mesh)
-        # Nothing is claimed before the inputs are valid.
-        first = tasks.load(config, config.seeds[0], mesh, folder, hosts.readers())
-        inputs.check(folder / "inputs" / f"seed{config.seeds[0]}.json", described(config, first))
-        for strategy in config.strategies:
-            specs.round_spec(config, strategy, first, mesh)
-        folders.open_workdir(folder, config, "main")
-        compete(config, folder, mesh, first)
+        compete(config, folder, mesh, runs.begin(config, folder, mesh, "main"))
 
 
 def compete(config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh, first: tasks.Task) -> None:
@@ -80,18 +44,10 @@ def compete(config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh,
     summaries, pending = [], []
     for seed in config.seeds:
         task = first if seed == config.seeds[0] else tasks.load(config, seed, mesh, folder, hosts.readers())
-        inputs.hold(folder / "inputs" / f"seed{seed}.json", described(config, task))
-        task = specs.with_more_buckets(config, task)
-        for name, texts in (("pool", task.candidate_texts), ("held-out set", task.heldout)):
-            for note in texts.notes:
-                print(f"{name}: {note}")
-        if task.pool is not None:
-            print(f"pool: {specs.padding_note(config, task)}")
-        task, policy = starting_point(config, task, mesh, seed, folder)
-        setting = Setting(config, mesh, seed, task, policy, evaluator(config, task, policy, seed, folder))
+        setting = runs.prepare(config, task, mesh, seed, folder)
         for strategy in config.strategies:
             place = folders.run_folder(folder, config, strategy, seed)
-            outcome = run(setting, strategy, place)
+            outcome = runs.run(setting, strategy, place)
             if isinstance(outcome, Pending):
                 pending.append(f"{strategy}, seed {seed}, {outcome.message}")
                 print(pending[-1], flush=True)
@@ -101,157 +57,6 @@ def compete(config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh,
         finish(folder, summaries)
 
 
-def run(setting: Setting, strategy: str, folder: pathlib.Path) -> folders.RunSummary | Pending:
-    """One strategy on one seed: choose, ask, learn and evaluate, from the round after the last that was saved.
-
-    Returns:
-      the summary; or that answers are missing: what there is to do, in one line.
-
-    Raises:
-      FloatingPointError: picks, losses or weights are not finite.
-      ValueError: the oracle cannot answer, or the folder's state does not fit.
-    """
-    config, policy = setting.config, setting.policy
-    spec = specs.round_spec(config, strategy, setting.task, setting.mesh)
-    saved = SavedWork(folder, config.checkpoint_minutes)
-    rounds = verbs.make(setting.config, spec, setting.task, policy, setting.seed, saved)
-    oracle = verbs.oracle(verbs.Asking(config, setting.task, setting.seed, folder), rounds)
-
-    state = initial_state(spec, policy.reference, setting.seed)
-    store = checkpoints.Checkpoints(folder)
-    done, restored = store.restore_latest(state)
-    summary = folders.resumed_summary(folder, strategy, setting.seed, done)
-    told = set[str]()  # kinds of notes
-    with errors.signals_wait(), metrics.MetricsWriter(folder, 0 if done is None else done + 1) as writer:
-
-        def save(state: RunState, entry: folders.RoundSummary) -> None:
-            summary["rounds"].append(entry)
-            writer.write(entry["round"], entry["labels"], scalars(entry))
-            writer.sync()
-            folders.write_summary(folder, summary)
-            store.save(entry["round"], state)  # last: whatever is in a checkpoint is on record
-            if hosts.any_of(errors.signalled()):
-                store.wait()
-                errors.end()
-
-        if restored is None:
-            save(state, report.round_zero(setting.judge.untrained()))
-        else:
-            state = restored
-        if int(state.round) < config.rounds:
-            hosts.on_first(files.remove_folder)(folder / "merged")  # of a run with fewer rounds
-        for number in range(1, int(state.round) + 1):
-            if late := RoundRecord(folder, number).late_answers(oracle):
-                print(f"{strategy}, seed {setting.seed}: {late} answers came after round {number} was learnt: not used")
-        for number in range(int(state.round) + 1, config.rounds + 1):
-            record = RoundRecord(folder, number)
-            saved.enter(number, "choice")
-            picked = record.picked()
-            if picked is None or rounds.one_program:
-                picked = rounds.choose(state)
-                store.wait()  # what is asked comes of a state that is on disk
-                saved.forget_others()
-                record.ask(picked)
-            verdicts = record.collect(oracle, picked)
-            if isinstance(verdicts, Pending):
-                return verdicts
-            labels = [verdicts[question.pair_id].label for question in picked.questions]
-            saved.enter(number, f"learnt_from_{fingerprint(labels)}")  # people change their minds between two tries
-            try:
-                state, training = rounds.learn(state, picked, as_answers(spec, labels))
-            except Diverged as error:
-                raise FloatingPointError(f"{error}.  {report.where_diverged(folder, spec, number, error)}") from error
-            check_learnt(training, state.lora, number)
-            said = {"picks": [q.digest for q in picked.questions], "labels": [str(label) for label in labels]}
-            hosts.agree(f"round {number}", said | {"adapter": state.lora})
-
-            folders.write_selected(folder, number, folders.joined(picked, verdicts))
-            clock = time.perf_counter()
-            scores = setting.judge(state.lora, saved)
-            seconds = rounds.seconds | {"evaluation": time.perf_counter() - clock}
-            entry = report.round_summary(spec.selection, picked, verdicts, training, scores, seconds)
-            if rounds.useful is not None:
-                entry["useful"] = rounds.useful
-            save(state, entry)
-            print(report.round_line(strategy, setting.seed, config.rounds, entry), flush=True)
-            for kind, note in report.round_notes(spec, entry).items():
-                if kind not in told:
-                    print(f"{strategy}, seed {setting.seed}: {note}", flush=True)
-                told.add(kind)
-    store.close()
-    saved.forget()
-    saved.close()
-    export(setting, state, folder)
-    return summary
-
-
-def starting_point(
-    config: ml_collections.ConfigDict, task: tasks.Task, mesh: Mesh, seed: int, folder: pathlib.Path
-) -> tuple[tasks.Task, Policy]:
-    """The policy that all runs of a seed begin with: after SFT, if asked for.
-
-    Returns:
-      the task too, whose base model is another one after SFT of all weights.
-    """
-    place, full = folder / "sft" / f"seed{seed}", config.sft.weights == "full"
-    lora = start.initial_lora(config, task.decoder, mesh, seed)
-    if not config.sft.data:
-        return task, Policy(task.decoder, task.load_params(), lora)
-    examples = sft.load(config, seed)
-    inputs.hold(folder / "inputs" / f"seed{seed}_sft.json", sft.described(config, examples))
-    for name, texts in (("the pool", task.candidate_texts), ("the held-out set", task.heldout)):
-        if shared := shared_prompts(examples.train, texts):
-            print(f"SFT data: {shared} of {examples.train.num_groups} examples have a prompt of {name}")
-    # All weights are trained in float32, and are read from the stage's result once that is there.
-    params: Any = {}
-    if not full:
-        params = task.load_params()
-    elif not sft.is_done(config, place):
-        params = start.load_params(config, mesh, jnp.float32)
-    policy = sft.run(config, seed, examples, Policy(task.decoder, params, lora), mesh, place)
-    if full:
-        task = dataclasses.replace(task, base_model=str(sft.result_folder(config, place)))
-    return task, policy
-
-
-def described(config: ml_collections.ConfigDict, task: tasks.Task) -> dict[str, Any]:
-    """What `inputs.hold` compares when a command resumes."""
-    found: dict[str, Any] = {}
-    if task.pool is not None:
-        found["pool"] = inputs.describe_pool(task.pool, config.data.train)
-    if task.prompts is not None:
-        found["prompts"] = inputs.describe_texts(task.prompts.texts, config.data.train)
-    found["held-out set"] = inputs.describe_pool(task.heldout, config.data.heldout or config.data.train)
-    return found | start.fingerprints(config)
-
-
-def evaluator(
-    config: ml_collections.ConfigDict, task: tasks.Task, policy: Policy, seed: int, folder: pathlib.Path
-) -> heldout.Evaluator:
-    """The judge of a seed's runs: the held-out pairs, with the labels that the data has, without noise."""
-    truth = answers(task.heldout, Noise(seed=seed))
-    every, mesh = np.arange(task.heldout.num_pairs), policy.decoder.mesh
-    assert mesh is not None
-    size, packed = config.evaluation.pairs_per_chunk, specs.can_pack(config, mesh)
-    batches = heldout.Batches(task.heldout, every, task.buckets, size, mesh, packed)
-    saved = SavedWork(folder / "heldout" / f"seed{seed}", config.checkpoint_minutes)
-    with errors.signals_wait():
-        judge = heldout.Evaluator(policy, truth, batches, specs.loss_spec(config), saved)
-    saved.close()
-    return judge
-
-
-def export(setting: Setting, state: RunState, folder: pathlib.Path) -> None:
-    """The run's adapter and, on request, the merged checkpoint."""
-    config, decoder, model = setting.config, setting.task.decoder, setting.task.base_model
-    revision = config.model.revision if model == config.model.path else ""
-    adapters.save_adapter(state.lora, decoder.lora, model, folder / "adapter", revision)
-    place = folder / "merged"
-    if config.export.merged and not hosts.on_first((place / "config.json").exists)():
-        weights = merged.Weights(setting.policy.params, state.lora, decoder.lora)
-        merged.save_merged(weights, model, revision, place, decoder.dtype)
-
-
 def finish(folder: pathlib.Path, summaries: Sequence[folders.RunSummary]) -> None:
     """The table and the picture of all runs; of several runs their comparison in `summary.json`, too."""
     hosts.on_first(files.remove_folder)(folder / "heldout")
@@ -259,12 +64,6 @@ def finish(folder: pathlib.Path, summaries: Sequence[folders.RunSummary]) -> Non
         folders.write_summary(folder, {**comparison.compare(summaries), "runs": list(summaries)})
     hosts.on_first(report.plot_curves)(summaries, folder / "curves.png", folder.resolve().name)
     print(f"\n{report.final_table(summaries)}\n\n{folder / 'curves.png'}")
-
-
-def scalars(entry: folders.RoundSummary) -> dict[str, float]:
-    """A round's figures under TensorBoard's names, `seconds/choose` say."""
-    figures = {name.replace(".", "/"): value for name, value in files.flatten(entry).items() if name != "round"}
-    return {name: value for name, value in figures.items() if not isinstance(value, str)}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from activedpo_jax import flags, layout, main, start, tasks
+from activedpo_jax import flags, layout, runs, start, tasks
 from activedpo_jax.config import default
 from activedpo_jax.evidence.gradients import (
     FeatureSpec,
@@ -275,8 +275,8 @@ def test_a_whole_round(form: str, tmp_path: pathlib.Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, task.load_params(), params)  # kept as trained, quantised anew
     lora = start.initial_lora(config, task.decoder, mesh, 0)
     policy = Policy(task.decoder, params, lora)
-    setting = main.Setting(config, mesh, 0, task, policy, main.evaluator(config, task, policy, 0, tmp_path))
-    summary = main.run(setting, "activedpo", tmp_path)
+    setting = runs.Setting(config, mesh, 0, task, policy, runs.evaluator(config, task, policy, 0, tmp_path))
+    summary = runs.run(setting, "activedpo", tmp_path)
     assert not isinstance(summary, Pending)
     assert [r["labels"] for r in summary["rounds"]] == [0, 6]
     score, loss = summary["rounds"][1]["score_min"], summary["rounds"][1]["loss"]

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from activedpo_jax import layout, main, start, tasks
+from activedpo_jax import layout, runs, start, tasks
 from activedpo_jax.config import default
 from activedpo_jax.data.groups import Bucket
 from activedpo_jax.models.decoder import Decoder, init_params
@@ -66,9 +66,9 @@ def execute(
     params = jax.device_put(params, layout.weight_shardings(mesh, params))
     reference = start.initial_lora(config, task.decoder, mesh, 0) if first is None else first(task.decoder, mesh)
     policy = Policy(task.decoder, params, reference)
-    judge = main.evaluator(config, task, policy, 0, folder)
-    setting = main.Setting(config, mesh, 0, task, policy, judge)
-    summary = main.run(setting, config.strategies[0], folder)
+    judge = runs.evaluator(config, task, policy, 0, folder)
+    setting = runs.Setting(config, mesh, 0, task, policy, judge)
+    summary = runs.run(setting, config.strategies[0], folder)
     assert not isinstance(summary, Pending)
     picks = []
     for number in range(1, config.rounds + 1):

@@ -117,9 +117,10 @@ def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown(packed: bo
     margins = beta * (gains[every, preferred] - gains[every, 1 - preferred])
     assert np.isclose(got["accuracy"], np.mean(margins > 0))
     assert np.isclose(got["margin"], margins.mean(), atol=1e-5)
+    np.testing.assert_allclose(judge.judged(lora).margins, margins, rtol=0, atol=1e-5)
     expected = (1 - smoothing) * np.logaddexp(0, -margins) + smoothing * np.logaddexp(0, margins)
     assert np.isclose(got["loss"], expected.mean(), atol=1e-5)
-    start = judge.untrained()
+    start = judge.judged(None).scores
     wanted = {"accuracy": 0.5, "margin": 0, "loss": np.log(2), "label_nll": np.log(2), "longer": 0.5}
     wanted |= {"ratio_preferred": 0, "ratio_rejected": 0}
     assert {name: start[name] for name in wanted} == pytest.approx(wanted)

@@ -6,6 +6,7 @@ KL(π_θ ‖ π_ref) is a mean over responses of π_θ, which the held-out ones 
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +143,13 @@ def figures(
     }
 
 
+class Judged(NamedTuple):
+    """What an adapter makes of the held-out set."""
+
+    scores: dict[str, float]  # means over the pairs; see `Evaluator.__call__`
+    margins: np.ndarray  # [N] float32: the preferred response's implicit reward less that of the other, nats
+
+
 class Evaluator:
     """Scores adapters on a held-out set, whose reference log-probabilities are computed once.
 
@@ -173,11 +181,13 @@ class Evaluator:
     def __call__(self, lora: Lora, saved: SavedWork = NOTHING_SAVED) -> dict[str, float]:
         """Over the held-out pairs: accuracy (ties count half), mean reward margin (nats), the mean of the loss that is
         trained, and `figures`."""
-        return self._metrics(log_probs(self._policy, lora, self._batches, "evaluation", saved))
+        return self.judged(lora, saved).scores
 
-    def untrained(self) -> dict[str, float]:
-        """The same for the reference model, with which every run starts."""
-        return self._metrics(self._ref)
+    def judged(self, lora: Lora | None, saved: SavedWork = NOTHING_SAVED) -> Judged:
+        """The same, and what every pair comes to; None: of the reference model, with which every run starts."""
+        logps = self._ref if lora is None else log_probs(self._policy, lora, self._batches, "evaluation", saved)
+        found = losses.ordered(jnp.asarray(logps), self._batches.lengths, self._pairs)
+        return Judged(self._metrics(logps), np.asarray(self._loss.beta * found.difference))
 
     def _metrics(self, logps: np.ndarray) -> dict[str, float]:
         lengths = self._batches.lengths

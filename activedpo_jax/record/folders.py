@@ -8,6 +8,7 @@ DIR/<strategy>/seed<seed>/     one folder per run if there are several; a single
     rounds/NNN/                asked.jsonl, labels.jsonl and selected.jsonl: see `labels`
     metrics.jsonl, tensorboard/, checkpoints, adapter/
     summary.json               see `RunSummary`
+    heldout.npz                see `outcomes`
 """
 
 import dataclasses
@@ -91,7 +92,7 @@ def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, comma
     should claim nothing.
 
     Args:
-      command: the module that is run: `main`, `sft` or `generate`.
+      command: the module that is run: `main`, `compare`, `sft`, `generate` or `select`.
 
     Raises:
       ValueError: see `check_workdir`; or another process works in the directory.
@@ -145,9 +146,11 @@ def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, comm
 
 
 # Options that may differ when a command resumes, as these functions of the old and the new value say: a finished run
-# can have more rounds.
+# can have more rounds, and the price of the machine changes what is said of the runs, not the runs.
 _MAY_CHANGE: Mapping[str, Callable[[Any, Any], bool]] = {
     "checkpoint_minutes": lambda was, now: True,
+    "compare.hour_price": lambda was, now: True,
+    "compare.retry": lambda was, now: True,
     "rounds": lambda was, now: now >= was,
 }
 
