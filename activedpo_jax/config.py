@@ -237,6 +237,24 @@ OPTIONS: dict[str, Option] = {
         "features stay on the host, those of a .npy file on disk, and go to the devices in blocks of selection.block "
         "rows each: for pools that devices cannot hold; same picks",
     ),
+    # The command `compare`: what counts, named before the runs
+    "compare.metric": Option(
+        "area",
+        "of held-out accuracy: the area under its curve over the labels, divided by their number, or the final one",
+        choices=("area", "final"),
+    ),
+    "compare.margin": Option(0.02, "differences of the metric up to this one count as none"),
+    "compare.baseline": Option(
+        "random",
+        "the strategy that the others are held against",
+        registry="activedpo_jax.selection.strategies:STRATEGIES",
+    ),
+    "compare.replicates": Option(10_000, "of the bootstrap over seeds and prompts", between(100, 1_000_000)),
+    "compare.hour_price": Option(
+        0.0, "of this machine, in the currency of a label's price; 0: not known", NOT_NEGATIVE
+    ),
+    "compare.retry": Option(False, "runs that failed before are tried again, from their last checkpoint"),
+    # Where the candidates of a round come from
     "candidates.source": Option(
         "pool",
         "where a round's responses come from: the data's own pairs, the current policy, or both",

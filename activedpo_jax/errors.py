@@ -143,6 +143,15 @@ def clean_errors() -> Iterator[None]:
         sys.exit(found[1])
 
 
+def of_a_run(error: Exception) -> str | None:
+    """What to record of an error that ends one of several runs; None: a disk, an object store or another process is
+    behind it, which no run can do without."""
+    if _disk_error(error) or _store_error_behind(error) or _lost_process(error):
+        return None
+    found = _in_one_line(error)
+    return found[0] if found else f"{type(error).__name__}: {error}"
+
+
 def _leave() -> None:
     """Several processes part only when all of them are done, with the same result or the same error."""
     from activedpo_jax import hosts, remote  # not at the top, see there

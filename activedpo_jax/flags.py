@@ -41,26 +41,16 @@ class Usage(NamedTuple):
 _MODEL_AND_TEXTS = ("model.*", "lora.*", "data.template", "data.template_kwargs", "data.buckets")
 _SAMPLING = tuple(f"generation.{name}" for name in ("responses", "temperature", "top_k", "top_p", "max_new_tokens"))
 
+_ROUNDS = (
+    *("strategies", "seeds", "rounds", "labels_per_round", "checkpoint_minutes", "model.*", "lora.*", "data.*"),
+    *("synthetic.*", "scratch.*", "sft.*", "features.*", "selection.*", "candidates.*", "oracle.*", "dpo.*", "round.*"),
+    *("evaluation.*", "export.*", *_SAMPLING, "mesh.*"),
+)
+
 # By the name of their module.
 COMMANDS: dict[str, Usage] = {
-    "main": Usage(
-        "rounds of picking, labelling and training, and their evaluation",
-        (
-            *("strategies", "seeds", "rounds", "labels_per_round", "checkpoint_minutes", "model.*", "lora.*", "data.*"),
-            *(
-                "synthetic.*",
-                "scratch.*",
-                "sft.*",
-                "features.*",
-                "selection.*",
-                "candidates.*",
-                "oracle.*",
-                "dpo.*",
-                "round.*",
-            ),
-            *("evaluation.*", "export.*", *_SAMPLING, "mesh.*"),
-        ),
-    ),
+    "main": Usage("rounds of picking, labelling and training, and their evaluation", _ROUNDS),
+    "compare": Usage("strategies against a baseline, over paired seeds, and a report", (*_ROUNDS, "compare.*")),
     "sft": Usage("supervised fine-tuning alone", ("seeds", "checkpoint_minutes", *_MODEL_AND_TEXTS, "sft.*", "mesh.*")),
     "generate": Usage(
         "responses to the prompts of a file",

@@ -25,6 +25,8 @@ def check(config: ml_collections.ConfigDict, command: str) -> None:
     _check_sizes(config)
     if config.data.train == "synthetic":
         _check_synthetic(config)
+    if command == "compare":
+        _check_comparison(config)
 
 
 def wrong(name: str, value: Any, expected: str) -> UsageError:
@@ -35,7 +37,7 @@ def wrong(name: str, value: Any, expected: str) -> UsageError:
 def _check_data_and_model(config: ml_collections.ConfigDict, command: str) -> None:
     """Options that need, or exclude, each other.  An option that would be ignored is an error, too."""
     needs_no_pool = config.sft.data or config.generation.prompts
-    if not (config.data.train or (command != "main" and needs_no_pool)):
+    if not (config.data.train or (command not in ("main", "compare") and needs_no_pool)):
         raise UsageError("config.data.train: got '', expected a file, the name of a data set, or synthetic")
     if config.sft.data and not config.model.path:
         raise UsageError(
@@ -155,6 +157,16 @@ def _check_labels(config: ml_collections.ConfigDict) -> None:
         raise UsageError(
             f"config.labels_per_round: got {config.labels_per_round}, expected at most {prompts * (m * (m - 1) // 2)}: "
             f"the pairs among generation.responses={m} responses to {prompts} prompts"
+        )
+
+
+def _check_comparison(config: ml_collections.ConfigDict) -> None:
+    """There is something to compare, and something to compare it with."""
+    if len(config.strategies) < 2:
+        raise wrong("strategies", ", ".join(config.strategies), "two or more to compare")
+    if config.compare.baseline not in config.strategies:
+        raise wrong(
+            "compare.baseline", config.compare.baseline, f"one of the strategies {', '.join(config.strategies)}"
         )
 
 

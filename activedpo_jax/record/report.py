@@ -214,7 +214,7 @@ def curves_figure(summaries: Sequence[RunSummary], title: str) -> Figure:
         low = min(low, 0.5 - 0.04 * (high - low))
     axes.set_ylim(low, high)
     ends = {strategy: float(curve.accuracy.mean(0)[-1]) for strategy, curve in curves.items()}
-    for strategy, height in _spread(ends, 0.055 * (high - low)).items():
+    for strategy, height in spread(ends, 0.055 * (high - low)).items():
         colour, style = colours[strategy]
         axes.annotate(
             strategy,
@@ -254,7 +254,7 @@ def _colours(strategies: Sequence[str]) -> dict[str, tuple[str, str]]:
     return looks
 
 
-def _spread(heights: dict[str, float], gap: float) -> dict[str, float]:
+def spread(heights: dict[str, float], gap: float) -> dict[str, float]:
     """Heights of the names beside the curves: as near to the curves' ends as a distance of `gap` allows."""
     names = sorted(heights, key=lambda name: heights[name])
     # Least squares in a given order: isotonic regression, of the heights less the room for the names below.
