@@ -1,16 +1,21 @@
-"""Figures of the comparison against SciPy's tests and hand-made curves; words that say what they show."""
+"""Figures of the comparison against SciPy's tests and hand-made curves; words that say what they show; the command."""
 
+import functools
 import json
 import math
+import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import hypothesis
+import jax
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 from scipy import stats
 
-from activedpo_jax.record import comparison
+from activedpo_jax import compare, layout, runs
+from activedpo_jax.record import comparison, outcomes
 from activedpo_jax.record.folders import RoundSummary, RunSummary
 
 LABELS = (0, 10, 20, 40)
@@ -157,8 +162,8 @@ def test_without_random_there_is_a_table_and_no_difference() -> None:
 
 
 def test_result_is_json() -> None:
-    for runs in (noisy_runs(0.05), noisy_runs(0.05, seeds=1)):
-        found = comparison.compare(runs)
+    for summaries in (noisy_runs(0.05), noisy_runs(0.05, seeds=1)):
+        found = comparison.compare(summaries)
         assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
@@ -175,3 +180,94 @@ def test_runs_that_cannot_be_compared_are_refused() -> None:
         comparison.compare([good, good])
     with pytest.raises(ValueError, match=r"random, seed 3, evaluated after \[0, 10\] labels, activedpo, seed 0"):
         comparison.compare([good, run("random", 3, [0.5, 0.6], labels=(0, 10))])
+
+
+class Killed(BaseException):
+    """As a kill: nothing catches it."""
+
+
+def test_the_command_goes_on_after_failures_and_kills(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A killed comparison resumes run by run; a failed run is kept, shown, and tried again when asked for."""
+    tiny = {
+        **{"strategies": "margin,random", "seeds": "0,1", "rounds": 2, "labels_per_round": 4},
+        **{"synthetic.pool_pairs": 32, "synthetic.heldout_pairs": 24, "scratch.steps": 2, "scratch.examples": 64},
+        **{"dpo.epochs": 2, "dpo.batch_size": 4, "evaluation.pairs_per_chunk": 24, "compare.replicates": 200},
+    }
+    flags = [f"--config.{name}={value}" for name, value in tiny.items()]
+    argv = ["compare", "--config=configs/compare_synthetic.py", f"--workdir={tmp_path}", *flags]
+    calls: list[tuple[str, int]] = []
+    ends: dict[tuple[str, int], BaseException] = {("random", 0): Killed()}
+    real = runs.run
+
+    def run_or_end(setting: runs.Setting, strategy: str, folder: pathlib.Path) -> Any:
+        calls.append((strategy, setting.seed))
+        if error := ends.pop(calls[-1], None):
+            raise error
+        return real(setting, strategy, folder)
+
+    monkeypatch.setattr(runs, "run", run_or_end)
+    one_device = functools.partial(layout.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(layout, "make_mesh", one_device)
+    with pytest.raises(Killed):
+        compare.main(argv)
+    assert calls == [("margin", 0), ("random", 0)] and not (tmp_path / "report.html").exists()
+
+    calls.clear()
+    ends["margin", 1] = RuntimeError("<script>no</script>")
+    compare.main(argv)
+    assert calls == [("random", 0), ("margin", 1), ("random", 1)]
+    failed = json.loads((tmp_path / "margin" / "seed1" / "failed.json").read_text())
+    assert failed["error"] == "RuntimeError: <script>no</script>" and "run_or_end" in failed["traceback"]
+    page = (tmp_path / "report.html").read_text()
+    assert "1 of 4 runs failed" in page and "&lt;script&gt;no" in page and "<script" not in page
+    assert "margin, seed 1, failed in round 0: RuntimeError: <script>no</script>" in capsys.readouterr().out
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert found["differences"]["margin"]["seeds"] == [0] and found["differences"]["margin"]["verdict"] == "open"
+
+    calls.clear()
+    compare.main(argv)
+    assert calls == []  # it reports, and does not try again
+    compare.main([*argv, "--config.compare.retry=true", "--config.compare.hour_price=2"])
+    assert calls == [("margin", 1)]
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert [run["state"] for run in found["runs"]] == ["done"] * 4
+    assert "runs failed" not in (tmp_path / "report.html").read_text()
+
+    # Means of the pairs' outcomes are the accuracies, and differences of these the metric's.
+    areas = {}
+    for strategy in ("margin", "random"):
+        for seed in (0, 1):
+            folder = tmp_path / strategy / f"seed{seed}"
+            accuracy = [entry["accuracy"] for entry in json.loads((folder / "summary.json").read_text())["rounds"]]
+            assert outcomes.read(folder).correct.mean(1).tolist() == accuracy
+            areas[strategy, seed] = (accuracy[0] / 2 + accuracy[1] + accuracy[2] / 2) / 2
+    assert found["differences"]["margin"]["per_seed"] == pytest.approx(
+        [areas["margin", seed] - areas["random", seed] for seed in (0, 1)]
+    )
+    assert sorted(path.name for path in tmp_path.glob("*.*") if path.name != ".lock") == [
+        *("comparison.csv", "comparison.json", "comparison.md", "config.json", "curves.png", "report.html"),
+    ]
+
+    with pytest.raises(SystemExit):  # what was named before the runs stays
+        compare.main([*argv, "--config.compare.margin=0.5"])
+    assert "compare.margin (was 0.02, now 0.5)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("strategies=random", "config.strategies: got 'random', expected two or more to compare"),
+        (
+            "strategies=activedpo,margin",
+            "config.compare.baseline: got 'random', expected one of the strategies activedpo",
+        ),
+        ("compare.metric=auc", "config.compare.metric: got 'auc', expected one of area, final"),
+        ("compare.margin=0", "config.compare.margin: got 0.0, expected a number above 0"),
+    ],
+)
+def test_comparisons_that_say_nothing_are_refused(flag: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        compare.main(["compare", "--config=configs/compare_synthetic.py", "--workdir=x", f"--config.{flag}"])
+    assert raised.value.code == 2 and message in capsys.readouterr().err

@@ -17,6 +17,7 @@ from activedpo_jax.record.labels import RoundRecord
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 
+_STARTS = 5  # of k-means
 _WORDS = 1024  # the most frequent ones, that vectors are made of
 
 
@@ -124,11 +125,13 @@ def agreement(ours: dict[int, Rounds], theirs: dict[int, Rounds]) -> Agreement |
     return Agreement(by_round[-1], by_round, order)
 
 
-def vectors(texts: Sequence[str]) -> tuple[FloatArray, list[str]]:
-    """tf-idf vectors of unit length, [n, words], and the words; a text without any of them is 0."""
+def vectors(texts: Sequence[str], least: int = 1) -> tuple[FloatArray, list[str]]:
+    """tf-idf vectors of unit length, [n, words], and the words, which occur in so many texts at least; a text without
+    any of them is 0."""
     split = [re.findall(r"\w+", text.lower()) for text in texts]
     documents = Counter(word for words in split for word in set(words))
-    vocabulary = [word for word, _ in sorted(documents.items(), key=lambda item: (-item[1], item[0]))[:_WORDS]]
+    frequent = sorted(documents.items(), key=lambda item: (-item[1], item[0]))[:_WORDS]
+    vocabulary = [word for word, count in frequent if count >= least]
     places = {word: i for i, word in enumerate(vocabulary)}
     found = np.zeros((len(texts), len(vocabulary)))
     for row, words in enumerate(split):
@@ -148,20 +151,22 @@ def nearest_before(found: FloatArray) -> tuple[FloatArray, np.ndarray]:
 
 
 def clusters(prompts: Sequence[str], most: int = 8, seed: int = 0) -> tuple[np.ndarray, list[str]]:
-    """Spherical k-means of prompts by their words, the largest cluster first.
+    """Spherical k-means of prompts by the words that two or more of them have, the largest cluster first; the best of
+    several starts.
 
     Returns:
       of each prompt its cluster, [n]; of each cluster the words that weigh most in its centre.
     """
     distinct, places = np.unique(np.array(prompts, object).astype(str), return_inverse=True)
-    found, vocabulary = vectors(distinct.tolist())
-    centres = _centres(found, min(most, len(distinct)), np.random.default_rng(seed))
+    found, vocabulary = vectors(distinct.tolist(), least=2)
+    rng = np.random.default_rng(seed)
+    starts = [_centres(found, min(most, len(distinct)), rng) for _ in range(_STARTS)]
+    centres = max(starts, key=lambda centres: (found @ centres.T).max(1).sum())
     of_distinct = (found @ centres.T).argmax(1)
     labels = of_distinct[places]
     order = np.argsort(-np.bincount(labels, minlength=len(centres)), kind="stable")
-    names = [
-        ", ".join(vocabulary[i] for i in np.argsort(-centres[c], kind="stable")[:3] if centres[c, i] > 0) for c in order
-    ]
+    heaviest = [[vocabulary[i] for i in np.argsort(-centres[c], kind="stable")[:3] if centres[c, i] > 0] for c in order]
+    names = [", ".join(words) or "other words" for words in heaviest]
     return np.argsort(order)[labels], names
 
 

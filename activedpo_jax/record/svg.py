@@ -105,9 +105,9 @@ def intervals(label: str, spans: Sequence[Span], margin: float, x_label: str) ->
     width = px(margin) - px(-margin)
     out.append(f'<rect class="margin" x="{px(-margin):.1f}" y="{_TOP}" width="{width:.1f}" height="{bottom - _TOP}"/>')
     for value in ticks(low, high, 7):
-        x = px(value)
+        x, number = px(value), f"{value:+.3g}" if value else "0"
         out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
-        out.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{value:+.3g}</text>')
+        out.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{number}</text>')
     out.append(f'<line class="zero" x1="{px(0):.1f}" x2="{px(0):.1f}" y1="{_TOP}" y2="{bottom}"/>')
     for i, span in enumerate(spans):
         y = _TOP + row * (i + 0.5)
