@@ -180,7 +180,9 @@ def test_the_same_on_any_mesh_and_padding(name: str, flat: bool) -> None:
     for shape in [(8, 1, 1), (2, 2, 2), (1, 4, 2)]:
         picks = pick(name, evidence, available, shape, 60)
         assert picks.rows.tolist() == expected.rows.tolist()
-        np.testing.assert_allclose(picks.scores, expected.scores, rtol=1e-5, atol=1e-6 * max(1, expected.scores.max()))
+        np.testing.assert_allclose(
+            picks.scores, expected.scores, rtol=1e-5, atol=1e-6 * max(1.0, float(expected.scores.max()))
+        )
         assert picks.fallback == expected.fallback
     more = {
         field: np.pad(x, [(0, 8)] + [(0, 0)] * (x.ndim - 1))
@@ -305,7 +307,7 @@ def dense_transductive(phi: np.ndarray, available: np.ndarray, known: np.ndarray
     for _ in range(min(num_picks, int(available.sum()))):
         before = np.einsum("td,de,te->", targets, inverse, targets)
         falls = np.full(len(phi), -np.inf)
-        for row in np.flatnonzero(left):
+        for row in np.flatnonzero(left).tolist():
             after = np.linalg.inv(np.linalg.inv(inverse) + np.outer(phi[row], phi[row]))
             falls[row] = before - np.einsum("td,de,te->", targets, after, targets)
         unit = np.abs(falls) if unit is None else unit

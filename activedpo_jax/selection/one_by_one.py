@@ -62,10 +62,10 @@ def one_by_one(rule: Rule, vectors: jax.Array, of_rows: Any, available: jax.Arra
       As a strategy does.
     """
     axes = mesh.axis_names
-    finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, jax.tree.leaves(of_rows)), True)
-    vectors, available, finite, *leaves = divisible(
-        mesh, vectors, available, jnp.broadcast_to(finite, available.shape), *jax.tree.leaves(of_rows)
-    )
+    finite = jnp.ones_like(available)
+    for leaf in jax.tree.leaves(of_rows):
+        finite &= jnp.isfinite(leaf)
+    vectors, available, finite, *leaves = divisible(mesh, vectors, available, finite, *jax.tree.leaves(of_rows))
     of_rows = jax.tree.unflatten(jax.tree.structure(of_rows), leaves)
     local = functools.partial(_local, rule, num_picks, axes)
     cut = P(axes)

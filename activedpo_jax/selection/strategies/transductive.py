@@ -32,7 +32,7 @@ class _State(NamedTuple):
     anew: jax.Array  # and when they were computed anew: their rounding is a share of both
     targets: jax.Array  # C = Σ_t φ_tφ_tᵀ, [D, D]
     w: jax.Array  # W, [n + K, D]; rows to come are zero
-    count: jax.Array  # of rows in W
+    filled: jax.Array  # how many rows of W there are
 
 
 def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh) -> Picks:
@@ -78,8 +78,8 @@ def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: 
         state = state._replace(
             variances=jnp.maximum(state.variances - along * share, 0.0),
             falls=state.falls - 2 * share * back + jnp.square(share) * squares,
-            w=state.w.at[state.count].set(u / jnp.sqrt(1 + score)),
-            count=state.count + 1,
+            w=state.w.at[state.filled].set(u / jnp.sqrt(1 + score)),
+            filled=state.filled + 1,
         )
         best, was = (best_of(jnp.where(pool.available, x, 0.0), axes) for x in (state.falls, state.anew))
         falls = jax.lax.cond(best < _SHARE * was, lambda: falls_of(pool, state.targets, state.w), lambda: state.falls)
