@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from activedpo_jax.selection.greedy import Picks, divisible
 from activedpo_jax.selection.held import NO_ROW, best_of
-from activedpo_jax.selection.posterior import rows_of
+from activedpo_jax.selection.posterior import rows_of, widened
 
 State = Any  # a pytree
 
@@ -88,7 +88,7 @@ def _local(
     first = jax.lax.axis_index(axes) * count
     pool = Pool(vectors, of_rows, available, first + jnp.arange(count, dtype=jnp.int32))
     # NaN and ∞ survive the sum of a row's sizes, and nothing else makes it infinite.
-    finite &= jnp.isfinite(jnp.sum(jnp.abs(vectors), axis=1, dtype=jnp.float32))
+    finite &= jnp.isfinite(widened(lambda rows: jnp.sum(jnp.abs(rows), axis=1), vectors))
     broken = jax.lax.psum(jnp.sum(available & ~finite), axes) > 0
 
     def one(carry: tuple[State, jax.Array], made: jax.Array) -> tuple[tuple[State, jax.Array], Any]:
@@ -99,7 +99,8 @@ def _local(
         row = jax.lax.pmin(jnp.min(jnp.where(tied, pool.numbers, NO_ROW)), axes)
         mine = (row >= first) & (row < first + count)
         place = jnp.clip(row - first, 0, count - 1)
-        own = Row(rows_of(vectors, place), jax.tree.map(lambda x: x[place], of_rows))
+        here, place = jax.lax.optimization_barrier((vectors, place))  # else XLA copies all rows before the loop
+        own = Row(rows_of(here, place), jax.tree.map(lambda x: x[place], of_rows))
         own, score = jax.tree.map(
             lambda x: jax.lax.psum(jnp.where(mine, x, jnp.zeros_like(x)), axes), (own, found.scores[place])
         )

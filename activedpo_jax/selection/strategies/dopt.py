@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from activedpo_jax.selection.greedy import Picks, divisible
-from activedpo_jax.selection.posterior import HIGHEST, TIE
+from activedpo_jax.selection.posterior import HIGHEST, TIE, widened
 from activedpo_jax.selection.ranking import largest
 from activedpo_jax.selection.strategies.base import Evidence, Strategy, required
+from activedpo_jax.selection.sums import sum_over_rows
 
 _RIDGE = 1e-6  # of ARM-FI, in units of v's squared length, v = β √(p(1−p)) ψ
 _EPSILON = 2.0**-23
@@ -52,17 +53,24 @@ def leverages(vectors: jax.Array, counted: jax.Array, known: jax.Array, mesh: Me
 
 
 def _leverages(vectors: jax.Array, counted: jax.Array, known: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    product = functools.partial(jnp.matmul, precision=HIGHEST)
-    vectors = jnp.where(counted[:, None], vectors, 0.0)
     dim = vectors.shape[1]
-    whole = jnp.concatenate([known, jnp.sqrt(_RIDGE) * jnp.eye(dim)])  # the same on every device
+    once = jnp.concatenate([known, jnp.sqrt(_RIDGE) * jnp.eye(dim)])  # the same on every device
+    turn = jnp.eye(dim)  # T, which makes M the identity: Σ Tᵀv(Tᵀv)ᵀ = I
+
+    def moment(rows: jax.Array) -> jax.Array:
+        turned = _product(rows, turn)
+        return _product(turned.T, turned)
+
     for shifted in (True, True, False, False):
-        gram = jax.lax.psum(product(vectors.T, vectors), axes) + product(whole.T, whole)
+        gram = jax.lax.psum(sum_over_rows(moment, vectors, counted), axes) + moment(once)
         if shifted:  # by what its rounding may take from its least eigenvalue
             gram += 8 * _EPSILON * jnp.trace(gram) * jnp.eye(dim)
-        factor = jnp.linalg.cholesky(gram)
-        vectors, whole = (jax.scipy.linalg.solve_triangular(factor, x.T, lower=True).T for x in (vectors, whole))
-    return jnp.sum(jnp.square(vectors), axis=1)
+        turn = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(gram), turn.T, lower=True).T
+    return widened(lambda rows: jnp.sum(jnp.square(_product(rows, turn)), axis=1), vectors)
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=HIGHEST)
 
 
 STRATEGY = Strategy("dopt", select, frozenset({"fisher_embeddings"}), design="fisher_embeddings")

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from activedpo_jax.selection.greedy import Picks
 from activedpo_jax.selection.held import best_of
 from activedpo_jax.selection.one_by_one import Pool, Ranked, Row, Rule, one_by_one
-from activedpo_jax.selection.posterior import HIGHEST, TIE, prior_variances, rows_of, variances, widened
+from activedpo_jax.selection.posterior import HIGHEST, TIE, prior_variances, variances, widened
 from activedpo_jax.selection.strategies.base import Evidence, Strategy, required
+from activedpo_jax.selection.sums import sum_over_rows
 
-_TILE = 1024  # rows that are taken at a time, in float32
 _SHARE = 1 / 16  # of what it was: once the best fall is less, all are computed anew, since updates round by what was
 
 
@@ -38,7 +38,7 @@ class _State(NamedTuple):
 def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh) -> Picks:
     """Scores are what each pick lowers the sum by.  Key and block are not used.
 
-    Needs 2 D² numbers of memory beside the features on every device, and N·D² arithmetic at the start and each time the
+    Needs 3 D² numbers of memory beside the features on every device, and N·D² arithmetic at the start and each time the
     falls have become much smaller; a pick costs three passes over the features.
     """
     features, posterior, lam = required("transductive", evidence, "features", "posterior", "lam")
@@ -49,7 +49,7 @@ def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: 
 
     def begin(pool: Pool, axes: tuple[str, ...]) -> _State:
         w = jnp.pad(posterior, ((0, num_picks), (0, 0)))
-        targets = jax.lax.psum(_second_moment(pool), axes)
+        targets = jax.lax.psum(sum_over_rows(lambda rows: _product(rows.T, rows), pool.vectors, pool.available), axes)
         falls = falls_of(pool, targets, w)
         known = variances(pool.vectors, posterior, lam)
         return _State(known, falls, falls, falls, targets, w, jnp.int32(len(posterior)))
@@ -71,7 +71,8 @@ def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: 
         u, score = jnp.where(resolved, u, 0.0), jnp.where(resolved, score, 0.0)
         along = widened(lambda rows: _product(rows, u), pool.vectors)  # b
         counted = jnp.where(pool.available, along, 0.0)
-        moved = jax.lax.psum(_sum_of_rows(pool, counted), axes)  # C u
+        sums = sum_over_rows(lambda rows, b: _product(b, rows), pool.vectors, pool.available, counted)
+        moved = jax.lax.psum(sums, axes)  # C u
         squares = jax.lax.psum(jnp.sum(jnp.square(counted)), axes)  # uᵀC u
         back = widened(lambda rows: _product(rows, inverse(state.w, moved)), pool.vectors)  # φᵀV⁻¹C u
         share = along / (1 + score)
@@ -90,44 +91,6 @@ def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x, y, precision=HIGHEST)
-
-
-def _tiles(pool: Pool) -> tuple[int, int]:
-    """Rows of a tile, and how many tiles there are."""
-    size = min(_TILE, len(pool.numbers))
-    return size, -(-len(pool.numbers) // size)
-
-
-def _tile(pool: Pool, number: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """The rows of a tile [size, D] float32, zero where they are no targets or the tile before has them, and where they
-    are."""
-    start = jnp.minimum(number * size, len(pool.numbers) - size)  # the last one overlaps
-    places = start + jnp.arange(size)
-    own = (places >= number * size) & pool.available[places]
-    return jnp.where(own[:, None], rows_of(pool.vectors, places), 0.0), places
-
-
-def _second_moment(pool: Pool) -> jax.Array:
-    """Σ φφᵀ of the rows that may be picked, [D, D]."""
-    size, count = _tiles(pool)
-
-    def add(number: jax.Array, total: jax.Array) -> jax.Array:
-        rows, _ = _tile(pool, number, size)
-        return total + _product(rows.T, rows)
-
-    dim = pool.vectors.shape[1]
-    return jax.lax.fori_loop(0, count, add, jnp.zeros((dim, dim)))
-
-
-def _sum_of_rows(pool: Pool, factors: jax.Array) -> jax.Array:
-    """Σ f φ of the rows that may be picked, factors [n] float32: [D]."""
-    size, count = _tiles(pool)
-
-    def add(number: jax.Array, total: jax.Array) -> jax.Array:
-        rows, places = _tile(pool, number, size)
-        return total + _product(factors[places], rows)
-
-    return jax.lax.fori_loop(0, count, add, jnp.zeros(pool.vectors.shape[1]))
 
 
 STRATEGY = Strategy("transductive", select, frozenset({"features"}), design="features")
