@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from activedpo_jax.config import default
+from activedpo_jax.evidence.registry import EVIDENCE
 from activedpo_jax.oracles.labels import Label, Question
 from activedpo_jax.record import comparison, costs, failures, folders, outcomes, page, picks, study, study_files, svg
 from activedpo_jax.record.labels import RoundRecord, Verdict
@@ -228,7 +229,7 @@ def test_costs_by_hand(place: pathlib.Path) -> None:
     assert (ours["seconds_a_label"], base["seconds_a_label"]) == (1.5, 0.5)
     # A pass: 1000 parameters for each of 550 tokens, 100 more for each of 500; forward and backward, in both rounds.
     assert ours["selection_flops_a_label"] == 2 * 4 * (1000 * 550 + 100 * 500) / 8
-    assert found["costs"]["margin"]["selection_flops_a_label"] == ours["selection_flops_a_label"] / 2
+    assert found["costs"]["margin"]["selection_flops_a_label"] == ours["selection_flops_a_label"]  # forward twice
     assert base["selection_flops_a_label"] == 0
     # Four pairs a round, of 2 tokens of prompt and 8 of responses; those of round 1 are learnt twice.
     of_round = 1000 * 40 + 100 * 32
@@ -302,3 +303,7 @@ def test_a_band_is_drawn_around_its_line() -> None:
     reader = read(drawing)
     assert reader.tags.count("circle") == 2 and reader.tags.count("polygon") == 1 and "a<b" in reader.text
     assert "a<b, labels 0: 0.500 (0.400 to 0.600)" in reader.text
+
+
+def test_every_kind_of_evidence_has_a_cost_or_none_that_is_known() -> None:
+    assert set(costs._A_TOKEN) == set(EVIDENCE) - {"entropies"}

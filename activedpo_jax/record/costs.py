@@ -15,7 +15,20 @@ import numpy as np
 
 from activedpo_jax.files import read_json, write_json
 from activedpo_jax.record.folders import RunSummary
-from activedpo_jax.selection.strategies import STRATEGIES
+from activedpo_jax.selection import strategies
+
+# FLOPs a token and parameter of each kind of evidence; rewards, and margins, are of two adapters.  What the policy writes
+# for entropies is not known.
+_A_TOKEN = {
+    "embeddings": 2,
+    "features": 4,
+    "fisher_embeddings": 6,
+    "fisher_features": 8,
+    "log_probs": 2,
+    "margins": 4,
+    "response_features": 4,
+    "rewards": 4,
+}
 
 
 class Sizes(NamedTuple):
@@ -49,14 +62,15 @@ def _path(folder: pathlib.Path, seed: int) -> pathlib.Path:
 
 def selection_flops(config: ml_collections.ConfigDict, strategy: str, sizes: Sizes) -> float | None:
     """Of all rounds' passes over the pool; None: not known."""
-    needs = STRATEGIES[strategy].needs
+    needs = strategies.get(strategy).needs
     if not needs:
         return 0.0
-    if not sizes.pairs or "entropies" in needs:
+    if not sizes.pairs or not needs <= set(_A_TOKEN):
         return None
     every = config.selection.pass_every
     passes = 1 if every == 0 else -(-config.rounds // every)
-    return float(passes * (4 if "features" in needs else 2) * _products(sizes, sizes.prompts, sizes.responses))
+    a_token = sum(_A_TOKEN[name] for name in needs)
+    return float(passes * a_token * _products(sizes, sizes.prompts, sizes.responses))
 
 
 def training_flops(config: ml_collections.ConfigDict, sizes: Sizes, tokens: Sequence[tuple[int, int]]) -> float:
