@@ -19,7 +19,7 @@ class UsageError(ValueError):
 
 
 class StoreError(OSError):
-    """An object store cannot be reached, refuses, or fails."""
+    """An object store, or a server that gives labels, cannot be reached, refuses, or fails."""
 
     @classmethod
     def passing(cls, path: str, reason: str) -> "StoreError":
@@ -112,9 +112,9 @@ def clean_errors() -> Iterator[None]:
 
     Exit codes: 2, a mistake in options, files or data; 1, numbers that are not finite, memory that does not suffice, a
     disk that is full or cannot be written, an object store that refuses (no such bucket, no permission); 75
-    (EX_TEMPFAIL of sysexits.h), interrupted, or an object store that cannot be reached or fails (5xx, time-outs, too
-    many requests) for longer than its clients try, after which the same command resumes; 141, without a line, a pipe
-    that nobody reads any more.
+    (EX_TEMPFAIL of sysexits.h), interrupted, or an object store or a server that gives labels cannot be reached or
+    fails (5xx, time-outs, too many requests) for longer than its clients try, after which the same command resumes;
+    141, without a line, a pipe that nobody reads any more.
     """
     try:
         yield
