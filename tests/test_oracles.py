@@ -1,5 +1,6 @@
 """Functions of texts and of tokens as oracles, alone and in whole runs on a Hugging Face model."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -11,8 +12,8 @@ import pytest
 from activedpo_jax import main
 from activedpo_jax.data.groups import Bucket, Groups
 from activedpo_jax.oracles.function import FunctionOracle, load_function
-from activedpo_jax.oracles.labels import Question
-from activedpo_jax.oracles.noise import Noise
+from activedpo_jax.oracles.labels import PREFERENCES, Label, Preference, Question
+from activedpo_jax.oracles.noise import NO_NOISE, Noise
 from activedpo_jax.oracles.reward import RewardOracle
 from activedpo_jax.oracles.sentiment import positivity
 from tests.test_main import command  # noqa: F401
@@ -73,6 +74,26 @@ def test_a_reward_of_tokens() -> None:
     assert [label.preference for label in labels] == ["first", "second", "tie"]
     with pytest.raises(ValueError, match="broken: returned rewards of shape .* 2 of them not finite"):
         RewardOracle(unfinished_reward, "broken", Bucket(4, 6)).ask([question("a", "xx", "x")])
+
+
+def test_noise_on_a_reward_of_tokens() -> None:
+    flipped = RewardOracle(length_reward, "length", Bucket(4, 6), Noise("flip", 1.0))
+    labels = flipped.ask([question("a", "xx", "x"), question("b", "x", "xxx"), question("c", "xx", "yy")])
+    assert [label.preference for label in labels] == ["second", "first", "tie"]
+    drawn = RewardOracle(length_reward, "length", Bucket(4, 6), Noise("bradley_terry", temperature=2.0))
+    firsts = [x.preference == "first" for x in drawn.ask([question(str(n), "xxx", "x") for n in range(2000)])]
+    assert abs(np.mean(firsts) - 1 / (1 + np.exp(-1.0))) < 0.04  # 4 standard deviations
+
+
+def test_noise_on_labels() -> None:
+    labels = [Label(str(n), PREFERENCES[n % 5], "x", weight=0.5) for n in range(4000)]
+    noisy = Noise("flip", 0.3, seed=1).on_labels(labels)
+    other: dict[Preference, Preference] = {"first": "second", "second": "first"}
+    changed = [x for x, y in zip(labels, noisy, strict=True) if x != y]
+    assert abs(len(changed) / 1600 - 0.3) < 0.05 and {x.preference for x in changed} == {"first", "second"}
+    for x, y in zip(labels, noisy, strict=True):
+        assert x == y or dataclasses.replace(x, preference=other[x.preference]) == y
+    assert Noise("flip", 0.3, seed=1).on_labels(labels[::-1])[::-1] == noisy and NO_NOISE.on_labels(labels) == labels
 
 
 @pytest.mark.parametrize("kind", ["function", "reward"])

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from activedpo_jax.oracles.labels import Label, Pending, Preference, Question
+from activedpo_jax.oracles.noise import Noise
 from activedpo_jax.oracles.people import PeopleOracle
 from activedpo_jax.record.labels import RoundRecord, Verdict, verdict
 from activedpo_jax.rounds.picked import Picked
@@ -97,6 +98,16 @@ def test_second_thoughts_count_and_are_said(
     assert complete(record.collect(oracle, picked))["a"] == "second"
     assert "1 answers were changed by the same annotator" in capsys.readouterr().out
     assert [(x.pair_id, x.preference) for x in record.answers()][:2] == [("a", "first"), ("a", "second")]  # both kept
+
+
+def test_noise_on_what_people_say(tmp_path: pathlib.Path, picked: Picked) -> None:
+    record, oracle = RoundRecord(tmp_path, 1), PeopleOracle(tmp_path, 1, Noise("flip", 1.0))
+    record.ask(picked)
+    record.collect(oracle, picked)
+    answer(tmp_path, "one.jsonl", row("a", "first"), row("b/1", "tie"), row("c", "second"))
+    for _ in range(2):
+        assert complete(record.collect(oracle, picked)) == {"a": "second", "b/1": "tie", "c": "first"}
+    assert record.late_answers(oracle) == 0 and len(record.answers()) == 3
 
 
 def test_of_two_files_that_disagree_the_newer_counts(

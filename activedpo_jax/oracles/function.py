@@ -47,13 +47,7 @@ class FunctionOracle:
         prompts = [q.prompt for q in questions]
         first = self._rewards(prompts, [q.first for q in questions])
         second = self._rewards(prompts, [q.second for q in questions])
-        names, margins = [q.pair_id for q in questions], second - first
-        preferences = self._noise.from_margins(names, margins)
-        tied = (margins == 0) & (self._noise.kind != "bradley_terry")
-        return [
-            Label(name, "tie" if tie else "second" if preference else "first", self._name)
-            for name, preference, tie in zip(names, preferences, tied, strict=True)
-        ]
+        return self._noise.on_margins(questions, second - first, self._name)
 
     def _rewards(self, prompts: list[Any], responses: list[str]) -> np.ndarray:
         return rewards(self._function, self._name, prompts, responses)

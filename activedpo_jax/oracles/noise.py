@@ -7,6 +7,7 @@ import numpy as np
 from scipy.special import expit
 
 from activedpo_jax.data.preferences import uniform
+from activedpo_jax.oracles.labels import Label, Preference, Question
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,5 +36,27 @@ class Noise:
             preferences ^= self._draws(names, "flip") < self.flip_probability
         return preferences
 
+    def on_margins(self, questions: Sequence[Question], margins: np.ndarray, source: str) -> list[Label]:
+        """Labels of questions whose rewards differ by r₂ − r₁ = `margins` [K]; of equal rewards a tie, unless it is
+        drawn by Bradley–Terry."""
+        drawn = self.from_margins([q.pair_id for q in questions], margins)
+        tied = (margins == 0) & (self.kind != "bradley_terry")
+        return [
+            Label(q.pair_id, "tie" if tie else "second" if second else "first", source)
+            for q, second, tie in zip(questions, drawn, tied, strict=True)
+        ]
+
+    def on_labels(self, labels: Sequence[Label]) -> list[Label]:
+        """The same labels, those of some pairs turned round by `flip`; what names no preference stays as it is."""
+        other: dict[str, Preference] = {"first": "second", "second": "first"}
+        flips = self.flipped([label.pair_id for label in labels], np.zeros(len(labels), np.int8))
+        return [
+            dataclasses.replace(x, preference=other.get(x.preference, x.preference)) if flip else x
+            for x, flip in zip(labels, flips, strict=True)
+        ]
+
     def _draws(self, names: Sequence[str], purpose: str) -> np.ndarray:
         return np.array([uniform(self.seed, purpose, name) for name in names])
+
+
+NO_NOISE = Noise()

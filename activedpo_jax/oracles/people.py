@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from activedpo_jax.files import write_atomic
 from activedpo_jax.oracles import formats
 from activedpo_jax.oracles.labels import Label, Pending, Question
+from activedpo_jax.oracles.noise import NO_NOISE, Noise
 from activedpo_jax.remote import in_store
 
 _DONE = "README.txt"
@@ -39,12 +40,13 @@ class PeopleOracle:
     Args:
       folder: of the run.
       answers_per_pair: of different annotators.
+      noise: flips all answers on a pair, or none of them.
     """
 
     asks_whole_rounds = True
 
-    def __init__(self, folder: pathlib.Path, answers_per_pair: int) -> None:
-        self._folder, self.answers_per_pair = folder, answers_per_pair
+    def __init__(self, folder: pathlib.Path, answers_per_pair: int, noise: Noise = NO_NOISE) -> None:
+        self._folder, self.answers_per_pair, self._noise = folder, answers_per_pair, noise
 
     def ask(self, questions: Sequence[Question]) -> Pending:
         """Writes the questions where people find them, if they are not there, and reads the answers, all or some.
@@ -64,7 +66,7 @@ class PeopleOracle:
         return Pending(
             f"fill in `preference` in {folder / 'pairs.csv'}, or lay an export of a labelling tool beside it, and give "
             "the same command again",
-            labels,
+            self._noise.on_labels(labels),
         )
 
 

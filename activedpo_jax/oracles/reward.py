@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from activedpo_jax.data.groups import Bucket, Groups
-from activedpo_jax.oracles.labels import Label, Preference, Question, question_groups
+from activedpo_jax.oracles.labels import Label, Question, question_groups
+from activedpo_jax.oracles.noise import NO_NOISE, Noise
 
 Reward = Callable[[Groups], jax.Array]
 
@@ -37,8 +38,8 @@ class RewardOracle:
     answers_per_pair = 1
     asks_whole_rounds = False
 
-    def __init__(self, reward: Reward, name: str, bucket: Bucket) -> None:
-        self._reward, self._name, self._bucket = reward, name, bucket
+    def __init__(self, reward: Reward, name: str, bucket: Bucket, noise: Noise = NO_NOISE) -> None:
+        self._reward, self._name, self._bucket, self._noise = reward, name, bucket, noise
 
     def ask(self, questions: Sequence[Question]) -> list[Label]:
         """The answers, in the order of the questions.
@@ -53,6 +54,5 @@ class RewardOracle:
                 f"{self._name}: returned rewards of shape {found.shape}, {int(np.sum(~np.isfinite(found)))} of them "
                 f"not finite; expected {(len(questions), 2)}, finite: correct the function"
             )
-        words: dict[float, Preference] = {0.0: "first", 0.5: "tie", 1.0: "second"}
-        verdicts = np.asarray(preferences(lambda _: jnp.asarray(found), groups))
-        return [Label(q.pair_id, words[float(v)], self._name) for q, v in zip(questions, verdicts, strict=True)]
+        margins = np.diff(found.astype(np.float64), axis=1)[:, 0]
+        return self._noise.on_margins(questions, margins, self._name)
