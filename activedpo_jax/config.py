@@ -266,13 +266,42 @@ OPTIONS: dict[str, Option] = {
     # Who labels them
     "oracle.kind": Option(
         "dataset",
-        "the data's labels; a Python function of texts; a JAX function of tokens; people, through files",
+        "the data's labels; a Python function of texts; a JAX function of tokens; people, through files; a reward "
+        "model; a language model as a judge",
         registry="activedpo_jax.verbs:ORACLES",
     ),
     "oracle.function": Option(
         "", "module:function, for `function` and `reward`; empty: the synthetic task's own reward"
     ),
     "oracle.annotators": Option(1, "answers that each pair gets from people"),
+    "oracle.path": Option(
+        "", "reward model in this process: a Hugging Face directory or Hub name (pip install '.[reward]')"
+    ),
+    "oracle.revision": Option("", "Hub branch, tag or commit; empty: the default branch"),
+    "oracle.device": Option("cpu", "torch's name of what it runs on; on a GPU, JAX has to leave it room"),
+    "oracle.dtype": Option(
+        "auto", "of its weights; auto: float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16")
+    ),
+    "oracle.batch_size": Option(8, "responses that go through it at a time", EXAMPLES),
+    "oracle.url": Option(
+        "",
+        "judge: where /chat/completions is, such as https://api.openai.com/v1; reward model: vLLM's /classify or "
+        "/pooling, such as http://localhost:8000/classify",
+    ),
+    "oracle.model": Option("", "its name on that server"),
+    "oracle.api_key_variable": Option("", "the environment variable that has the API key; empty: none is sent"),
+    "oracle.concurrency": Option(8, "requests to the server at a time", between(1, 1024)),
+    "oracle.timeout_seconds": Option(120.0, "that a request may take, with its answer"),
+    "oracle.attempts": Option(6, "times that a request is sent, if the server fails or is busy", between(1, 1000)),
+    "oracle.template": Option(
+        "", "the judge's prompt: a text file with {prompt}, {first} and {second} in it; empty: one of our own"
+    ),
+    "oracle.request": Option(
+        "", 'fields of the judge\'s requests as JSON, {"max_tokens": 9000} for example; null leaves one out'
+    ),
+    "oracle.max_failed": Option(0.1, "share of a round's pairs that may have no answer, and are skipped", SHARE),
+    "oracle.prompt_price": Option(0.0, "of a million tokens that the judge reads, in any currency", NOT_NEGATIVE),
+    "oracle.completion_price": Option(0.0, "of a million tokens that it writes", NOT_NEGATIVE),
     "oracle.noise": Option("none", "of the labels", choices=("none", "flip", "bradley_terry")),
     "oracle.flip_probability": Option(0.0, "of a label, with `flip`", SHARE),
     "oracle.temperature": Option(1.0, "of the rewards, with `bradley_terry`"),

@@ -67,11 +67,57 @@ def _check_data_and_model(config: ml_collections.ConfigDict, command: str) -> No
         )
 
 
+def answers_on_device(config: ml_collections.ConfigDict) -> bool:
+    """Whether a round's program can ask the oracle.  The noise of a reward depends on pairs' names, which no program
+    knows."""
+    oracle = config.oracle
+    return oracle.kind == "dataset" or (oracle.kind == "reward" and oracle.noise == "none")
+
+
+# Options that some kinds of oracle alone look at, `reward_model` here or behind a server.
+_SERVED = ("judge", "reward_model with oracle.url")
+_OF_KINDS = {
+    "path": ("reward_model",),
+    **dict.fromkeys(("revision", "device", "dtype", "batch_size"), ("reward_model with oracle.path",)),
+    "url": ("judge", "reward_model"),
+    **dict.fromkeys(("model", "api_key_variable", "concurrency", "timeout_seconds", "attempts"), _SERVED),
+    **dict.fromkeys(("template", "request", "prompt_price", "completion_price"), ("judge",)),
+    "max_failed": ("judge", "reward_model"),
+}
+
+
+def _check_models(oracle: ml_collections.ConfigDict) -> None:
+    """A judge or a reward model: where it is, and what is asked of it."""
+    kind = oracle.kind
+    if kind == "reward_model" and bool(oracle.path) == bool(oracle.url):
+        raise UsageError(
+            f"config.oracle.path: got {oracle.path!r} with oracle.url={oracle.url!r} and oracle.kind='reward_model'; "
+            "expected one of them: a model to load here, or where one is served"
+        )
+    place = "path" if oracle.path else "url"
+    for name, kinds in _OF_KINDS.items():
+        default, value = OPTIONS[f"oracle.{name}"].default, oracle[name]
+        if value != default and not {kind, f"{kind} with oracle.{place}"} & set(kinds):
+            raise UsageError(
+                f"config.oracle.{name}: got {value!r} with oracle.kind={kind!r}, which does not look at it; expected "
+                f"{default!r}, or oracle.kind={' or '.join(kinds)}"
+            )
+    if kind == "judge" and not oracle.url:
+        raise wrong("oracle.url", "", "where the judge's /chat/completions is, such as https://api.openai.com/v1")
+    if oracle.url and not oracle.model:
+        raise wrong("oracle.model", "", f"the name by which {oracle.url} knows it")
+    if oracle.url and not re.fullmatch(r"https?://[^\s/]\S*", oracle.url):
+        raise wrong("oracle.url", oracle.url, "http://HOST:PORT/PATH, or https")
+    if kind == "reward_model" and oracle.url and not oracle.url.endswith(("/classify", "/pooling")):
+        raise wrong("oracle.url", oracle.url, "vLLM's /classify or /pooling, such as http://localhost:8000/classify")
+
+
 def _check_oracle(config: ml_collections.ConfigDict) -> None:
     """Who labels, what, and how."""
     oracle, source, mode = config.oracle, config.candidates.source, config.round.mode
     kind, noise = oracle.kind, oracle.noise
-    if oracle.function and kind in ("dataset", "people"):
+    _check_models(oracle)
+    if oracle.function and kind not in ("function", "reward"):
         raise UsageError(
             f"config.oracle.function: got {oracle.function!r} with oracle.kind={kind!r}, which asks no function; "
             "expected an empty one, or oracle.kind='function' or 'reward'"
@@ -88,10 +134,10 @@ def _check_oracle(config: ml_collections.ConfigDict) -> None:
             f"config.oracle.annotators: got {oracle.annotators} with oracle.kind={kind!r}, which answers once; "
             "expected 1, or oracle.kind='people'"
         )
-    if noise != "none" and kind in ("people", "reward"):
+    if noise == "bradley_terry" and kind in ("people", "judge"):
         raise UsageError(
-            f"config.oracle.noise: got {noise!r} with oracle.kind={kind!r}, whose answers are taken as they are; "
-            "expected 'none', or oracle.kind='dataset' or 'function'"
+            f"config.oracle.noise: got {noise!r} with oracle.kind={kind!r}, which has no rewards to draw from; "
+            "expected 'none' or 'flip'"
         )
     if oracle.flip_probability and noise != "flip":
         raise UsageError(
@@ -106,7 +152,7 @@ def _check_oracle(config: ml_collections.ConfigDict) -> None:
     if source != "pool" and kind == "dataset":
         raise UsageError(
             f"config.candidates.source: got {source!r} with oracle.kind='dataset', which has no labels of fresh "
-            "responses; expected 'pool', or oracle.kind='function', 'reward' or 'people'"
+            "responses; expected 'pool', or another oracle.kind"
         )
     if config.candidates.prompts_per_round and source == "pool":
         raise UsageError(
@@ -128,9 +174,10 @@ def _check_oracle(config: ml_collections.ConfigDict) -> None:
                 f"config.{name}: got {value!r} with round.mode='fused', a program that computes all and keeps it on "
                 f"the devices; expected {OPTIONS[name].default!r}, or round.mode='auto' or 'staged'"
             )
-    if mode == "fused" and kind in ("function", "people"):
+    if mode == "fused" and not answers_on_device(config):
+        noisy = f" and oracle.noise={noise!r}" if kind == "reward" else ""
         raise UsageError(
-            f"config.round.mode: got 'fused' with oracle.kind={kind!r}, whose answers come from outside the "
+            f"config.round.mode: got 'fused' with oracle.kind={kind!r}{noisy}, whose answers come from outside the "
             "program; expected 'auto' or 'staged'"
         )
 

@@ -19,7 +19,7 @@ from activedpo_jax.evaluation import heldout
 from activedpo_jax.huggingface import adapters, merged
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.oracles.dataset import answers
-from activedpo_jax.oracles.labels import Pending
+from activedpo_jax.oracles.labels import Checked, Metered, Pending
 from activedpo_jax.oracles.noise import Noise
 from activedpo_jax.record import checkpoints, folders, inputs, metrics, outcomes, report
 from activedpo_jax.record.labels import RoundRecord, fingerprint
@@ -117,6 +117,8 @@ def run(setting: Setting, strategy: str, folder: pathlib.Path) -> folders.RunSum
             state = restored
         if int(state.round) < config.rounds:
             hosts.on_first(files.remove_folder)(folder / "merged")  # of a run with fewer rounds
+            if isinstance(oracle, Checked):
+                hosts.on_first(oracle.check)()
         for number in range(1, int(state.round) + 1):
             if late := RoundRecord(folder, number).late_answers(oracle):
                 print(f"{strategy}, seed {setting.seed}: {late} answers came after round {number} was learnt: not used")
@@ -149,6 +151,8 @@ def run(setting: Setting, strategy: str, folder: pathlib.Path) -> folders.RunSum
             entry = report.round_summary(spec.selection, picked, verdicts, training, found.scores, seconds)
             if rounds.useful is not None:
                 entry["useful"] = rounds.useful
+            if isinstance(oracle, Metered):
+                entry["oracle"] = hosts.on_first(oracle.used)(number)
             save(state, entry, found.margins)
             print(report.round_line(strategy, setting.seed, config.rounds, entry), flush=True)
             for kind, note in report.round_notes(spec, entry).items():
@@ -199,7 +203,7 @@ def described(config: ml_collections.ConfigDict, task: tasks.Task) -> dict[str, 
     if task.prompts is not None:
         found["prompts"] = inputs.describe_texts(task.prompts.texts, config.data.train)
     found["held-out set"] = inputs.describe_pool(task.heldout, config.data.heldout or config.data.train)
-    return found | start.fingerprints(config)
+    return found | start.fingerprints(config) | hosts.on_first(verbs.oracle_inputs)(config)
 
 
 def evaluator(

@@ -15,6 +15,7 @@ from activedpo_jax.data.packing import useful_share as packed_share
 from activedpo_jax.data.ragged import sizes_of
 from activedpo_jax.evidence.gradients import FeatureSpec
 from activedpo_jax.evidence.registry import EMBEDDINGS, EVIDENCE, SKETCHES, EvidenceSpec
+from activedpo_jax.option_checks import answers_on_device
 from activedpo_jax.rounds.spec import PassSpec, RoundSpec, SelectionSpec, TrainingSpec
 from activedpo_jax.selection import strategies
 from activedpo_jax.tasks import Task

@@ -1,21 +1,29 @@
 """Options become the verbs of a run's rounds: where candidates come from, how a round runs, and who is asked."""
 
+import functools
+import hashlib
+import json
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 
 from activedpo_jax import specs
 from activedpo_jax.data.groups import Candidates
+from activedpo_jax.huggingface import hub
 from activedpo_jax.models.policy import Policy
+from activedpo_jax.oracles import local_reward_model
+from activedpo_jax.oracles.client import Server
 from activedpo_jax.oracles.dataset import DatasetOracle, answers
 from activedpo_jax.oracles.function import FunctionOracle, load_function
+from activedpo_jax.oracles.judge import TEMPLATE, JudgeOracle, JudgeSpec, check_template
 from activedpo_jax.oracles.labels import Oracle
 from activedpo_jax.oracles.noise import Noise
 from activedpo_jax.oracles.people import PeopleOracle
 from activedpo_jax.oracles.reward import Reward, RewardOracle
+from activedpo_jax.oracles.reward_model import Model, RemoteModel, RewardModelOracle
 from activedpo_jax.resumable import NOTHING_SAVED, SavedWork
 from activedpo_jax.rounds import fresh, fused, staged
 from activedpo_jax.rounds.choose import DeviceCandidates
@@ -125,11 +133,42 @@ def _function(asking: Asking) -> Oracle:
 
 def _reward(asking: Asking) -> Oracle:
     reward = reward_function(asking.config, asking.task)
-    return RewardOracle(reward, reward_name(asking.config), asking.task.buckets[-1])
+    noise = make_noise(asking.config, asking.seed)
+    return RewardOracle(reward, reward_name(asking.config), asking.task.buckets[-1], noise)
 
 
 def _people(asking: Asking) -> Oracle:
-    return PeopleOracle(asking.folder, asking.config.oracle.annotators)
+    return PeopleOracle(asking.folder, asking.config.oracle.annotators, make_noise(asking.config, asking.seed))
+
+
+def _reward_model(asking: Asking) -> Oracle:
+    options = asking.config.oracle
+    model: Model
+    if options.url:
+        model = RemoteModel(_server(asking.config, options.url), options.model)
+    else:
+        source = options.path, options.revision, options.device, options.dtype
+        model = local_reward_model.LocalModel(*source, options.batch_size)
+    return RewardModelOracle(model, options.max_failed, make_noise(asking.config, asking.seed))
+
+
+def _judge(asking: Asking) -> Oracle:
+    options = asking.config.oracle
+    url = options.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+    spec = JudgeSpec(
+        server=_server(asking.config, url),
+        model=options.model,
+        template=judge_template(asking.config),
+        request=judge_request(asking.config),
+        max_failed=options.max_failed,
+        prices=(options.prompt_price, options.completion_price),
+    )
+    return JudgeOracle(spec, asking.folder, make_noise(asking.config, asking.seed))
+
+
+def _server(config: ml_collections.ConfigDict, url: str) -> Server:
+    options = config.oracle
+    return Server(url, options.api_key_variable, options.concurrency, options.timeout_seconds, options.attempts)
 
 
 # By `config.oracle.kind`.
@@ -138,7 +177,61 @@ ORACLES: dict[str, Callable[[Asking], Oracle]] = {
     "function": _function,
     "reward": _reward,
     "people": _people,
+    "reward_model": _reward_model,
+    "judge": _judge,
 }
+
+
+def judge_template(config: ml_collections.ConfigDict) -> str:
+    """The text of `config.oracle.template`, or our own.
+
+    Raises:
+      ValueError: the file cannot be read, or lacks a place for a text.
+    """
+    path = config.oracle.template
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8") if path else TEMPLATE
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config.oracle.template: {path}: {error}; expected a text file") from error
+    check_template(text)
+    return text
+
+
+def judge_request(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The fields of `config.oracle.request`.
+
+    Raises:
+      ValueError: the option is not a JSON object.
+    """
+    text = config.oracle.request
+    try:
+        found = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config.oracle.request: got {text!r}, expected a JSON object ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"config.oracle.request: got {text!r}, expected a JSON object")
+    return found
+
+
+def oracle_inputs(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Fingerprints of the files that an oracle is made from.
+
+    Raises:
+      ValueError: they cannot be had, or what a judge is asked is malformed.
+    """
+    if config.oracle.kind == "judge":
+        judge_request(config)
+        digest = hashlib.blake2b(judge_template(config).encode(), digest_size=16).hexdigest()
+        return {"judge's prompt": digest}
+    if config.oracle.kind == "reward_model" and config.oracle.path:
+        return {"reward model": _fingerprint(config.oracle.path, config.oracle.revision)}
+    return {}
+
+
+@functools.cache
+def _fingerprint(path: str, revision: str) -> str:
+    local_reward_model.fetch(path, revision)
+    return hub.fingerprint(path, revision)
 
 
 def make_noise(config: ml_collections.ConfigDict, seed: int) -> Noise:

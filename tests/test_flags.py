@@ -21,6 +21,7 @@ from tests import tiny
 
 STRATEGIES = ("activedpo", "random")
 POLICY = ("--config.candidates.source=policy", "--config.generation.max_new_tokens=9")
+JUDGE = ("--config.oracle.kind=judge", "--config.oracle.url=http://h/v1", "--config.oracle.model=m")
 CONFIG = """\
 from activedpo_jax.config import default
 
@@ -234,12 +235,38 @@ def test_what_is_typed_arrives(parse: Parse, arguments: tuple[str, ...], name: s
         ),
         (["--config.oracle.annotators=2"], "config.oracle.annotators: got 2 with oracle.kind='dataset'"),
         (
-            ["--config.oracle.kind=people", "--config.oracle.noise=flip"],
-            "config.oracle.noise: got 'flip' with oracle.kind='people', whose answers are taken as they are",
+            ["--config.oracle.kind=people", "--config.oracle.noise=bradley_terry"],
+            "config.oracle.noise: got 'bradley_terry' with oracle.kind='people', which has no rewards to draw from",
         ),
         (
-            ["--config.oracle.kind=reward", "--config.oracle.noise=bradley_terry"],
-            "config.oracle.noise: got 'bradley_terry' with oracle.kind='reward'",
+            ["--config.oracle.kind=reward", "--config.oracle.noise=flip", "--config.round.mode=fused"],
+            "got 'fused' with oracle.kind='reward' and oracle.noise='flip', whose answers come from outside",
+        ),
+        (
+            ["--config.oracle.kind=judge"],
+            "config.oracle.url: got '', expected where the judge's /chat/completions is",
+        ),
+        ([*JUDGE[:2]], "config.oracle.model: got '', expected the name by which http://h/v1 knows it"),
+        ([*JUDGE, "--config.oracle.url=h/v1"], "config.oracle.url: got 'h/v1', expected http://HOST:PORT/PATH"),
+        (
+            [*JUDGE, "--config.oracle.noise=bradley_terry"],
+            "got 'bradley_terry' with oracle.kind='judge', which has no rewards to draw from",
+        ),
+        ([*JUDGE, "--config.oracle.device=cuda"], "config.oracle.device: got 'cuda' with oracle.kind='judge'"),
+        ([*JUDGE, "--config.round.mode=fused"], "config.round.mode: got 'fused' with oracle.kind='judge'"),
+        (["--config.oracle.model=m"], "config.oracle.model: got 'm' with oracle.kind='dataset', which does not look"),
+        (
+            ["--config.oracle.kind=reward_model"],
+            "config.oracle.path: got '' with oracle.url='' and oracle.kind='reward_model'; expected one of them",
+        ),
+        (
+            ["--config.oracle.kind=reward_model", "--config.oracle.url=http://h/v1", "--config.oracle.model=m"],
+            "config.oracle.url: got 'http://h/v1', expected vLLM's /classify or /pooling",
+        ),
+        (
+            ["--config.oracle.kind=reward_model", "--config.oracle.path=m", "--config.oracle.attempts=2"],
+            "config.oracle.attempts: got 2 with oracle.kind='reward_model', which does not look at it; expected 6, or "
+            "oracle.kind=judge or reward_model with oracle.url",
         ),
         (
             ["--config.candidates.source=mixture"],
@@ -347,6 +374,15 @@ def test_a_process_prints_the_line_and_exits_with_2(tmp_path: pathlib.Path) -> N
     "arguments",
     [
         (*POLICY, "--config.oracle.kind=reward", "--config.round.mode=fused"),
+        (
+            *POLICY,
+            "--config.oracle.kind=reward",
+            "--config.oracle.noise=bradley_terry",
+            "--config.oracle.temperature=2",
+        ),
+        ("--config.oracle.kind=people", "--config.oracle.noise=flip", "--config.oracle.flip_probability=0.1"),
+        (*JUDGE, "--config.oracle.prompt_price=0.15", "--config.oracle.concurrency=2", "--config.oracle.noise=flip"),
+        ("--config.oracle.kind=reward_model", "--config.oracle.path=m", "--config.oracle.device=cuda"),
         (*POLICY, "--config.oracle.kind=reward", "--config.candidates.prompts_per_round=17"),
         (*POLICY, "--config.candidates.source=mixture", "--config.oracle.kind=people", "--config.oracle.annotators=3"),
         ("--config.oracle.kind=function", "--config.oracle.function=a.b_c:d", "--config.oracle.noise=bradley_terry"),

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
@@ -66,6 +66,29 @@ class Oracle(Protocol):
         Raises:
           ValueError: it cannot answer one of them; says which, and what to change.
         """
+        ...
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """An oracle that can be found unfit before a round is picked for it: a model, or a server."""
+
+    def check(self) -> None:
+        """Asks something whose answer is known.
+
+        Raises:
+          ValueError: it cannot answer, or answers wrongly; says what to change.
+          StoreError: a server cannot be reached, or fails.
+        """
+        ...
+
+
+@runtime_checkable
+class Metered(Protocol):
+    """An oracle whose answers cost something."""
+
+    def used(self, number: int) -> dict[str, float]:
+        """What the answers of round `number` took, whichever process asked: requests, tokens, cost."""
         ...
 
 

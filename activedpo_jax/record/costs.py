@@ -17,8 +17,8 @@ from activedpo_jax.files import read_json, write_json
 from activedpo_jax.record.folders import RunSummary
 from activedpo_jax.selection import strategies
 
-# FLOPs a token and parameter of each kind of evidence; rewards, and margins, are of two adapters.  What the policy writes
-# for entropies is not known.
+# FLOPs a token and parameter of each kind of evidence; rewards, and margins, are of two adapters.  What the policy
+# writes for entropies is not known.
 _A_TOKEN = {
     "embeddings": 2,
     "features": 4,

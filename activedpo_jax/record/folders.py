@@ -59,6 +59,7 @@ class RoundSummary(TypedDict):
     unlearnt: NotRequired[int]  # pairs of the round without a preference: skipped, or both bad
     ties: NotRequired[int]  # pairs of the round
     agreement: NotRequired[float]  # of annotators: share of pairs of answers that agree, mean over the round's pairs
+    oracle: NotRequired[dict[str, float]]  # what it took: requests, tokens, cost; see `JudgeOracle.used`
 
 
 class RunSummary(TypedDict):
@@ -145,6 +146,9 @@ def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, comm
         )
 
 
+# Where a server is, how it is asked, and what is made of its failures: a judge that needs more tokens for a round than
+# it was given would end the run for good.
+_OF_SERVERS = ("url", "api_key_variable", "concurrency", "timeout_seconds", "attempts", "request", "max_failed")
 # Options that may differ when a command resumes, as these functions of the old and the new value say: a finished run
 # can have more rounds, and the price of the machine changes what is said of the runs, not the runs.
 _MAY_CHANGE: Mapping[str, Callable[[Any, Any], bool]] = {
@@ -152,6 +156,7 @@ _MAY_CHANGE: Mapping[str, Callable[[Any, Any], bool]] = {
     "compare.hour_price": lambda was, now: True,
     "compare.retry": lambda was, now: True,
     "rounds": lambda was, now: now >= was,
+    **{f"oracle.{name}": lambda was, now: True for name in (*_OF_SERVERS, "prompt_price", "completion_price")},
 }
 
 

@@ -128,9 +128,10 @@ def where_diverged(folder: pathlib.Path, spec: RoundSpec, number: int, error: Di
 def round_line(strategy: str, seed: int, rounds: int, record: RoundSummary) -> str:
     """One round on one line; `rounds` is how many there will be."""
     seconds = sum(record["seconds"].values())
+    used = f"  {used_line(record['oracle'])}" if "oracle" in record else ""
     place = f"{record['round']:>{len(str(rounds))}}/{rounds}"
     head = f"{strategy}, seed {seed}  round {place}  labels {record['labels']:>4}"
-    tail = f"held-out accuracy {record['accuracy']:.3f}  margin {record['margin']:+.3f}  {seconds:.1f} s"
+    tail = f"held-out accuracy {record['accuracy']:.3f}  margin {record['margin']:+.3f}  {seconds:.1f} s{used}"
     if record["round"] == 0:
         return f"{head}  {tail}"
     middle = f"loss {_number(record.get('loss'), '.4f')}  {tail}"
@@ -142,9 +143,30 @@ def round_line(strategy: str, seed: int, rounds: int, record: RoundSummary) -> s
     return f"{head}  scores {scores}  {gain}{agreement}{middle}"
 
 
+def used_line(used: Mapping[str, float]) -> str:
+    """What an oracle took, in words."""
+    words = [f"{used['requests']:,} requests"]
+    words += [f"{used[name]:,} {name}" for name in ("malformed", "disagreements", "uncounted") if name in used]
+    words.append(f"{used['prompt_tokens']:,} + {used['completion_tokens']:,} tokens")
+    if "cost" in used:
+        words.append(f"cost {used['cost']:.4g}")
+    return ", ".join(words)
+
+
+def used_by(summaries: Sequence[RunSummary]) -> dict[str, float]:
+    """What the oracle took in all runs; empty: nothing is counted."""
+    total: dict[str, float] = {}
+    for record in (record for summary in summaries for record in summary["rounds"]):
+        for name, value in record.get("oracle", {}).items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
 def final_table(summaries: Sequence[RunSummary], baseline: str = "random") -> str:
-    """Of one run its rounds, of several their comparison."""
-    return _rounds_table(summaries[0]) if len(summaries) == 1 else table(compare(summaries, baseline))
+    """Of one run its rounds, of several their comparison; and what the oracle took."""
+    rows = _rounds_table(summaries[0]) if len(summaries) == 1 else table(compare(summaries, baseline))
+    used = used_by(summaries)
+    return f"{rows}\n\noracle: {used_line(used)}" if used else rows
 
 
 def _rounds_table(summary: RunSummary) -> str:
