@@ -199,7 +199,7 @@ def is_fused(config: ml_collections.ConfigDict, task: Task) -> bool:
     """
     source, mode = config.candidates.source, config.round.mode
     needs_stages = config.selection.pass_every != 1 or config.features.placement == "host"
-    if mode == "staged" or config.oracle.kind in ("function", "people") or needs_stages:
+    if mode == "staged" or not answers_on_device(config) or needs_stages:
         return False
     one_shape = fits_one_program(task)
     if source == "mixture" and task.pool:
