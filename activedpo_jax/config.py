@@ -146,7 +146,9 @@ OPTIONS: dict[str, Option] = {
     "synthetic.min_response": Option(5, "words", TOKENS),
     "synthetic.max_response": Option(8, "words", TOKENS),
     "synthetic.purity": Option(0.7, "share of a response's words that come from its style", SHARE),
-    "synthetic.zipf": Option(1.5, "the k-th family's share of the pool is proportional to k**-zipf"),
+    "synthetic.zipf": Option(
+        1.5, "the k-th family's share of the pool is proportional to k**-zipf; 0: all are as common", NOT_NEGATIVE
+    ),
     "synthetic.pool_pairs": Option(1024, "pairs of the pool", EXAMPLES),
     "synthetic.heldout_pairs": Option(1024, "held-out pairs, as many of each family", EXAMPLES),
     # Its decoder

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activedpo_jax.data.groups import Bucket, Groups, PairPool
+from activedpo_jax.data.groups import Bucket, Groups, PairPool, group_pairs
 
 _BOS, _EOS, _FIRST_FAMILY = 0, 1, 2
 STOP = (_EOS,)
@@ -73,11 +73,11 @@ class SyntheticTask:
         rng = np.random.default_rng([seed, 3])
         return np.stack([rng.choice(self.topics, self.topics_per_family, replace=False) for _ in range(self.families)])
 
-    def pool(self, seed: int, num_pairs: int) -> PairPool:
-        """Pairs on Zipf-distributed families."""
+    def pool(self, seed: int, num_prompts: int, responses: int = 2) -> PairPool:
+        """Prompts of Zipf-distributed families, and all pairs of their responses."""
         rng = np.random.default_rng([seed, 1])
         p = np.arange(1, self.families + 1, dtype=float) ** -self.zipf
-        return self._pairs(rng, rng.choice(self.families, num_pairs, p=p / p.sum()), seed, "pool")
+        return self._pairs(rng, rng.choice(self.families, num_prompts, p=p / p.sum()), seed, "pool", responses)
 
     def heldout(self, seed: int, num_pairs: int) -> PairPool:
         """Pairs spread evenly over the families."""
@@ -90,24 +90,28 @@ class SyntheticTask:
         pool = self._pairs(rng, np.arange(num_pairs) % self.families, seed, "language")
         return dataclasses.replace(pool, preferences=np.full(num_pairs, -1, np.int8), rewards=None)
 
-    def _pairs(self, rng: np.random.Generator, families: np.ndarray, seed: int, name: str) -> PairPool:
+    def _pairs(
+        self, rng: np.random.Generator, families: np.ndarray, seed: int, name: str, responses_each: int = 2
+    ) -> PairPool:
+        """A prompt for each of the families, with as many responses, each in another style."""
         likings, family_topics = self.likings(seed), self.family_topics(seed)
         first_word = _FIRST_FAMILY + self.families
         prompts, responses, rewards = [], [], []
         for family in families:
             context = rng.integers(first_word, self.vocab_size, self.context_words)
             prompts.append(np.array([_BOS, *context, _FIRST_FAMILY + family], np.int32))
-            styles = rng.choice(self.styles, 2, replace=False)
+            styles = rng.choice(self.styles, responses_each, replace=False)
             words = [self._write(rng, style, family_topics[family]) for style in styles]
             rewards.append([self.reward(family, w, likings) for w in words])
             responses.append([np.append(w, _EOS).astype(np.int32) for w in words])
-        scores = np.array(rewards, np.float32)
-        n = len(families)
+        among = group_pairs(responses_each)
+        pairs = np.array([[group, *pair] for group in range(len(families)) for pair in among], np.int32)
+        scores = np.array(rewards, np.float32)[pairs[:, :1], pairs[:, 1:]]
         return PairPool(
             prompt_tokens=prompts,
             response_tokens=responses,
-            pairs=np.stack([np.arange(n), np.zeros(n), np.ones(n)], axis=1).astype(np.int32),
-            pair_ids=[f"{name}-{i:05d}" for i in range(n)],
+            pairs=pairs,
+            pair_ids=[f"{name}-{i:05d}" for i in range(len(pairs))],
             preferences=(scores[:, 1] > scores[:, 0]).astype(np.int8),
             rewards=scores,
             prompt_texts=[" ".join(map(self.word, p[1:])) for p in prompts],
