@@ -102,6 +102,11 @@ def _check_models(oracle: ml_collections.ConfigDict) -> None:
                 f"config.oracle.{name}: got {value!r} with oracle.kind={kind!r}, which does not look at it; expected "
                 f"{default!r}, or oracle.kind={' or '.join(kinds)}"
             )
+    if oracle.api_key_variable and not re.fullmatch(r"[A-Za-z_]\w*", oracle.api_key_variable):
+        raise UsageError(  # which does not say what it is: it may be the key
+            "config.oracle.api_key_variable: expected the name of an environment variable, such as OPENAI_API_KEY; the "
+            "key itself does not belong there, since options are on record"
+        )
     if kind == "judge" and not oracle.url:
         raise wrong("oracle.url", "", "where the judge's /chat/completions is, such as https://api.openai.com/v1")
     if oracle.url and not oracle.model:

@@ -252,6 +252,10 @@ def test_what_is_typed_arrives(parse: Parse, arguments: tuple[str, ...], name: s
             [*JUDGE, "--config.oracle.noise=bradley_terry"],
             "got 'bradley_terry' with oracle.kind='judge', which has no rewards to draw from",
         ),
+        (
+            [*JUDGE, "--config.oracle.api_key_variable=sk-123"],
+            "config.oracle.api_key_variable: expected the name of an environment variable, such as OPENAI_API_KEY",
+        ),
         ([*JUDGE, "--config.oracle.device=cuda"], "config.oracle.device: got 'cuda' with oracle.kind='judge'"),
         ([*JUDGE, "--config.round.mode=fused"], "config.round.mode: got 'fused' with oracle.kind='judge'"),
         (["--config.oracle.model=m"], "config.oracle.model: got 'm' with oracle.kind='dataset', which does not look"),

@@ -17,6 +17,7 @@ import hashlib
 import json
 import pathlib
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -118,6 +119,7 @@ class JudgeOracle:
         self._client = Client(spec.server)
         self._structured = "response_format" not in spec.request  # until the server refuses a schema
         self._tried: list[Answer] = []  # of the known pair, not on record yet
+        self._writing = threading.Lock()
 
     def check(self) -> None:
         """Asks about a known pair.
@@ -160,9 +162,8 @@ class JudgeOracle:
         with progress(total=len(every), initial=len(answers), desc="judging", unit="answer") as bar:
             for attempt in range(_TRIES):
                 still = [x for x in every if _key(x) not in answers or (attempt and answers[_key(x)].again)]
-                ask = functools.partial(self._ask_once, again=attempt > 0)
+                ask = functools.partial(self._ask_on_record, number, again=attempt > 0)
                 for asked, answer in concurrently(ask, still, self._spec.server.concurrency):
-                    self._record(number, [answer])
                     bar.update(_key(asked) not in answers)
                     answers[_key(asked)] = answer
         pairs = [[answers[question.pair_id, order] for order in ORDERS] for question in questions]
@@ -200,6 +201,13 @@ class JudgeOracle:
     @property
     def _name(self) -> str:
         return f"judge {self._spec.model}"
+
+    def _ask_on_record(self, number: int, asked: Asked, again: bool) -> Answer:
+        """One answer, which is on disk before the thread sends another request."""
+        answer = self._ask_once(asked, again)
+        with self._writing:
+            self._record(number, [answer])
+        return answer
 
     def _ask_once(self, asked: Asked, again: bool) -> Answer:
         """One answer, well-formed or not; `again`: the last one was not."""
