@@ -22,6 +22,8 @@ def check(config: ml_collections.ConfigDict, command: str) -> None:
     _check_data_and_model(config, command)
     _check_oracle(config)
     _check_labels(config)
+    if config.dpo.loss == "kto" and config.dpo.batch_size == 1:
+        raise wrong("dpo.batch_size", 1, "more with dpo.loss='kto', which compares a prompt with others' responses")
     _check_sizes(config)
     if config.data.train == "synthetic":
         _check_synthetic(config)

@@ -1,5 +1,6 @@
 """The DPO loss is TRL's, and what the paper says it is."""
 
+import functools
 import pathlib
 import re
 import types
@@ -16,11 +17,15 @@ import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from activedpo_jax.data.groups import Groups
+from activedpo_jax import layout
+from activedpo_jax.config import default
+from activedpo_jax.data.groups import Bucket, Groups
 from activedpo_jax.models.config import LoraConfig
 from activedpo_jax.models.lora import Lora
-from activedpo_jax.models.policy import response_logps
-from activedpo_jax.training import losses
+from activedpo_jax.models.policy import Policy, response_logps
+from activedpo_jax.rounds import learn
+from activedpo_jax.rounds.state import Labelled
+from activedpo_jax.training import losses, optimiser
 from tests import tiny
 from tests.tiny_hf import load_decoder, tiny_llama
 from tests.tiny_tokenizer import CHATML, make_tokenizer
@@ -90,7 +95,7 @@ USUAL += [
 ]
 OTHERS = [
     losses.LossSpec(kind, 0.1, 0.2 if kind == "exo_pair" else 0.0)
-    for kind in sorted(losses.LOSSES.keys() - {"orpo"} - {spec.kind for spec in USUAL})
+    for kind in sorted(losses.LOSSES.keys() - {"orpo", "kto"} - {spec.kind for spec in USUAL})
 ]
 
 
@@ -101,23 +106,23 @@ OTHERS = [
 )
 def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[losses.LossSpec, Trl]:
     """TRL's own trainer on its own batch of ragged prompts and responses."""
-    spec, folder = request.param, tmp_path_factory.mktemp("trl")
+    spec = request.param
+    rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in RECORDS]
+    options = {"beta": spec.beta, "loss_type": [spec.kind, "sft"], "loss_weights": [1.0, spec.sft_weight]}
+    options |= {"label_smoothing": spec.label_smoothing}
+    return spec, trained_by(trl.DPOTrainer, trl.DPOConfig, options, rows, tmp_path_factory.mktemp("trl"))
+
+
+def trained_by(
+    trainer_of: Any, config_of: Any, options: dict[str, Any], rows: Any, folder: pathlib.Path, seed: int = 0
+) -> Trl:
+    """What one of TRL's trainers makes of the rows, in one batch."""
     tokenizer = make_tokenizer(CHATML)
     base = tiny_llama(folder / "base", vocab_size=len(tokenizer), tie_word_embeddings=True)
-    rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in RECORDS]
-    trainer = trl.DPOTrainer(
+    usual = {"use_cpu": True, "bf16": False, "report_to": [], "max_length": None}
+    trainer = trainer_of(
         base,
-        args=trl.DPOConfig(
-            output_dir=str(folder / "out"),
-            beta=spec.beta,
-            loss_type=[spec.kind, "sft"],
-            loss_weights=[1.0, spec.sft_weight],
-            label_smoothing=spec.label_smoothing,
-            use_cpu=True,
-            bf16=False,
-            report_to=[],
-            max_length=None,
-        ),
+        args=config_of(output_dir=str(folder / "out"), **usual, **options),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(MODULES), lora_dropout=0.0),
@@ -126,7 +131,7 @@ def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name for name in weights)
     with torch.no_grad():  # A and B both at work, so that policy and reference differ
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         for weight in weights.values():
             weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
     batch = trainer.data_collator([dict(row) for row in trainer.train_dataset])
@@ -135,7 +140,7 @@ def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     loss.backward()
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     gradient = to_tree({name: p.grad for name, p in weights.items()})
-    return spec, Trl(folder / "base", float(loss.detach()), metrics, to_groups(batch), to_tree(weights), gradient)
+    return Trl(folder / "base", float(loss.detach()), metrics, to_groups(batch), to_tree(weights), gradient)
 
 
 def swap(groups: Groups) -> Groups:
@@ -163,10 +168,47 @@ def test_loss_and_gradient_are_those_of_trl(theirs: tuple[losses.LossSpec, Trl],
     assert float(ours) == pytest.approx(trl_.loss, abs=1e-5, rel=1e-5)
     assert float(metrics.accuracy) == pytest.approx(trl_.metrics["rewards/accuracies"], abs=1e-6)
     assert float(metrics.margin) == pytest.approx(trl_.metrics["rewards/margins"], abs=1e-5)
+    assert_same_gradient(gradient, trl_.gradient)
+
+
+def assert_same_gradient(ours: Lora, theirs: Lora) -> None:
     for module in MODULES:
         for matrix in ("a", "b"):
-            got, wanted = gradient["layers"][module][matrix], trl_.gradient["layers"][module][matrix]
+            got, wanted = ours["layers"][module][matrix], theirs["layers"][module][matrix]
             assert tiny.relative_error(got, wanted) < 1e-4, (module, matrix)
+
+
+def test_kto_is_that_of_trl(tmp_path: pathlib.Path) -> None:
+    """Loss and gradient of a batch in two parts, the second with padding; z₀ is of the responses to other prompts."""
+    rows = [{"prompt": p, "completion": c, "label": True} for p, c, _ in RECORDS]
+    rows += [{"prompt": p, "completion": r, "label": False} for p, _, r in RECORDS]
+    beta, n = 0.5, len(RECORDS)
+    options = {"beta": beta, "per_device_train_batch_size": len(rows), "train_sampling_strategy": "sequential"}
+    trl_ = trained_by(trl.KTOTrainer, trl.KTOConfig, options, rows, tmp_path, seed=1)
+    assert trl_.metrics["kl"] > 0.1  # not cut off at 0, or nothing would be compared
+    decoder, params = load_decoder(trl_.folder)
+    decoder = decoder.clone(lora=LoraConfig(RANK, ALPHA))
+    policy = Policy(decoder, params, jax.tree.map(jnp.zeros_like, trl_.lora))
+    bucket = Bucket(trl_.groups.prompt_ids.shape[1], trl_.groups.response_ids.shape[2])
+    mesh = layout.make_mesh(default().mesh, jax.devices()[:1])
+    dpo = optimiser.DpoSpec(losses.LossSpec("kto", beta, 0.0), optimiser.OptimiserSpec(1e-3))
+    spec: Any = types.SimpleNamespace(bucket=bucket, mesh=mesh, training=types.SimpleNamespace(dpo=dpo))
+    ref = response_logps(decoder, params, None, trl_.groups)
+    labelled = Labelled(n, trl_.groups, None, np.zeros(n), np.ones(n), ref, None)  # type: ignore[arg-type]
+    labelled = jax.tree.map(jnp.asarray, labelled)
+    slots, weights = np.array([2, 0, 1, 0]), np.array([1 / n] * n + [0.0], np.float32)
+
+    mismatch, gradient = (
+        jax.jit(functools.partial(f, spec, policy)) for f in (learn.mismatch, learn.microbatch_gradient)
+    )
+    parts = [learn.Microbatch(slots[s], weights[s], bucket) for s in (slice(2), slice(2, 4))]
+    answered = learn.others(slots, weights).reshape(2, 2)
+    kl = sum(mismatch(trl_.lora, labelled, part, own) for part, own in zip(parts, answered, strict=True))
+    assert float(kl) == pytest.approx(trl_.metrics["kl"], abs=1e-4)
+    found = [gradient(trl_.lora, labelled, part, learn.Whole(1.0, kl)) for part in parts]
+    total, metrics = jax.tree.map(jnp.add, *found)
+    assert float(metrics.loss) == pytest.approx(trl_.loss, abs=1e-5)
+    assert_same_gradient(total, trl_.gradient)
 
 
 # --- Properties of the loss, from log-probs
@@ -237,6 +279,7 @@ def test_a_tie_is_half_of_each_order(batch: tuple[np.ndarray, losses.Preferences
     logps, pairs = batch
     smoothing = max(smoothing, 0.01) if kind == "exo_pair" else smoothing
     spec, lengths = losses.LossSpec(kind, 0.1, smoothing, 0.5), 1 + np.arange(2 * len(logps)).reshape(-1, 2)
+    pairs = pairs._replace(kl=np.array(3.0, np.float32))
     found = {
         preference: losses.metrics(
             spec, jnp.asarray(logps), lengths, pairs._replace(preference=np.full(len(logps), preference))

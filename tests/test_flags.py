@@ -152,6 +152,7 @@ def test_what_is_typed_arrives(parse: Parse, arguments: tuple[str, ...], name: s
             "config.data.heldout_fraction: got 1.0, expected a number between",
         ),
         (["--config.dpo.label_smoothing=0.5"], "config.dpo.label_smoothing: got 0.5, expected"),
+        (["--config.dpo.loss=kto", "--config.dpo.batch_size=1"], "config.dpo.batch_size: got 1, expected more with"),
         (["--config.synthetic.purity=2"], "config.synthetic.purity: got 2.0, expected a number from 0 to 1"),
         (["--config.scratch.steps=-1"], "config.scratch.steps: got -1, expected a number above 0"),
         (["--config.seeds=1,1"], "config.seeds: got (1, 1), expected one number or more, each once"),

@@ -26,7 +26,7 @@ from activedpo_jax.models.decoder import Decoder, Params, init_params, unstack
 from activedpo_jax.models.lora import Lora, init_lora
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.rounds import staged
-from activedpo_jax.rounds.learn import Microbatch
+from activedpo_jax.rounds.learn import Microbatch, Whole
 from activedpo_jax.rounds.state import RunState, empty_labelled
 from activedpo_jax.training.optimiser import Position
 from tests import tiny
@@ -336,8 +336,9 @@ def test_adapters_gradients_and_moments_are_cut_over_fsdp_and_tensor(pod: Mesh) 
     state = RunState(lora, jax.eval_shape(lambda: empty_labelled(spec)), jnp.uint32(0), jnp.int32(0))
     policy = Policy(task.decoder, task.params_shape, lora)
     slots, shares = (jax.ShapeDtypeStruct((spec.training.microbatch,), x) for x in (jnp.int32, jnp.float32))
-    microbatch = Microbatch(slots, shares, np.float32(0), task.buckets[0])
-    compiled = staged.gradient_program.lower(spec, policy, lora, gradient, state.labelled, microbatch).compile()
+    microbatch = Microbatch(slots, shares, task.buckets[0])
+    arguments = policy, lora, gradient, state.labelled, microbatch, Whole(np.float32(0))
+    compiled = staged.gradient_program.lower(spec, *arguments).compile()
     assert set(parts(placed(shapes, compiled.output_shardings[0]))) == {8}
 
 

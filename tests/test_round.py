@@ -148,6 +148,7 @@ def test_options_agree_between_fused_and_staged(strategy: str, tmp_path: pathlib
         "dpo.start_from": "current",
         "dpo.label_smoothing": 0.1,
         "dpo.sft_weight": 0.5,
+        "dpo.loss": "kto" if strategy == "random" else "sigmoid",
     }
     fused = execute(tmp_path / "fused", {**changes, "round.mode": "fused"})
     changes["dpo.pairs_per_chunk"] = 3

@@ -253,13 +253,28 @@ class RoundPrograms:
             stage=stage,
             runs=1,
         )
+        number = shapes.replicated(mesh, np.float32(0))
+        kl = number if training.dpo.loss.needs_kl else None
+        whole = learn.Whole(number, kl)
         for bucket in self.task.buckets:
-            microbatch = shapes.replicated(mesh, learn.Microbatch(slots, share, np.float32(0), bucket))
+            microbatch = shapes.replicated(mesh, learn.Microbatch(slots, share, bucket))
             microbatches = mean(parts(n, training.batch_size, training.microbatch) for n in learnt)
             yield Program(
                 name=f"training gradient {tuple(bucket)}, {self.strategy}",
                 function=staged.gradient_program,
-                arguments=(spec, self.policy, lora, gradient, state.labelled, microbatch),
+                arguments=(spec, self.policy, lora, gradient, state.labelled, microbatch, whole),
+                weights=weights,
+                data=(self.kept, microbatch),
+                stage=stage,
+                runs=self._if_largest(bucket, training.epochs * microbatches),
+                pairs=training.microbatch,
+            )
+            if kl is None:
+                continue
+            yield Program(
+                name=f"estimated KL {tuple(bucket)}, {self.strategy}",
+                function=staged.mismatch_program,
+                arguments=(spec, self.policy, lora, kl, state.labelled, microbatch, microbatch.slots),
                 weights=weights,
                 data=(self.kept, microbatch),
                 stage=stage,

@@ -4,6 +4,7 @@ to their likelihoods.
 KL(π_θ ‖ π_ref) is a mean over responses of π_θ, which the held-out ones are not.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -179,8 +180,8 @@ class Evaluator:
         )
 
     def __call__(self, lora: Lora, saved: SavedWork = NOTHING_SAVED) -> dict[str, float]:
-        """Over the held-out pairs: accuracy (ties count half), mean reward margin (nats), the mean of the loss that is
-        trained, and `figures`."""
+        """Over the held-out pairs: accuracy (ties count half), mean reward margin (nats), `figures`, and the mean of
+        the loss that is trained, unless that needs a KL of other responses, which nobody computes here."""
         return self.judged(lora, saved).scores
 
     def judged(self, lora: Lora | None, saved: SavedWork = NOTHING_SAVED) -> Judged:
@@ -191,6 +192,9 @@ class Evaluator:
 
     def _metrics(self, logps: np.ndarray) -> dict[str, float]:
         lengths = self._batches.lengths
-        out = losses.metrics(self._loss, jnp.asarray(logps), jnp.asarray(lengths, jnp.int32), self._pairs)
+        loss = dataclasses.replace(self._loss, kind="sigmoid") if self._loss.needs_kl else self._loss
+        out = losses.metrics(loss, jnp.asarray(logps), jnp.asarray(lengths, jnp.int32), self._pairs)
         found = {name: float(total) / self._num_rows for name, total in out._asdict().items()}
+        if self._loss.needs_kl:
+            del found["loss"]
         return found | figures(self._loss.beta, logps, self._ref, lengths, self._preferences)

@@ -37,7 +37,7 @@ class RoundSummary(TypedDict):
     labels: int  # so far
     accuracy: float  # held-out preference accuracy
     margin: float  # mean held-out margin of the implicit reward
-    heldout_loss: NotRequired[float]  # of the held-out pairs, that which is trained
+    heldout_loss: NotRequired[float]  # of the held-out pairs, that which is trained; none with `kto`
     # The other figures of the held-out pairs: see `evaluation.heldout.figures`
     heldout_label_nll: NotRequired[float]
     heldout_nll: NotRequired[float]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from activedpo_jax import layout
@@ -68,7 +69,7 @@ def append(spec: RoundSpec, labelled: Labelled, chosen: Chosen, answers: Answers
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["slots", "weights", "token_share"], meta_fields=["bucket", "packing"]
+    jax.tree_util.register_dataclass, data_fields=["slots", "weights"], meta_fields=["bucket", "packing"]
 )
 @dataclasses.dataclass(frozen=True)
 class Microbatch:
@@ -76,9 +77,15 @@ class Microbatch:
 
     slots: Any  # [B] int32, places among the labelled pairs; −1 makes up the batch
     weights: Any  # [B] float32, of each in the mean over the batch; 0 at padding
-    token_share: Any  # scalar float32, of a preferred token in the mean over those of the batch
     bucket: Bucket  # which holds all of them; their padding beyond it is cut off
     packing: Packing | None = None  # in which they lie; None: they are padded
+
+
+class Whole(NamedTuple):
+    """What the microbatches of a batch have in common."""
+
+    token_share: Any  # scalar float32, of a preferred token in the mean over those of the batch
+    kl: Any = None  # scalar float32, the sum of `mismatch` over the batch; None: its loss needs none
 
 
 def token_share(lengths: Array, preferences: Array, slots: Array, weights: Array) -> Array:
@@ -92,25 +99,54 @@ def token_share(lengths: Array, preferences: Array, slots: Array, weights: Array
     return 1 / losses.preferred_tokens(there, preferences[slots])
 
 
-def microbatch_gradient(
-    spec: RoundSpec, policy: Policy, lora: Lora, labelled: Labelled, microbatch: Microbatch
-) -> tuple[Lora, losses.DpoMetrics]:
-    """What some labelled pairs add to the gradient and the metrics of their batch."""
-    weights, bucket = microbatch.weights, microbatch.bucket
-    there, slots = microbatch.slots >= 0, jnp.maximum(microbatch.slots, 0)
+def others(slots: Array, weights: Array) -> Array:
+    """For each pair of a batch the one before it, for the first the last: [B], on the host or traced; arguments as of
+    `token_share`."""
+    return slots[(np.arange(len(slots)) - 1) % (weights > 0).sum()]
+
+
+def mismatch(
+    spec: RoundSpec, policy: Policy, lora: Lora, labelled: Labelled, microbatch: Microbatch, answered: jax.Array
+) -> jax.Array:
+    """What a microbatch adds to its batch's mean of log π_θ − log π_ref over responses to other prompts, scalar.
+
+    At least 0, that is KTO's estimate z₀ of KL(π_θ ‖ π_ref) (Ethayarajh et al. 2024, section 4.1), and TRL's, whose
+    order of a batch is all preferred responses, then all others.  It costs two forward passes over the batch.
+
+    Args:
+      answered: [B], the pairs of which the responses are: `others` of the whole batch.
+    """
+    groups, decoder = _groups(spec, labelled, microbatch, answered), policy.packed(microbatch.packing).decoder
+    logps, ref_logps = (response_logps(decoder, policy.params, x, groups) for x in (lora, policy.reference))
+    return jnp.sum(microbatch.weights * jnp.mean(logps - ref_logps, axis=1))
+
+
+def _groups(spec: RoundSpec, labelled: Labelled, microbatch: Microbatch, answered: jax.Array) -> Groups:
+    """The prompts of a microbatch, with the responses of the pairs `answered`."""
+    bucket, there = microbatch.bucket, microbatch.slots >= 0
+    slots, answered = jnp.maximum(microbatch.slots, 0), jnp.maximum(answered, 0)
     cut = Groups(
         labelled.groups.prompt_ids[slots, spec.bucket.prompt - bucket.prompt :],
         jnp.where(there, labelled.groups.prompt_len[slots], 1),
-        labelled.groups.response_ids[slots, :, : bucket.response],
-        jnp.where(there[:, None], labelled.groups.response_len[slots], 0),
+        labelled.groups.response_ids[answered, :, : bucket.response],
+        jnp.where(there[:, None], labelled.groups.response_len[answered], 0),
     )
-    groups = jax.lax.with_sharding_constraint(cut, layout.batch(spec.mesh))
+    return jax.lax.with_sharding_constraint(cut, layout.batch(spec.mesh))
+
+
+def microbatch_gradient(
+    spec: RoundSpec, policy: Policy, lora: Lora, labelled: Labelled, microbatch: Microbatch, whole: Whole
+) -> tuple[Lora, losses.DpoMetrics]:
+    """What some labelled pairs add to the gradient and the metrics of their batch."""
+    weights, slots = microbatch.weights, jnp.maximum(microbatch.slots, 0)
+    groups = _groups(spec, labelled, microbatch, slots)
     confidence = labelled.weights[slots]
     pairs = losses.Preferences(
         labelled.preferences[slots],
         labelled.ref_logps[slots],
         weights * confidence,
-        jnp.where(weights > 0, microbatch.token_share, 0.0) * confidence,
+        jnp.where(weights > 0, whole.token_share, 0.0) * confidence,
+        whole.kl,
     )
     decoder = policy.packed(microbatch.packing).decoder
     return optimiser.dpo_gradient(decoder, spec.training.dpo, policy.params, lora, groups, pairs)
@@ -155,13 +191,19 @@ def learn(
         lora, opt_state, sums, good = carry
 
         slots, weights = schedule.slots[i], schedule.weight[i]
-        share = token_share(labelled.groups.response_len, labelled.preferences, slots, weights)
+        whole = Whole(token_share(labelled.groups.response_len, labelled.preferences, slots, weights))
+
+        def add_mismatch(total, part):  # type: ignore[no-untyped-def]
+            *own, answered = part
+            return total + mismatch(spec, policy, lora, labelled, Microbatch(*own, spec.bucket), answered), None
 
         def add(total, part):  # type: ignore[no-untyped-def]
-            new = microbatch_gradient(spec, policy, lora, labelled, Microbatch(*part, share, spec.bucket))
+            new = microbatch_gradient(spec, policy, lora, labelled, Microbatch(*part, spec.bucket), whole)
             return added(spec, total, new), None
 
-        parts = jax.tree.map(lambda x: x[i].reshape(-1, spec.training.microbatch), (schedule.slots, schedule.weight))
+        *parts, answered = (x.reshape(-1, spec.training.microbatch) for x in (slots, weights, others(slots, weights)))
+        if dpo.loss.needs_kl:
+            whole = whole._replace(kl=jax.lax.scan(add_mismatch, jnp.float32(0), (*parts, answered))[0])
         (gradient, metrics), _ = jax.lax.scan(add, optimiser.no_gradient(lora), parts)
         rate = optimiser.learning_rate(dpo.optimiser, optimiser.Position(i, total))
         lora, opt_state = optimiser.update(dpo.optimiser, lora, opt_state, gradient, rate)

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,9 +62,24 @@ def gradient_program(
     total: tuple[Lora, losses.DpoMetrics],
     labelled: Labelled,
     microbatch: learn.Microbatch,
+    whole: learn.Whole,
 ) -> tuple[Lora, losses.DpoMetrics]:
     """Adds the part of a batch's gradient and metrics that comes from one microbatch; compiled once per shape."""
-    return learn.added(spec, total, learn.microbatch_gradient(spec, policy, lora, labelled, microbatch))
+    return learn.added(spec, total, learn.microbatch_gradient(spec, policy, lora, labelled, microbatch, whole))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def mismatch_program(
+    spec: RoundSpec,
+    policy: Policy,
+    lora: Lora,
+    total: jax.Array,
+    labelled: Labelled,
+    microbatch: learn.Microbatch,
+    answered: jax.Array,
+) -> jax.Array:
+    """Adds the part of a batch's estimate of KL(π_θ ‖ π_ref) that comes from one microbatch, likewise."""
+    return total + learn.mismatch(spec, policy, lora, labelled, microbatch, answered)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
@@ -150,18 +165,33 @@ def train(
     labelled = layout.put(_labelled(spec, policy, state, asked, buckets), layout.replicated(spec.mesh))
     lengths, preferences = layout.get((labelled.groups.response_len, labelled.preferences))
     number = int(state.round) + 1
-    schedule, plan = _plan(spec, state._replace(labelled=labelled, round=jnp.int32(number)), buckets)
+    after = state._replace(labelled=labelled, round=jnp.int32(number))
+    schedule, plan = _plan(spec, after, buckets)
+    mismatched = _plan(spec, after, buckets, learn.others)[1] if spec.training.dpo.loss.needs_kl else None
     place = functools.partial(layout.put, sharding=layout.replicated(spec.mesh))
 
+    def microbatch(step: int, part: _Part) -> learn.Microbatch:
+        pad = (0, part.size - len(part.places))
+        slots = np.pad(schedule.slots[step][part.places], pad, constant_values=-1)
+        return place(
+            learn.Microbatch(slots, np.pad(schedule.weight[step][part.places], pad), part.bucket, part.packing)
+        )
+
+    def estimated_kl(step: int, lora: Lora) -> jax.Array | None:
+        if mismatched is None:
+            return None
+        total, answered = place(np.float32(0)), learn.others(schedule.slots[step], schedule.weight[step])
+        for part in mismatched[step]:
+            own = place(np.pad(answered[part.places], (0, part.size - len(part.places))))
+            total = mismatch_program(spec, policy, lora, total, labelled, microbatch(step, part), own)
+        return total
+
     def advance(step: int, lora: Lora, opt_state: optax.OptState) -> tuple[Lora, optax.OptState, losses.DpoMetrics]:
-        slots, weight = schedule.slots[step], schedule.weight[step]
-        share = np.float32(learn.token_share(lengths, preferences, slots, weight))
+        share = learn.token_share(lengths, preferences, schedule.slots[step], schedule.weight[step])
+        whole = learn.Whole(place(np.float32(share)), estimated_kl(step, lora))
         total = no_gradient_program(spec, lora)
         for part in plan[step]:
-            pad = (0, part.size - len(part.places))
-            own = np.pad(slots[part.places], pad, constant_values=-1), np.pad(weight[part.places], pad)
-            microbatch = place(learn.Microbatch(*own, share, part.bucket, part.packing))
-            total = gradient_program(spec, policy, lora, total, labelled, microbatch)
+            total = gradient_program(spec, policy, lora, total, labelled, microbatch(step, part), whole)
         gradient, metrics = total
         position = place(optimiser.Position(np.int32(step), np.int32(schedule.num_steps)))
         return *update_program(spec, lora, opt_state, gradient, position), metrics
@@ -201,24 +231,31 @@ class _Part(NamedTuple):
 
 
 def _plan(
-    spec: RoundSpec, after: RunState, buckets: Sequence[Bucket]
+    spec: RoundSpec,
+    after: RunState,
+    buckets: Sequence[Bucket],
+    answered: Callable[[np.ndarray, np.ndarray], Any] = lambda slots, weights: slots,
 ) -> tuple[optimiser.BatchSchedule, list[list[_Part]]]:
     """The labels of every step of a round's training, and their microbatches, as places in the step's batch.
 
     Args:
       after: the round, with its labels and its number.
+      answered: of a batch's slots and weights, the slots of the responses that go with its prompts.
     """
     usable = np.flatnonzero(np.asarray(after.labelled.weights) > 0)
     schedule = spec.schedule(usable, int(after.round), int(after.seed))
-    groups = layout.get(after.labelled.groups)
-    steps = [np.array(schedule.examples(step)) for step in range(schedule.num_steps)]
+    prompts, responses = layout.get((after.labelled.groups.prompt_len, after.labelled.groups.response_len))
+    steps = []
+    for step in range(schedule.num_steps):
+        count = len(schedule.examples(step))
+        slots, weights = schedule.slots[step, :count], schedule.weight[step, :count]
+        own = prompts[slots], responses[answered(slots, weights)]
+        steps.append(Lengths(*(x.astype(np.int64) for x in own)))
     if spec.packed:
-        lengths = Lengths(groups.prompt_len.astype(np.int64), groups.response_len.astype(np.int64))
-        found = [minibatch(lengths.of(slots), spec.packings) for slots in steps]
+        found = [minibatch(lengths, spec.packings) for lengths in steps]
         return schedule, [[_Part(rows, shape.groups, spec.bucket, shape) for rows, shape in part] for part in found]
-    bucket_of = _bucket_of(groups, buckets)
     sizes = batches.sizes(spec.training.microbatch, layout.round_up(1, spec.mesh))
-    cut = [batches.parts(bucket_of[slots], buckets, 2, sizes) for slots in steps]
+    cut = [batches.parts(_bucket_of(lengths, buckets), buckets, 2, sizes) for lengths in steps]
     return schedule, [[_Part(places, size, buckets[b], None) for b, places, size in part] for part in cut]
 
 
@@ -321,7 +358,7 @@ def _batches(
     spec: RoundSpec, pairs: Groups, rows: np.ndarray, buckets: Sequence[Bucket]
 ) -> Iterator[tuple[np.ndarray, Groups]]:
     """Some pairs of wide groups, bucket by bucket: their rows, and a batch of `spec.chunk` on the mesh."""
-    bucket_of = _bucket_of(Groups(*(x[rows] for x in pairs)), buckets)
+    bucket_of = _bucket_of(Lengths(*(np.asarray(x)[rows] for x in (pairs.prompt_len, pairs.response_len))), buckets)
     for b, part, _ in batches.parts(bucket_of, buckets, 2, (spec.chunk,)):
         prompt, response = buckets[b]
         chunk = np.pad(rows[part], (0, spec.chunk - len(part)), mode="edge")
@@ -335,7 +372,7 @@ def _batches(
         yield rows[part], layout.put(batch, layout.batch(spec.mesh))
 
 
-def _bucket_of(pairs: Groups, buckets: Sequence[Bucket]) -> np.ndarray:
+def _bucket_of(pairs: Lengths, buckets: Sequence[Bucket]) -> np.ndarray:
     """The smallest bucket that holds each of some pairs."""
-    prompt, response = np.asarray(pairs.prompt_len), np.asarray(pairs.response_len).max(axis=1)
+    prompt, response = pairs.prompts, pairs.responses.max(axis=1)
     return np.array([(prompt <= b.prompt) & (response <= b.response) for b in buckets]).argmax(axis=0)

@@ -27,6 +27,11 @@ class LossSpec:
     label_smoothing: float  # ε, the probability that a label is taken to be wrong
     sft_weight: float = 0.0  # of the preferred responses' negative log-likelihood, which is added
 
+    @property
+    def needs_kl(self) -> bool:
+        """Whether the loss of a pair depends on an estimate of KL(π_θ ‖ π_ref) from the rest of its batch."""
+        return self.kind == "kto"
+
     def __post_init__(self) -> None:
         if self.kind == "exo_pair" and self.label_smoothing == 0:
             raise ValueError(
@@ -43,6 +48,7 @@ class Preferences(NamedTuple):
     weight: Array  # [B] float32, each pair's share of the mean: 1/n, so that parts of a batch add up; 0 at padding
     # [B] float32, likewise the share of each preferred token: 1/`preferred_tokens`; None: the loss has no SFT term
     token_share: Array | None = None
+    kl: Array | None = None  # scalar float32, of `rounds.learn.mismatch` for the whole batch; None: see `needs_kl`
 
 
 class DpoMetrics(NamedTuple):
@@ -54,16 +60,17 @@ class DpoMetrics(NamedTuple):
 
 
 class Ordered(NamedTuple):
-    """B pairs, the preferred response first; all [B, 2] float32."""
+    """B pairs, the preferred response first; [B, 2] float32."""
 
     logps: jax.Array  # log π_θ(y|x)
     ratios: jax.Array  # log π_θ(y|x) − log π_ref(y|x)
     lengths: jax.Array  # tokens, at least 1
+    kl: Array | None = None  # scalar, of `Preferences`
 
     @property
     def turned(self) -> "Ordered":
         """The other response first."""
-        return Ordered(*(x[:, ::-1] for x in self))
+        return Ordered(self.logps[:, ::-1], self.ratios[:, ::-1], self.lengths[:, ::-1], self.kl)
 
     @property
     def difference(self) -> jax.Array:
@@ -157,6 +164,16 @@ def orpo(spec: LossSpec, pairs: Ordered) -> jax.Array:
     return -averages[:, 0] - spec.beta * jax.nn.log_sigmoid(odds[:, 0] - odds[:, 1])
 
 
+def kto(spec: LossSpec, pairs: Ordered) -> jax.Array:
+    """The mean of 1 − σ(β(ratio₁ − z₀)) and 1 − σ(β(z₀ − ratio₂)): eq. 7 of Ethayarajh et al. (2024), λ_D = λ_U = 1.
+
+    z₀ estimates KL(π_θ ‖ π_ref), is at least 0, and has no gradient.
+    """
+    assert pairs.kl is not None
+    first, second = (spec.beta * (pairs.ratios - jnp.maximum(pairs.kl, 0))).T
+    return (jax.nn.sigmoid(-first) + jax.nn.sigmoid(second)) / 2
+
+
 # The loss of each pair, [B], by `config.dpo.loss`; names and values are TRL's.
 LOSSES: dict[str, Callable[[LossSpec, Ordered], jax.Array]] = {
     "sigmoid": sigmoid,
@@ -171,6 +188,7 @@ LOSSES: dict[str, Callable[[LossSpec, Ordered], jax.Array]] = {
     "apo_zero": apo_zero,
     "apo_down": apo_down,
     "orpo": orpo,
+    "kto": kto,
 }
 
 _OWN_SMOOTHING = ("robust", "exo_pair")  # ε has a place of its own in these
@@ -189,9 +207,9 @@ def smoothed(spec: LossSpec, pairs: Ordered, doubt: float | jax.Array) -> jax.Ar
 
 def ordered(logps: jax.Array, lengths: Array, pairs: Preferences) -> Ordered:
     """Pairs as labelled; of a tie, the response that was shown first is first."""
-    found = Ordered(logps, logps - pairs.ref_logps, jnp.maximum(lengths, 1).astype(jnp.float32))
+    found = Ordered(logps, logps - pairs.ref_logps, jnp.maximum(lengths, 1).astype(jnp.float32), pairs.kl)
     second = jnp.asarray(pairs.preference)[:, None] > 0.5
-    return Ordered(*(jnp.where(second, x[:, ::-1], x) for x in found))
+    return jax.tree.map(lambda x, turned: jnp.where(second, turned, x), found, found.turned)._replace(kl=pairs.kl)
 
 
 def preferred_tokens(lengths: Array, preference: Array) -> Array:
