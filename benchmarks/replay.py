@@ -112,7 +112,7 @@ def computed(policy: Policy, texts: Any, bucket: Any, dim: int, mesh: Mesh) -> d
     @jax.jit
     def one(params: Any, lora: Any, groups: Any) -> dict[str, jax.Array]:
         policy_now = Policy(policy.decoder, params, lora)
-        states = policy.decoder.apply({"params": params, "lora": lora}, groups, method="states")
+        states: jax.Array = policy.decoder.apply({"params": params, "lora": lora}, groups, method="states")  # type: ignore[assignment]
         entropies = registry.compute(("entropies",), spec, policy_now, lora, groups, jnp.uint32(0))["entropies"]
         gradients = scaled_features(policy.decoder, params, lora, groups, spec.features, jnp.uint32(0))
         pairs = len(group_pairs(groups.response_ids.shape[1]))
