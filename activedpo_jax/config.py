@@ -342,6 +342,10 @@ OPTIONS: dict[str, Option] = {
         choices=("auto", "fused", "staged"),
     ),
     "evaluation.pairs_per_chunk": Option(16, "held-out pairs that go through at a time", EXAMPLES),
+    "evaluation.calibration": Option(
+        False,
+        "after the last round, how far known rewards of held-out pairs are from the implicit reward, in its own widths",
+    ),
     "export.merged": Option(False, "beside `adapter/` write `merged/`, a whole Hugging Face checkpoint"),
     # Responses of the model: to prompts of a file, or of `candidates`
     "generation.prompts": Option("", "JSONL or Parquet file, or a `datasets` name, with prompts or preferences"),

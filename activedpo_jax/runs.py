@@ -8,14 +8,15 @@ import pathlib
 import time
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from activedpo_jax import errors, files, hosts, sft, specs, start, tasks, verbs
+from activedpo_jax import errors, files, hosts, layout, sft, specs, start, tasks, verbs
 from activedpo_jax.data.groups import shared_prompts
-from activedpo_jax.evaluation import heldout
+from activedpo_jax.evaluation import calibration, heldout
 from activedpo_jax.huggingface import adapters, merged
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.oracles.dataset import answers
@@ -25,9 +26,13 @@ from activedpo_jax.record import checkpoints, folders, inputs, metrics, outcomes
 from activedpo_jax.record.labels import RoundRecord, fingerprint
 from activedpo_jax.record.saved_work import SavedWork
 from activedpo_jax.rounds.checks import check_learnt
+from activedpo_jax.rounds.choose import all_labelled_vectors
 from activedpo_jax.rounds.picked import as_answers
+from activedpo_jax.rounds.spec import RoundSpec
 from activedpo_jax.rounds.state import RunState, initial_state
 from activedpo_jax.training.loop import Diverged
+
+labelled_program = jax.jit(all_labelled_vectors, static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,12 @@ def begin(config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh, c
     inputs.check(folder / "inputs" / f"seed{config.seeds[0]}.json", described(config, first))
     for strategy in config.strategies:
         specs.round_spec(config, strategy, first, mesh)
+    rewards = first.heldout.rewards
+    if config.evaluation.calibration and (rewards is None or not np.all(np.isfinite(rewards))):
+        raise ValueError(
+            "config.evaluation.calibration: held-out pairs have no rewards, which it compares with; expected fields "
+            "`score_chosen` and `score_rejected` in each of them, or evaluation.calibration=False"
+        )
     folders.open_workdir(folder, config, command)
     return first
 
@@ -163,7 +174,30 @@ def run(setting: Setting, strategy: str, folder: pathlib.Path) -> folders.RunSum
     saved.forget()
     saved.close()
     export(setting, state, folder)
+    if config.evaluation.calibration:
+        calibrate(setting, spec, state, folder / "calibration.json")
     return summary
+
+
+def calibrate(setting: Setting, spec: RoundSpec, state: RunState, path: pathlib.Path) -> None:
+    """The report of `evaluation.calibration` on the run's last posterior, whatever its strategy; once."""
+    if hosts.on_first(path.exists)():
+        return
+    rewards, truth = setting.task.heldout.rewards, answers(setting.task.heldout, Noise(seed=setting.seed))
+    assert rewards is not None
+    spec = dataclasses.replace(spec, selection=dataclasses.replace(spec.selection, strategy="activedpo"))
+    known = labelled_program(spec, setting.policy, state)
+    labelled, filled = state.labelled, np.arange(spec.capacity) < int(state.labelled.size)
+    posterior = calibration.posterior_of(known, filled & (layout.get(labelled.weights) > 0), spec.selection.lam)
+    found = calibration.heldout_widths(
+        spec.evidence, setting.policy, state.lora, posterior, setting.judge.batches, state.seed
+    )
+    differences = np.where(truth == 0, 1, -1) * (rewards[:, 0] - rewards[:, 1])
+    oracle = setting.config.oracle
+    scale = 1 / oracle.temperature if oracle.noise == "bradley_terry" else None
+    report = calibration.calibration(setting.judge.judged(state.lora).margins, differences, found, scale)
+    hosts.on_first(files.write_json)(path, report)
+    print(calibration.in_words(report), flush=True)
 
 
 def starting_point(

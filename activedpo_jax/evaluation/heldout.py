@@ -168,7 +168,7 @@ class Evaluator:
         loss: losses.LossSpec,
         saved: SavedWork = NOTHING_SAVED,
     ) -> None:
-        self._policy, self._batches = policy, batches
+        self._policy, self.batches = policy, batches
         self._num_rows, self._loss = len(preferences), loss
         self._preferences = np.asarray(preferences, np.float64)
         self._ref = log_probs(policy, policy.reference, batches, "held-out reference", saved)
@@ -186,12 +186,12 @@ class Evaluator:
 
     def judged(self, lora: Lora | None, saved: SavedWork = NOTHING_SAVED) -> Judged:
         """The same, and what every pair comes to; None: of the reference model, with which every run starts."""
-        logps = self._ref if lora is None else log_probs(self._policy, lora, self._batches, "evaluation", saved)
-        found = losses.ordered(jnp.asarray(logps), self._batches.lengths, self._pairs)
+        logps = self._ref if lora is None else log_probs(self._policy, lora, self.batches, "evaluation", saved)
+        found = losses.ordered(jnp.asarray(logps), self.batches.lengths, self._pairs)
         return Judged(self._metrics(logps), np.asarray(self._loss.beta * found.difference))
 
     def _metrics(self, logps: np.ndarray) -> dict[str, float]:
-        lengths = self._batches.lengths
+        lengths = self.batches.lengths
         loss = dataclasses.replace(self._loss, kind="sigmoid") if self._loss.needs_kl else self._loss
         out = losses.metrics(loss, jnp.asarray(logps), jnp.asarray(lengths, jnp.int32), self._pairs)
         found = {name: float(total) / self._num_rows for name, total in out._asdict().items()}
