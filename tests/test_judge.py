@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -345,12 +346,13 @@ with errors.clean_errors(), errors.signals_wait():
 def test_a_process_that_is_ended_loses_what_was_in_flight_alone(ending: signal.Signals, tmp_path: pathlib.Path) -> None:
     """It ends once three answers of six are on record; up to three requests are under way at a time."""
     path = tmp_path / "rounds" / "001" / "judge.jsonl"
-    with HttpServer(lambda r, n: judging()(r, n)._replace(seconds=0 if n < 3 else 1.0)) as there:
+    with HttpServer(lambda r, n: judging()(r, n)._replace(seconds=0 if n < 3 else 3.0)) as there:
         command = [sys.executable, "-c", SCRIPT, there.url, str(tmp_path)]
         root = pathlib.Path(__file__).parents[1]
         process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
         while (len(lines(tmp_path)) if path.exists() else 0) < 3:
             assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(ending)
         _, errors = process.communicate(timeout=30)
     assert process.returncode == (-signal.SIGKILL if ending == signal.SIGKILL else 75), errors
@@ -409,7 +411,7 @@ def test_a_killed_run_pays_for_what_was_in_flight_alone(
         options = {**RUN, "oracle.url": there.url}
         process = test_resume.start(folder, "staged", **options)
         while answered() < 7 and process.poll() is None:
-            pass
+            time.sleep(0.01)
         process.send_signal(ending)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == (-signal.SIGKILL if ending == signal.SIGKILL else 75), output
