@@ -268,7 +268,7 @@ def test_parts_add_up_and_padding_is_nothing(batch: tuple[np.ndarray, losses.Pre
     np.testing.assert_allclose(together, values(logps, pairs, sft=0.5), rtol=1e-5, atol=1e-5)
 
     pad = lambda x, value: np.concatenate([x, np.full((2, *x.shape[1:]), value, x.dtype)])  # noqa: E731
-    padded = losses.Preferences(*(pad(x, value) for x, value in zip(pairs, (1, -3.0, 0.0, 0.0), strict=True)))
+    padded = losses.Preferences(*(pad(x, value) for x, value in zip(pairs[:4], (1, -3.0, 0.0, 0.0), strict=True)))
     whole = values(logps, pairs, sft=0.5)
     np.testing.assert_allclose(values(pad(logps, 7.0), padded, sft=0.5), whole, rtol=1e-6, atol=1e-6)
 
