@@ -63,6 +63,7 @@ def test_the_posterior_is_that_of_the_labelled_pairs() -> None:
     np.testing.assert_allclose(np.eye(5) / lam - np.asarray(w).T @ np.asarray(w), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_reports_on_its_heldout_pairs(tmp_path: pathlib.Path) -> None:
     changes = {"evaluation.calibration": True, "round.mode": "fused", "strategies": ("random",), "rounds": 1}
     execute(tmp_path, changes)

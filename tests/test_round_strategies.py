@@ -43,6 +43,7 @@ def test_every_strategy_agrees_between_fused_and_staged(strategy: str, tmp_path:
 BY_PROMPT = ON_POLICY | {"strategies": ("dts",), "dpo.learning_rate": 1e-2, "round.mode": "fused"}
 
 
+@pytest.mark.slow
 def test_a_round_that_chooses_on_every_prompt(tmp_path: pathlib.Path) -> None:
     """Three responses to each of 20 prompts, and six pairs, each of another prompt."""
     picks, _, summary = execute(tmp_path, BY_PROMPT | {"rounds": 1})
