@@ -341,10 +341,20 @@ OPTIONS: dict[str, Option] = {
         "one compiled program, or stages with progress bars; auto: by length",
         choices=("auto", "fused", "staged"),
     ),
-    "evaluation.pairs_per_chunk": Option(16, "held-out pairs that go through at a time", EXAMPLES),
     "evaluation.calibration": Option(
         False,
         "after the last round, how far known rewards of held-out pairs are from the implicit reward, in its own widths",
+    ),
+    "evaluation.pairs_per_chunk": Option(
+        16, "held-out pairs that go through at a time, and held-out prompts that are responded to", EXAMPLES
+    ),
+    "evaluation.on_policy_prompts": Option(
+        0,
+        "held-out prompts that the policy after the last round and the SFT model respond to, once each; 0: none",
+        between(0, 2**20),
+    ),
+    "evaluation.reward": Option(
+        "", "module:function that compares these responses; of another family than what labels"
     ),
     "export.merged": Option(False, "beside `adapter/` write `merged/`, a whole Hugging Face checkpoint"),
     # Responses of the model: to prompts of a file, or of `candidates`

@@ -9,6 +9,8 @@ from activedpo_jax.config import OPTIONS
 from activedpo_jax.errors import UsageError
 from activedpo_jax.files import flatten
 
+_FUNCTION = r"[^\W\d]\w*(\.[^\W\d]\w*)*:\w+"
+
 
 def check(config: ml_collections.ConfigDict, command: str) -> None:
     """Checks a config each of whose options is valid by itself.
@@ -21,6 +23,7 @@ def check(config: ml_collections.ConfigDict, command: str) -> None:
     """
     _check_data_and_model(config, command)
     _check_oracle(config)
+    _check_evaluation(config)
     _check_labels(config)
     if config.dpo.loss == "kto" and config.dpo.batch_size == 1:
         raise wrong("dpo.batch_size", 1, "more with dpo.loss='kto', which compares a prompt with others' responses")
@@ -134,7 +137,7 @@ def _check_oracle(config: ml_collections.ConfigDict) -> None:
             "config.oracle.function: got '' with oracle.kind='reward', expected module:function; only "
             "data.train='synthetic' brings a reward of its own"
         )
-    if (kind == "function" or oracle.function) and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:\w+", oracle.function):
+    if (kind == "function" or oracle.function) and not re.fullmatch(_FUNCTION, oracle.function):
         raise wrong("oracle.function", oracle.function, "module:function, such as my.rewards:helpful")
     if oracle.annotators != 1 and kind != "people":
         raise UsageError(
@@ -189,6 +192,18 @@ def _check_oracle(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def _check_evaluation(config: ml_collections.ConfigDict) -> None:
+    """Responses of the last policy are compared by a reward, and not by the one that it was trained on."""
+    reward, prompts, oracle = config.evaluation.reward, config.evaluation.on_policy_prompts, config.oracle
+    if reward and not prompts:
+        raise wrong("evaluation.reward", reward, "'' with evaluation.on_policy_prompts=0, which compares nothing")
+    if prompts and not re.fullmatch(_FUNCTION, reward):
+        raise wrong("evaluation.reward", reward, "module:function, such as my.rewards:helpful, to compare responses by")
+    if prompts and oracle.kind in ("function", "reward") and reward == oracle.function:
+        expected = "another function than oracle.function: the reward that labels is not the reward that evaluates"
+        raise wrong("evaluation.reward", reward, expected)
+
+
 def _check_labels(config: ml_collections.ConfigDict) -> None:
     """As many labels as there are pairs, and as the arrays of a run can hold."""
     source, synthetic = config.candidates.source, config.data.train == "synthetic"
@@ -232,6 +247,7 @@ def _check_sizes(config: ml_collections.ConfigDict) -> None:
         ("features.groups_per_chunk", config.features.groups_per_chunk * m * response),
         ("features.groups_per_chunk", config.features.groups_per_chunk * config.features.dim),
         ("evaluation.pairs_per_chunk", config.evaluation.pairs_per_chunk * 2 * response),
+        ("evaluation.on_policy_prompts", config.evaluation.on_policy_prompts * 2 * response),
         ("dpo.pairs_per_chunk", config.dpo.pairs_per_chunk * 2 * response),
         ("sft.examples_per_chunk", config.sft.examples_per_chunk * response),
     ):

@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 
 from activedpo_jax import errors, files, hosts, layout, sft, specs, start, tasks, verbs
 from activedpo_jax.data.groups import shared_prompts
-from activedpo_jax.evaluation import calibration, heldout
+from activedpo_jax.evaluation import calibration, heldout, on_policy
 from activedpo_jax.huggingface import adapters, merged
 from activedpo_jax.models.policy import Policy
 from activedpo_jax.oracles.dataset import answers
+from activedpo_jax.oracles.function import load_function, rewards
 from activedpo_jax.oracles.labels import Checked, Metered, Pending
 from activedpo_jax.oracles.noise import Noise
 from activedpo_jax.record import checkpoints, folders, inputs, metrics, outcomes, report
@@ -59,8 +60,10 @@ def begin(config: ml_collections.ConfigDict, folder: pathlib.Path, mesh: Mesh, c
     inputs.check(folder / "inputs" / f"seed{config.seeds[0]}.json", described(config, first))
     for strategy in config.strategies:
         specs.round_spec(config, strategy, first, mesh)
-    rewards = first.heldout.rewards
-    if config.evaluation.calibration and (rewards is None or not np.all(np.isfinite(rewards))):
+    if config.evaluation.reward:
+        load_function(config.evaluation.reward, "config.evaluation.reward")
+    given = first.heldout.rewards
+    if config.evaluation.calibration and (given is None or not np.all(np.isfinite(given))):
         raise ValueError(
             "config.evaluation.calibration: held-out pairs have no rewards, which it compares with; expected fields "
             "`score_chosen` and `score_rejected` in each of them, or evaluation.calibration=False"
@@ -170,6 +173,8 @@ def run(setting: Setting, strategy: str, folder: pathlib.Path) -> folders.RunSum
                 if kind not in told:
                     print(f"{strategy}, seed {setting.seed}: {note}", flush=True)
                 told.add(kind)
+        if compared := compare_responses(setting, state, folder, saved):
+            print(f"{strategy}, seed {setting.seed}: {on_policy.line(compared)}", flush=True)
     store.close()
     saved.forget()
     saved.close()
@@ -183,8 +188,8 @@ def calibrate(setting: Setting, spec: RoundSpec, state: RunState, path: pathlib.
     """The report of `evaluation.calibration` on the run's last posterior, whatever its strategy; once."""
     if hosts.on_first(path.exists)():
         return
-    rewards, truth = setting.task.heldout.rewards, answers(setting.task.heldout, Noise(seed=setting.seed))
-    assert rewards is not None
+    known_rewards, truth = setting.task.heldout.rewards, answers(setting.task.heldout, Noise(seed=setting.seed))
+    assert known_rewards is not None
     spec = dataclasses.replace(spec, selection=dataclasses.replace(spec.selection, strategy="activedpo"))
     known = labelled_program(spec, setting.policy, state)
     labelled, filled = state.labelled, np.arange(spec.capacity) < int(state.labelled.size)
@@ -192,7 +197,7 @@ def calibrate(setting: Setting, spec: RoundSpec, state: RunState, path: pathlib.
     found = calibration.heldout_widths(
         spec.evidence, setting.policy, state.lora, posterior, setting.judge.batches, state.seed
     )
-    differences = np.where(truth == 0, 1, -1) * (rewards[:, 0] - rewards[:, 1])
+    differences = np.where(truth == 0, 1, -1) * (known_rewards[:, 0] - known_rewards[:, 1])
     oracle = setting.config.oracle
     scale = 1 / oracle.temperature if oracle.noise == "bradley_terry" else None
     report = calibration.calibration(setting.judge.judged(state.lora).margins, differences, found, scale)
@@ -254,6 +259,40 @@ def evaluator(
         judge = heldout.Evaluator(policy, truth, batches, specs.loss_spec(config), saved)
     saved.close()
     return judge
+
+
+def compare_responses(
+    setting: Setting, state: RunState, folder: pathlib.Path, saved: SavedWork
+) -> dict[str, Any] | None:
+    """Writes `evaluation.json` and `evaluation.jsonl` of the state after the last round.
+
+    Returns:
+      what the former says; None: nothing is to be compared, or it is there already.
+
+    Raises:
+      ValueError: the evaluating reward fails, or returns something else than a finite number for each response.
+    """
+    config, task, number = setting.config, setting.task, int(state.round)
+    name = config.evaluation.reward
+    if not name or folders.is_evaluated(folder, number):
+        return None
+    saved.enter(number, "responses")
+    made = on_policy.Setting(
+        setting.policy,
+        start.decoding_spec(config, task.decoder, task.stop, setting.mesh),
+        task.buckets,
+        config.evaluation.pairs_per_chunk,
+        specs.can_pack(config, setting.mesh),
+        task.text_of,
+    )
+    prompts = on_policy.draw_prompts(task.heldout, config.evaluation.on_policy_prompts)
+    compared = on_policy.compare(made, state.lora, prompts, setting.seed, saved)
+    judge = hosts.on_first(rewards)
+    function, texts = load_function(name, "config.evaluation.reward"), zip(*compared.texts, strict=True)
+    found = np.stack([judge(function, name, list(prompts.shown), list(several)) for several in texts], axis=1)
+    figures = {"round": number, "reward": name, **on_policy.figures(compared, found)}
+    folders.write_evaluation(folder, figures, on_policy.lines(compared, found))
+    return figures
 
 
 def export(setting: Setting, state: RunState, folder: pathlib.Path) -> None:

@@ -54,7 +54,7 @@ def round_spec(config: ml_collections.ConfigDict, strategy: str, task: Task, mes
             "lower config.rounds or config.labels_per_round, or give a larger pool"
         )
     bucket, length = task.buckets[-1], config.generation.max_new_tokens
-    if source != "pool" and length > bucket.response:
+    if (source != "pool" or config.evaluation.on_policy_prompts) and length > bucket.response:
         raise ValueError(
             f"config.generation.max_new_tokens={length}: the longest response in config.data.buckets has "
             f"{bucket.response} tokens; lower the one, or add a larger bucket"

@@ -48,6 +48,7 @@ class Task:
     stop: tuple[int, ...] = ()  # tokens that end a response
     prompts: PromptSet | None = None  # that the policy responds to
     reward: Reward | None = None  # of the synthetic task
+    text_of: Callable[[np.ndarray], str] = str  # the text of a response's tokens; unknown where nothing is read
 
     @property
     def candidate_texts(self) -> Texts:
@@ -155,16 +156,16 @@ def _from_files(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, reader
     decoder = start.load_decoder(config, mesh)
     stop = start.stop_tokens(path, revision, tokenizer, data.template)
     pool = None if records is None else encoded_pool(records, encoding, seed, readers)
-    prompts = None
+    prompts, text_of = None, start.text_of(tokenizer, stop)
     if prompt_records is not None:
         texts = encoded_texts(prompt_records, encoding, readers)
         texts = dataclasses.replace(texts, response_tokens=[[np.zeros(0, np.int32)]] * len(prompt_records))
         shown, _ = shown_texts(prompt_records)
-        prompts = PromptSet(prompt_records.ids, texts, shown, start.text_of(tokenizer, stop)).distinct()
+        prompts = PromptSet(prompt_records.ids, texts, shown, text_of).distinct()
     heldout = encoded_pool(heldout_records, encoding, seed, readers)
     load_params = functools.partial(start.load_params, config, mesh, decoder.dtype)
     shape = params_shape(decoder, mesh, decoder.dtype, config.model.quantisation)
-    task = Task(decoder, path, shape, load_params, pool, heldout, buckets, stop, prompts)
+    task = Task(decoder, path, shape, load_params, pool, heldout, buckets, stop, prompts, text_of=text_of)
     shared = shared_prompts(heldout, task.candidate_texts)
     notes = (f"{shared} of {heldout.num_groups} records have a prompt of the pool",) if shared else ()
     heldout = dataclasses.replace(heldout, notes=(*heldout.notes, *notes))
@@ -241,9 +242,9 @@ def _synthetic(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: 
 
     source, pool = config.candidates.source, task.pool(seed, pool_pairs)
     prompts = None
+    words = lambda tokens: " ".join(task.word(t) for t in tokens if t not in STOP)  # noqa: E731
     if source != "pool":
         texts = Texts(prompt_tokens=pool.prompt_tokens, response_tokens=[[np.zeros(0, np.int32)]] * pool.num_groups)
-        words = lambda tokens: " ".join(task.word(t) for t in tokens if t not in STOP)  # noqa: E731
         names = [f"prompt-{i:05d}" for i in range(pool.num_groups)]
         prompts = PromptSet(names, texts, pool.prompt_texts, words).distinct()
     return Task(
@@ -257,6 +258,7 @@ def _synthetic(config: ml_collections.ConfigDict, seed: int, mesh: Mesh, cache: 
         stop=STOP,
         prompts=prompts,
         reward=jax.tree_util.Partial(SyntheticReward(task), jnp.asarray(task.likings(seed), jnp.float32)),
+        text_of=words,
     )
 
 

@@ -152,6 +152,15 @@ def test_what_is_typed_arrives(parse: Parse, arguments: tuple[str, ...], name: s
             "config.data.heldout_fraction: got 1.0, expected a number between",
         ),
         (["--config.dpo.label_smoothing=0.5"], "config.dpo.label_smoothing: got 0.5, expected"),
+        (["--config.evaluation.on_policy_prompts=9"], "config.evaluation.reward: got '', expected module:function"),
+        (["--config.evaluation.reward=a:b"], "config.evaluation.reward: got 'a:b', expected '' with"),
+        (
+            [
+                *("--config.oracle.kind=function", "--config.oracle.function=a:b"),
+                *("--config.evaluation.on_policy_prompts=9", "--config.evaluation.reward=a:b"),
+            ],
+            "config.evaluation.reward: got 'a:b', expected another function than oracle.function: the reward that",
+        ),
         (["--config.dpo.loss=kto", "--config.dpo.batch_size=1"], "config.dpo.batch_size: got 1, expected more with"),
         (["--config.synthetic.purity=2"], "config.synthetic.purity: got 2.0, expected a number from 0 to 1"),
         (["--config.scratch.steps=-1"], "config.scratch.steps: got -1, expected a number above 0"),

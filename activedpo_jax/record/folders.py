@@ -9,6 +9,7 @@ DIR/<strategy>/seed<seed>/     one folder per run if there are several; a single
     metrics.jsonl, tensorboard/, checkpoints, adapter/
     summary.json               see `RunSummary`
     heldout.npz                see `outcomes`
+    evaluation.json(l)         on request, see `evaluation.on_policy`
 """
 
 import dataclasses
@@ -213,6 +214,21 @@ def write_selected(folder: pathlib.Path, round_number: int, rows: Sequence[Selec
 def write_summary(folder: pathlib.Path, summary: Mapping[str, Any]) -> None:
     """Writes `summary.json`, all or nothing."""
     write_json(folder / "summary.json", summary)
+
+
+@on_first
+def write_evaluation(folder: pathlib.Path, figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes `evaluation.jsonl`, a line for each row, and then `evaluation.json`, each all or nothing."""
+    lines = [json.dumps(plain(row), ensure_ascii=False, allow_nan=False) for row in rows]
+    write_atomic(folder / "evaluation.jsonl", "".join(line + "\n" for line in lines))
+    write_json(folder / "evaluation.json", figures)
+
+
+@on_first
+def is_evaluated(folder: pathlib.Path, round_number: int) -> bool:
+    """Whether `evaluation.json` is of the state after this round."""
+    path = folder / "evaluation.json"
+    return path.exists() and read_json(path)["round"] == round_number
 
 
 def joined(picked: Picked, verdicts: Mapping[str, Verdict]) -> list[Selected]:
