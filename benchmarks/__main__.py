@@ -21,6 +21,7 @@ CPU = {
         f"features {_SWEEP} --name rank-128,-attention-only --rank 128 --attention_only",
         f"features {_SWEEP} --name 256-+-256-tokens --prompt 256 --response 256",
         f"features {_SWEEP} --name 512-+-512-tokens --prompt 512 --response 512 --groups 2",
+        "ablation --repeats 3",
     ),
     "training_cpu.json": (
         "training --repeats 2 --name mixed",
@@ -30,6 +31,7 @@ CPU = {
     "round_cpu.json": ("round", "round --on_policy"),
     "generation_cpu.json": ("generation --random",),
     "selection_cpu.json": ("selection --repeats 5",),
+    "replay_cpu.json": ("replay",),
 }
 _SEVEN = "--model llama2_7b --dtype bfloat16 --rank 128 --remat dots --prompt 256 --response 256"
 GPU = {

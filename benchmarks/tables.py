@@ -65,7 +65,7 @@ def times(record: dict[str, Any]) -> str:
     for name, several in seconds.items():
         spread = f"{_number(min(several))} – {_number(max(several))}" if len(several) > 1 else "once"
         row = [NAMES.get(name, name), _number(median[name]), spread, f"{median[name] / median[ours]:.2f}"]
-        row += [f"{tokens / median[name]:,.0f}"] * bool(tokens)
+        row += [f"{tokens / median[name]:,.0f}"] if tokens else []
         row += [f"{flops / median[name] / peak:.1%}" if flops and peak else ""] * bool(peak)
         rows.append(row)
     return _rows(header, rows)
