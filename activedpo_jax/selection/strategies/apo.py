@@ -3,17 +3,6 @@
 ψ is the difference of two embeddings in the frozen SFT model, so that what is picked depends on no label.
 """
 
-import jax
-from jax.sharding import Mesh
+from activedpo_jax.selection.strategies.d_optimal import d_optimal
 
-from activedpo_jax.selection.greedy import Picks, greedy
-from activedpo_jax.selection.strategies.base import Evidence, Strategy, required
-
-
-def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh) -> Picks:
-    """As `activedpo`, on embeddings.  The key is not used."""
-    embeddings, posterior, lam = required("apo", evidence, "embeddings", "posterior", "lam")
-    return greedy(embeddings, available, posterior, lam, num_picks=num_picks, block=block, mesh=mesh)
-
-
-STRATEGY = Strategy("apo", select, frozenset({"embeddings"}), design="embeddings", gains=True)
+STRATEGY = d_optimal("apo", "embeddings")

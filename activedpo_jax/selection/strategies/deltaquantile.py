@@ -8,31 +8,22 @@ window of one pair, as here.  Up to 4 responses the place is 0, and the pair tha
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from activedpo_jax.selection.greedy import Picks
-from activedpo_jax.selection.strategies.base import Evidence, Strategy
 from activedpo_jax.selection.strategies.per_prompt import (
-    NO_CHOICE,
+    DIFFERENCES,
     Differences,
     Duels,
     Proposals,
     both_ways,
-    by_prompt,
-    differences,
     lowest_row,
+    strategy,
 )
 
 QUANTILE = 0.05
 
 
-def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh) -> Picks:
-    """Prompts come at random: the largest difference of all, by which they could be ranked, is what the rule avoids."""
-    known = differences("deltaquantile", evidence, mesh)
-    return by_prompt(_propose, known, evidence, available, key, num_picks, mesh)
-
-
 def _propose(duels: Duels, known: Differences, key: jax.Array) -> Proposals:
+    """Prompts come at random: the largest difference of all, by which they could be ranked, is what the rule avoids."""
     gaps, count = known.mean + known.width.values, duels.prompts.size
     prompts, places = both_ways(duels.prompts).reshape(-1), jnp.arange(2 * count, dtype=jnp.int32)
     operands = (~duels.open.reshape(-1), prompts, -gaps.reshape(-1), places)
@@ -45,11 +36,4 @@ def _propose(duels: Duels, known: Differences, key: jax.Array) -> Proposals:
     return Proposals(lowest_row(duels, jnp.zeros(2 * count, bool).at[order].set(found).reshape(-1, 2)))
 
 
-STRATEGY = Strategy(
-    "deltaquantile",
-    select,
-    frozenset({"features", "rewards"}),
-    design="features",
-    ranks=False,
-    falls_back=NO_CHOICE,
-)
+STRATEGY = strategy("deltaquantile", _propose, DIFFERENCES, ranks=False)

@@ -7,35 +7,26 @@ y_2 that may be shown with y_1, it is a random one that may, where their code ma
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from activedpo_jax.selection.greedy import Picks
-from activedpo_jax.selection.strategies.base import Evidence, Strategy
 from activedpo_jax.selection.strategies.per_prompt import (
-    NO_CHOICE,
+    REWARDS,
     Duels,
     Proposals,
     Rewards,
-    by_prompt,
     drawn_of_responses,
     highest,
     kept,
     lowest_response,
     lowest_row,
     of_prompt,
-    rewards_of_responses,
+    strategy,
 )
 
 TRIES = 30
 
 
-def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh) -> Picks:
-    """Prompts come at random.  Before any training the draws are those of widths."""
-    known = rewards_of_responses("dts", evidence, mesh)
-    return by_prompt(_propose, known, evidence, available, key, num_picks, mesh)
-
-
 def _propose(duels: Duels, known: Rewards, key: jax.Array) -> Proposals:
+    """Prompts come at random.  Before any training the draws are those of widths."""
     return two_draws(duels, known, known.mean, key)
 
 
@@ -66,11 +57,4 @@ def two_draws(duels: Duels, known: Rewards, second_mean: jax.Array, key: jax.Arr
     return Proposals(lowest_row(duels, found | kept(duels, without(found), tickets)))
 
 
-STRATEGY = Strategy(
-    "dts",
-    select,
-    frozenset({"response_features", "rewards"}),
-    design="response_features",
-    ranks=False,
-    falls_back=NO_CHOICE,
-)
+STRATEGY = strategy("dts", _propose, REWARDS, ranks=False)

@@ -14,37 +14,28 @@ bound.
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from activedpo_jax.selection.greedy import Picks
-from activedpo_jax.selection.strategies.base import Evidence, Strategy
 from activedpo_jax.selection.strategies.infomax import spread
 from activedpo_jax.selection.strategies.per_prompt import (
-    NO_CHOICE,
+    DIFFERENCES,
     Differences,
     Duels,
     Proposals,
     both_ways,
-    by_prompt,
-    differences,
     drawn,
     highest,
     kept,
     lowest_row,
     of_response,
+    strategy,
 )
 
 # Halvings of the interval that t is in.
 _HALVINGS = 30
 
 
-def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh) -> Picks:
-    """Prompts come at random.  Before any training regret and information are those of widths."""
-    known = differences("ids", evidence, mesh)
-    return by_prompt(_propose, known, evidence, available, key, num_picks, mesh)
-
-
 def _propose(duels: Duels, known: Differences, key: jax.Array) -> Proposals:
+    """Prompts come at random.  Before any training regret and information are those of widths."""
     width, numbers = known.width.values, of_response(duels)
     # Of a duel of i with j, u_ji is reached from −Δ_ij.
     losing = highest(jax.nn.sigmoid(width - known.mean), duels.open, numbers)
@@ -99,6 +90,4 @@ def _mixture(duels: Duels, regret: jax.Array, information: jax.Array) -> tuple[j
     return low, high, chance
 
 
-STRATEGY = Strategy(
-    "ids", select, frozenset({"features", "rewards"}), design="features", ranks=False, falls_back=NO_CHOICE
-)
+STRATEGY = strategy("ids", _propose, DIFFERENCES, ranks=False)

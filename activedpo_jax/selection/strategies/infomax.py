@@ -5,30 +5,21 @@
 """
 
 import jax
-from jax.sharding import Mesh
 
-from activedpo_jax.selection.greedy import Picks
-from activedpo_jax.selection.strategies.base import Evidence, Strategy
 from activedpo_jax.selection.strategies.per_prompt import (
-    NO_CHOICE,
+    DIFFERENCES,
     Differences,
     Duels,
     Proposals,
-    by_prompt,
-    differences,
     kept,
     lowest_row,
+    strategy,
 )
 from activedpo_jax.selection.widths import Known, bounds
 
 
-def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh) -> Picks:
-    """Scores are σ(U) − σ(L); before any training widths alone rank."""
-    known = differences("infomax", evidence, mesh)
-    return by_prompt(_propose, known, evidence, available, key, num_picks, mesh)
-
-
 def _propose(duels: Duels, known: Differences, key: jax.Array) -> Proposals:
+    """Scores are σ(U) − σ(L); before any training widths alone rank."""
     width, tolerance = known.width
     scores = spread(known.mean, width)
     tolerance = spread(known.mean, width + tolerance) - scores
@@ -42,4 +33,4 @@ def spread(mean: jax.Array, width: jax.Array) -> jax.Array:
     return jax.nn.sigmoid(high) - jax.nn.sigmoid(low)
 
 
-STRATEGY = Strategy("infomax", select, frozenset({"features", "rewards"}), design="features", falls_back=NO_CHOICE)
+STRATEGY = strategy("infomax", _propose, DIFFERENCES, ranks=True)

@@ -8,17 +8,12 @@ ties, the lowest response comes first.
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from activedpo_jax.selection.greedy import Picks
-from activedpo_jax.selection.strategies.base import Evidence, Strategy
 from activedpo_jax.selection.strategies.per_prompt import (
-    NO_CHOICE,
+    DIFFERENCES,
     Differences,
     Duels,
     Proposals,
-    by_prompt,
-    differences,
     highest,
     kept,
     lowest_response,
@@ -26,20 +21,16 @@ from activedpo_jax.selection.strategies.per_prompt import (
     may_be_best,
     of_prompt,
     of_response,
+    strategy,
 )
 from activedpo_jax.selection.widths import Known
 
 
-def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh) -> Picks:
+def _propose(duels: Duels, known: Differences, key: jax.Array) -> Proposals:
     """Scores are max_i min_j L_ij, so that prompts come first whose best response is known best.
 
     Before any training these are −c times the widths, and those with the smallest come first.
     """
-    known = differences("maxminlcb", evidence, mesh)
-    return by_prompt(_propose, known, evidence, available, key, num_picks, mesh)
-
-
-def _propose(duels: Duels, known: Differences, key: jax.Array) -> Proposals:
     width, tolerance = known.width
     low, numbers = known.mean - width, of_response(duels)
     candidates = may_be_best(duels, known, numbers)
@@ -55,4 +46,4 @@ def _propose(duels: Duels, known: Differences, key: jax.Array) -> Proposals:
     return Proposals(rows, Known(jnp.where(rows, scores, 0.0), jnp.max(tolerance, axis=1)))
 
 
-STRATEGY = Strategy("maxminlcb", select, frozenset({"features", "rewards"}), design="features", falls_back=NO_CHOICE)
+STRATEGY = strategy("maxminlcb", _propose, DIFFERENCES, ranks=True)

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from activedpo_jax.selection.greedy import Picks
 from activedpo_jax.selection.ranking import draw, first, instead, largest, unless_broken
-from activedpo_jax.selection.strategies.base import Evidence, required
+from activedpo_jax.selection.strategies.base import Evidence, Strategy, required
 from activedpo_jax.selection.widths import Known, widths
 
 NO_CHOICE = "no prompt has two pairs to choose from"
@@ -128,6 +128,33 @@ def by_prompt(
     pairs_left = jax.ops.segment_sum(available.astype(jnp.int32), duels.prompts, groups.size)
     no_choice = ~broken & jnp.any(available) & jnp.all(pairs_left <= 1)
     return unless_broken(instead(no_choice, draw(available, key, num_picks), picks), broken)
+
+
+class Look(NamedTuple):
+    """What a rule looks at: kinds of evidence, and what they come to."""
+
+    needs: frozenset[str]
+    design: str
+    known: Callable[[str, Evidence, Mesh], Any]
+
+
+DIFFERENCES = Look(frozenset({"features", "rewards"}), "features", differences)
+REWARDS = Look(frozenset({"response_features", "rewards"}), "response_features", rewards_of_responses)
+
+
+def strategy(name: str, propose: Propose, look: Look, ranks: bool) -> Strategy:
+    """The strategy of a rule.
+
+    Args:
+      ranks: prompts are ranked by the rule's scores, else they come at random.
+    """
+
+    def select(
+        evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh
+    ) -> Picks:
+        return by_prompt(propose, look.known(name, evidence, mesh), evidence, available, key, num_picks, mesh)
+
+    return Strategy(name, select, look.needs, look.design, ranks, falls_back=NO_CHOICE)
 
 
 def numbered(groups: jax.Array) -> jax.Array:

@@ -9,39 +9,28 @@ draws among tied challengers, the lowest row comes first.
 """
 
 import jax
-from jax.sharding import Mesh
 
-from activedpo_jax.selection.greedy import Picks
-from activedpo_jax.selection.strategies.base import Evidence, Strategy
 from activedpo_jax.selection.strategies.per_prompt import (
-    NO_CHOICE,
+    DIFFERENCES,
     Differences,
     Duels,
     Proposals,
-    by_prompt,
-    differences,
     drawn_of_responses,
     kept,
     lowest_response,
     lowest_row,
     may_be_best,
     of_response,
+    strategy,
 )
 
 
-def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: int, block: int, mesh: Mesh) -> Picks:
-    """Prompts come at random.  Before any training every response is a candidate, and d is the widest duel."""
-    known = differences("rucb", evidence, mesh)
-    return by_prompt(_propose, known, evidence, available, key, num_picks, mesh)
-
-
 def _propose(duels: Duels, known: Differences, key: jax.Array) -> Proposals:
+    """Prompts come at random.  Before any training every response is a candidate, and d is the widest duel."""
     candidates = duels.open & may_be_best(duels, known, of_response(duels))
     champion = lowest_response(duels, kept(duels, candidates, drawn_of_responses(key, duels)))
     against = known.width.values - known.mean  # of d with c; σ keeps the order
     return Proposals(lowest_row(duels, kept(duels, champion, against, known.width.tolerance)))
 
 
-STRATEGY = Strategy(
-    "rucb", select, frozenset({"features", "rewards"}), design="features", ranks=False, falls_back=NO_CHOICE
-)
+STRATEGY = strategy("rucb", _propose, DIFFERENCES, ranks=False)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from activedpo_jax.selection.greedy import Picks
 from activedpo_jax.selection.held import best_of
 from activedpo_jax.selection.one_by_one import Pool, Ranked, Row, Rule, one_by_one
-from activedpo_jax.selection.posterior import HIGHEST, TIE, prior_variances, variances, widened
+from activedpo_jax.selection.posterior import HIGHEST, TIE, downdate, variances, widened, with_room
 from activedpo_jax.selection.strategies.base import Evidence, Strategy, required
 from activedpo_jax.selection.sums import sum_over_rows
 
@@ -31,7 +31,7 @@ class _State(NamedTuple):
     first: jax.Array  # what the falls were before the first pick
     anew: jax.Array  # and when they were computed anew: their rounding is a share of both
     targets: jax.Array  # C = Σ_t φ_tφ_tᵀ, [D, D]
-    w: jax.Array  # W, [n + K, D]; rows to come are zero
+    w: jax.Array  # W `with_room`, whose rows to come are zero
     filled: jax.Array  # how many rows of W there are
 
 
@@ -43,12 +43,12 @@ def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: 
     """
     features, posterior, lam = required("transductive", evidence, "features", "posterior", "lam")
 
-    def inverse(state_w: jax.Array, vectors: jax.Array) -> jax.Array:
-        """V⁻¹ v of vectors [..., D]."""
-        return vectors / lam - _product(_product(vectors, state_w.T), state_w)
+    def inverse(w: jax.Array, vectors: jax.Array) -> jax.Array:
+        """V⁻¹v of vectors [..., D]."""
+        return vectors / lam - _product(_product(vectors, w.T), w)
 
     def begin(pool: Pool, axes: tuple[str, ...]) -> _State:
-        w = jnp.pad(posterior, ((0, num_picks), (0, 0)))
+        w = with_room(posterior, num_picks)
         targets = jax.lax.psum(sum_over_rows(lambda rows: _product(rows.T, rows), pool.vectors, pool.available), axes)
         falls = falls_of(pool, targets, w)
         known = variances(pool.vectors, posterior, lam)
@@ -64,22 +64,17 @@ def select(evidence: Evidence, available: jax.Array, key: jax.Array, num_picks: 
         return Ranked(gains, 4 * TIE * jnp.sqrt(state.first * state.anew) / (1 + state.variances), gains)
 
     def picked(pool: Pool, state: _State, row: Row, axes: tuple[str, ...]) -> _State:
-        vector = row.vector
-        u = inverse(state.w, vector)  # V⁻¹φ
-        score = jnp.maximum(jnp.dot(vector, u, precision=HIGHEST), 0.0)
-        resolved = score > TIE * prior_variances(vector, lam)  # or u is rounding noise; see `posterior.downdate`
-        u, score = jnp.where(resolved, u, 0.0), jnp.where(resolved, score, 0.0)
-        along = widened(lambda rows: _product(rows, u), pool.vectors)  # b
+        w, _ = downdate(row.vector, state.w, state.filled, lam)  # V⁻¹ loses wwᵀ
+        along = widened(lambda rows: _product(rows, w), pool.vectors)
         counted = jnp.where(pool.available, along, 0.0)
-        sums = sum_over_rows(lambda rows, b: _product(b, rows), pool.vectors, pool.available, counted)
-        moved = jax.lax.psum(sums, axes)  # C u
-        squares = jax.lax.psum(jnp.sum(jnp.square(counted)), axes)  # uᵀC u
-        back = widened(lambda rows: _product(rows, inverse(state.w, moved)), pool.vectors)  # φᵀV⁻¹C u
-        share = along / (1 + score)
+        sums = sum_over_rows(lambda rows, along: _product(along, rows), pool.vectors, pool.available, counted)
+        moved = inverse(state.w, jax.lax.psum(sums, axes))  # V⁻¹C w
+        back = widened(lambda rows: _product(rows, moved), pool.vectors)
+        squares = jax.lax.psum(jnp.sum(jnp.square(counted)), axes)  # wᵀC w
         state = state._replace(
-            variances=jnp.maximum(state.variances - along * share, 0.0),
-            falls=state.falls - 2 * share * back + jnp.square(share) * squares,
-            w=state.w.at[state.filled].set(u / jnp.sqrt(1 + score)),
+            variances=jnp.maximum(state.variances - jnp.square(along), 0.0),
+            falls=state.falls - 2 * along * back + jnp.square(along) * squares,
+            w=state.w.at[state.filled].set(w),
             filled=state.filled + 1,
         )
         best, was = (best_of(jnp.where(pool.available, x, 0.0), axes) for x in (state.falls, state.anew))
