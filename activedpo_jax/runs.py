@@ -186,7 +186,8 @@ def run(setting: Setting, strategy: str, folder: pathlib.Path) -> folders.RunSum
 
 def calibrate(setting: Setting, spec: RoundSpec, state: RunState, path: pathlib.Path) -> None:
     """The report of `evaluation.calibration` on the run's last posterior, whatever its strategy; once."""
-    if hosts.on_first(path.exists)():
+    number = int(state.round)
+    if folders.is_of_round(path, number):
         return
     known_rewards, truth = setting.task.heldout.rewards, answers(setting.task.heldout, Noise(seed=setting.seed))
     assert known_rewards is not None
@@ -201,7 +202,7 @@ def calibrate(setting: Setting, spec: RoundSpec, state: RunState, path: pathlib.
     oracle = setting.config.oracle
     scale = 1 / oracle.temperature if oracle.noise == "bradley_terry" else None
     report = calibration.calibration(setting.judge.judged(state.lora).margins, differences, found, scale)
-    hosts.on_first(files.write_json)(path, report)
+    hosts.on_first(files.write_json)(path, {"round": number, **report})
     print(calibration.in_words(report), flush=True)
 
 
@@ -274,7 +275,7 @@ def compare_responses(
     """
     config, task, number = setting.config, setting.task, int(state.round)
     name = config.evaluation.reward
-    if not name or folders.is_evaluated(folder, number):
+    if not name or folders.is_of_round(folder / "evaluation.json", number):
         return None
     saved.enter(number, "responses")
     made = on_policy.Setting(

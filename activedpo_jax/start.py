@@ -84,18 +84,22 @@ def initial_lora(config: ml_collections.ConfigDict, decoder: Decoder, mesh: Mesh
 
 
 def template_kwargs(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """`config.data.template_kwargs` as the chat template takes them.
+    """`config.data.template_kwargs` as the chat template takes them; raises as `json_object`."""
+    return json_object("data.template_kwargs", config.data.template_kwargs)
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """The fields of the option `config.<name>`; of an empty one none.
 
     Raises:
       ValueError: the option is not a JSON object.
     """
-    text = config.data.template_kwargs
     try:
         found = json.loads(text or "{}")
     except json.JSONDecodeError as error:
-        raise ValueError(f"config.data.template_kwargs: got {text!r}, expected a JSON object ({error})") from error
+        raise ValueError(f"config.{name}: got {text!r}, expected a JSON object ({error})") from error
     if not isinstance(found, dict):
-        raise ValueError(f"config.data.template_kwargs: got {text!r}, expected a JSON object")
+        raise ValueError(f"config.{name}: got {text!r}, expected a JSON object")
     return found
 
 

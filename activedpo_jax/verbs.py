@@ -2,15 +2,14 @@
 
 import functools
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import ml_collections
 
-from activedpo_jax import specs
+from activedpo_jax import specs, start
 from activedpo_jax.data.groups import Candidates
 from activedpo_jax.huggingface import hub
 from activedpo_jax.models.policy import Policy
@@ -159,7 +158,7 @@ def _judge(asking: Asking) -> Oracle:
         server=_server(asking.config, url),
         model=options.model,
         template=judge_template(asking.config),
-        request=judge_request(asking.config),
+        request=start.json_object("oracle.request", options.request),
         max_failed=options.max_failed,
         prices=(options.prompt_price, options.completion_price),
     )
@@ -197,22 +196,6 @@ def judge_template(config: ml_collections.ConfigDict) -> str:
     return text
 
 
-def judge_request(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The fields of `config.oracle.request`.
-
-    Raises:
-      ValueError: the option is not a JSON object.
-    """
-    text = config.oracle.request
-    try:
-        found = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"config.oracle.request: got {text!r}, expected a JSON object ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"config.oracle.request: got {text!r}, expected a JSON object")
-    return found
-
-
 def oracle_inputs(config: ml_collections.ConfigDict) -> dict[str, str]:
     """Fingerprints of the files that an oracle is made from.
 
@@ -220,7 +203,7 @@ def oracle_inputs(config: ml_collections.ConfigDict) -> dict[str, str]:
       ValueError: they cannot be had, or what a judge is asked is malformed.
     """
     if config.oracle.kind == "judge":
-        judge_request(config)
+        start.json_object("oracle.request", config.oracle.request)
         digest = hashlib.blake2b(judge_template(config).encode(), digest_size=16).hexdigest()
         return {"judge's prompt": digest}
     if config.oracle.kind == "reward_model" and config.oracle.path:

@@ -87,17 +87,24 @@ def products(config: ModelConfig, texts: Sequence[features.Text]) -> dict[str, f
     return {"forward": once, "none": 2 * once, "response": 2 * once + again}
 
 
-def product_rate(config: ModelConfig) -> float:
-    """FLOP/s of one product of 1,024 tokens with a feed-forward map, by itself."""
+def product_rates(config: ModelConfig) -> dict[str, float]:
+    """FLOP/s of one product of 1,024 tokens with a feed-forward map, by itself, in JAX and in PyTorch."""
+    import torch  # of the extra `bench`
+
     rng, tokens = np.random.default_rng(0), 1024
     x, w = (
-        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        rng.standard_normal(shape, np.float32)
         for shape in ((tokens, config.hidden_size), (config.hidden_size, config.intermediate_size))
     )
-    program = jax.jit(jnp.matmul)
-    contender = {"product": lambda: jax.block_until_ready(program(x, w))}
-    contender["product"]()
-    return 2 * tokens * w.size / statistics.median(measure.in_turns(contender, 20)["product"]["seconds"])
+    program, in_jax, in_torch = jax.jit(jnp.matmul), jax.device_put((x, w)), list(map(torch.from_numpy, (x, w)))
+    contenders: dict[str, Callable[[], Any]] = {
+        "JAX": lambda: jax.block_until_ready(program(*in_jax)),
+        "PyTorch": lambda: torch.matmul(*in_torch),
+    }
+    for contender in contenders.values():
+        contender()
+    times = measure.in_turns(contenders, 20)
+    return {name: 2 * tokens * w.size / seconds for name, seconds in measure.medians(times).items()}
 
 
 def main() -> None:
@@ -111,12 +118,13 @@ def main() -> None:
     contenders = {name: functools.partial(run, program, weights, groups) for name, program in found.items()}
     for contender in contenders.values():
         contender()
-    times, rate = measure.in_turns(contenders, args.repeats), product_rate(decoder.config)
+    times, rates = measure.in_turns(contenders, args.repeats), product_rates(decoder.config)
     flops = products(decoder.config, [texts[i] for i in places[0]])
     for name, several in times.items():
-        bound = f", its products alone {flops[name] / rate:.2f}" if name in flops else ""
+        bound = f", its products alone {flops[name] / rates['JAX']:.2f}" if name in flops else ""
         print(f"{name:<34}{statistics.median(several['seconds']):>8.2f} s{bound}", flush=True)
-    measure.save(args.out, "ablation", args, {"results": times, "FLOPs": flops, "FLOP/s of a product": rate})
+    print(", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items()))
+    measure.save(args.out, "ablation", args, {"results": times, "FLOPs": flops, "FLOP/s of a product": rates})
 
 
 def run(program: Any, weights: tuple[Params, Lora], groups: Groups) -> None:

@@ -1,7 +1,7 @@
 """Every strategy on frozen pools: what it picks is all that differs.
 
     python -m benchmarks.replay --out benchmarks/results/replay_cpu.json
-    python -m benchmarks.replay --strategies random my_rules:mine --out mine.json     # yours; see below
+    python -m benchmarks.replay --strategies my_rules:mine --out benchmarks/results/replay_cpu.json   # yours; see below
 
 Pools are made first, where they are not there yet (`--pools`): for every seed a tiny decoder is trained on the
 procedural task, and what strategies look at is computed once, at its fresh adapter: gradients of all responses,
@@ -16,7 +16,8 @@ rewards are those of this model.  No network is trained, nothing is sampled, and
 each record has their digest.
 
 Your own strategy is a name, `module:function`, of a function of evidence that returns a score for every row; the README
-has two examples.
+has two examples.  With an `--out` that has results of the same pools, it becomes a row of their table, which is
+printed.
 """
 
 import argparse
@@ -26,7 +27,6 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,13 +42,15 @@ from activedpo_jax.evidence import registry
 from activedpo_jax.evidence.gradients import scaled_features
 from activedpo_jax.evidence.spec import EvidenceSpec, FeatureSpec
 from activedpo_jax.models.policy import Policy
+from activedpo_jax.record.comparison import area
 from activedpo_jax.selection import strategies
 from activedpo_jax.selection.greedy import Picks
 from activedpo_jax.selection.widths import pair_vectors
-from benchmarks import measure
+from benchmarks import measure, tables
 from configs import quickstart
 
 KINDS = {"heavy_tail": 1.5, "balanced": 0.0}  # the exponent of the families' shares
+_WORK = ("seeds", "rounds", "picks", "prompts", "responses", "families", "dim")  # options that say what is replayed
 LAM = 0.03  # of V, and the precision of w's prior
 _CHUNK = 100  # prompts whose evidence is computed at a time
 
@@ -230,11 +232,6 @@ def replay(pool: Pool, strategy: str, seed: int, rounds: int, count: int) -> Rep
     return Replayed(accuracy, taken.tolist(), fallbacks)
 
 
-def area(accuracy: Sequence[float]) -> float:
-    """Under the curve, over its width."""
-    return float(np.trapezoid(accuracy) / (len(accuracy) - 1))
-
-
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--strategies", nargs="+", default=sorted(strategies.STRATEGIES))
@@ -264,9 +261,10 @@ def main() -> None:
         for strategy in args.strategies:
             found = [replay(pool, strategy, seed, args.rounds, args.picks) for seed, pool in enumerate(pools)]
             digest = hashlib.sha256(json.dumps([one.rows for one in found]).encode()).hexdigest()[:16]
-            areas = [area(one.accuracy) for one in found]
+            curves = np.array([one.accuracy for one in found])
+            areas = area(np.arange(args.rounds + 1.0), curves).tolist()
             results[kind][strategy] = {
-                "accuracy": [[round(a, 6) for a in one.accuracy] for one in found],
+                "accuracy": curves.round(6).tolist(),
                 "area": [round(a, 6) for a in areas],
                 "fallback rounds": sum(one.fallbacks for one in found),
                 "digest of picks": digest,
@@ -275,7 +273,21 @@ def main() -> None:
             print(f"{kind:<12}{strategy:<20} area {np.mean(areas):.4f} ± {spread:.4f}  {digest}", flush=True)
     seconds = time.perf_counter() - began
     print(f"{seconds:.0f} s")
-    measure.save(args.out, "replay", args, {"pools": results, "seconds": seconds})
+    everything = with_earlier(args, results)
+    if all("random" in found for found in everything.values()):
+        print(tables.replay({"pools": everything}))
+    measure.save(args.out, "replay", args, {"pools": everything, "seconds": seconds})
+
+
+def with_earlier(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The results, by kind and strategy, with those that `--out` has of the same pools and rounds."""
+    if args.out is None or not args.out.exists():
+        return results
+    earlier = json.loads(args.out.read_text()).get("replay", {"arguments": {}, "pools": {}})
+    if any(earlier["arguments"].get(name) != getattr(args, name) for name in _WORK):
+        return results
+    kinds = [kind for kind in KINDS if kind in results or kind in earlier["pools"]]
+    return {kind: earlier["pools"].get(kind, {}) | results.get(kind, {}) for kind in kinds}
 
 
 if __name__ == "__main__":

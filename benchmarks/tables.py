@@ -10,7 +10,6 @@ A test makes the tables again and finds the same.
 """
 
 import json
-import math
 import pathlib
 import re
 import statistics
@@ -19,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from activedpo_jax.record.statistics import Estimate, holm
+from activedpo_jax.record.comparison import mean_interval, p_value
+from activedpo_jax.record.statistics import holm
 
 FOLDER = pathlib.Path(__file__).parent
 _TABLE = re.compile(r"(<!-- (\w+) (\S+\.json)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -131,26 +131,21 @@ def replay(record: dict[str, Any]) -> str:
     pools = record["pools"]
     kinds = list(pools)
     header = ["strategy", *(words for kind in kinds for words in (kind.replace("_", " "), "less random's", "p, Holm"))]
-    cells: dict[str, list[str]] = {strategy: [] for strategy in pools[kinds[0]]}
+    everywhere = [strategy for strategy in pools[kinds[0]] if all(strategy in pools[kind] for kind in kinds)]
+    cells: dict[str, list[str]] = {strategy: [] for strategy in everywhere}
     for kind in kinds:
-        areas = {strategy: np.array(found["area"]) for strategy, found in pools[kind].items()}
-        estimates = {s: of_seeds(a - areas["random"]) for s, a in areas.items() if s != "random"}
-        adjusted = dict(zip(estimates, holm([e.p_value() for e in estimates.values()]), strict=True))
+        areas = {strategy: np.array(pools[kind][strategy]["area"]) for strategy in everywhere}
+        differences = {s: a - areas["random"] for s, a in areas.items() if s != "random"}
+        adjusted = dict(zip(differences, holm([p_value(d) for d in differences.values()]), strict=True))
         for strategy, values in areas.items():
             cells[strategy].append(f"{values.mean():.3f}")
             if strategy == "random":
                 cells[strategy] += ["", ""]
                 continue
-            low, high = estimates[strategy].interval(0.95)
+            _, low, high = mean_interval(differences[strategy])
             cells[strategy] += [f"{low:+.3f} to {high:+.3f}", f"{adjusted[strategy]:.2g}"]
     order = sorted(cells, key=lambda strategy: -np.mean(pools[kinds[0]][strategy]["area"]))
     return _rows(header, [[f"`{strategy}`", *cells[strategy]] for strategy in order])
-
-
-def of_seeds(differences: np.ndarray) -> Estimate:
-    """The mean of paired differences [S]."""
-    count = len(differences)
-    return Estimate(float(differences.mean()), float(differences.std(ddof=1)) / math.sqrt(count), count - 1.0)
 
 
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -69,6 +69,10 @@ def test_a_run_reports_on_its_heldout_pairs(tmp_path: pathlib.Path) -> None:
     execute(tmp_path, changes)
     report = json.loads((tmp_path / "calibration.json").read_text())
     assert report["pairs"] == 24 and report["fitted"] and 0 <= report["within"]["1.0"] <= report["within"]["2.0"] <= 1
+    assert report["round"] == 1
+    execute(tmp_path, changes | {"rounds": 2})
+    later = json.loads((tmp_path / "calibration.json").read_text())
+    assert later["round"] == 2 and later["needed"] != report["needed"]
 
 
 def test_rewards_are_asked_for_before_anything_is_claimed(

@@ -1,8 +1,10 @@
 """The replay benchmark: its learner, that it repeats bit by bit, and that its selection is a run's."""
 
+import json
 import pathlib
 import re
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,3 +118,23 @@ def test_the_table_has_paired_differences_and_holms_p() -> None:
     low, high = map(float, by_name["better"][0].split(" to "))
     assert 0 < low < 0.05 < high and float(by_name["better"][1]) < 1e-3 < 0.05 < float(by_name["same"][1])
     assert by_name["random"] == ("", "")
+
+
+def test_a_strategy_becomes_a_row_of_the_table_that_is_there(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(replay, "load_pool", lambda folder, kind, seed, sizes: pool(seed))
+    sizes = ["--seeds", "3", "--rounds", "2", "--picks", "5", "--kinds", "balanced", "--out", str(out)]
+
+    def rows(*options: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["replay", *sizes, *options])
+        replay.main()
+        found: dict[str, Any] = json.loads(out.read_text())["replay"]["pools"]["balanced"]
+        return found
+
+    first = rows("--strategies", "random", "margin")
+    both = rows("--strategies", "activedpo")
+    assert list(both) == ["random", "margin", "activedpo"] and {n: both[n] for n in first} == first
+    assert "| `activedpo` |" in capsys.readouterr().out
+    assert list(rows("--strategies", "kcenter", "--picks", "6")) == ["kcenter"]  # another table

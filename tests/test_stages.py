@@ -109,7 +109,7 @@ def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown(packed: bo
     every = np.arange(data.num_pairs)
     batches = heldout.Batches(data, every, BUCKETS, 4, mesh, packed)
     judge = heldout.Evaluator(policy, data.preferences, batches, loss)
-    got = judge(lora)
+    got = judge.judged(lora).scores
 
     gains = heldout.log_probs(policy, lora, batches, "", NOTHING_SAVED).astype(np.float64)
     gains -= heldout.log_probs(policy, policy.reference, batches, "", NOTHING_SAVED)
@@ -146,7 +146,7 @@ def test_evaluation_is_accuracy_margin_and_loss_of_the_pairs_as_shown(packed: bo
     )
     batches = heldout.Batches(other_way, every, BUCKETS, 4, mesh, packed)
     judge = heldout.Evaluator(policy, other_way.preferences, batches, loss)
-    again = judge(lora)
+    again = judge.judged(lora).scores
     assert again == pytest.approx(got, rel=1e-4, abs=1e-6) and again["accuracy"] == got["accuracy"]
 
 

@@ -147,7 +147,9 @@ def figures(
 class Judged(NamedTuple):
     """What an adapter makes of the held-out set."""
 
-    scores: dict[str, float]  # means over the pairs; see `Evaluator.__call__`
+    # Accuracy (ties count half), mean reward margin (nats), `figures`, and the mean of the loss that is trained, unless
+    # that needs a KL of other responses, which nobody computes here
+    scores: dict[str, float]
     margins: np.ndarray  # [N] float32: the preferred response's implicit reward less that of the other, nats
 
 
@@ -179,13 +181,8 @@ class Evaluator:
             jnp.asarray(preferences, jnp.int32), jnp.asarray(self._ref), weight, token_share
         )
 
-    def __call__(self, lora: Lora, saved: SavedWork = NOTHING_SAVED) -> dict[str, float]:
-        """Over the held-out pairs: accuracy (ties count half), mean reward margin (nats), `figures`, and the mean of
-        the loss that is trained, unless that needs a KL of other responses, which nobody computes here."""
-        return self.judged(lora, saved).scores
-
     def judged(self, lora: Lora | None, saved: SavedWork = NOTHING_SAVED) -> Judged:
-        """The same, and what every pair comes to; None: of the reference model, with which every run starts."""
+        """What an adapter makes of the held-out pairs; None: the reference model, with which every run starts."""
         logps = self._ref if lora is None else log_probs(self._policy, lora, self.batches, "evaluation", saved)
         found = losses.ordered(jnp.asarray(logps), self.batches.lengths, self._pairs)
         return Judged(self._metrics(logps), np.asarray(self._loss.beta * found.difference))

@@ -225,10 +225,9 @@ def write_evaluation(folder: pathlib.Path, figures: Mapping[str, Any], rows: Seq
 
 
 @on_first
-def is_evaluated(folder: pathlib.Path, round_number: int) -> bool:
-    """Whether `evaluation.json` is of the state after this round."""
-    path = folder / "evaluation.json"
-    return path.exists() and read_json(path)["round"] == round_number
+def is_of_round(path: pathlib.Path, number: int) -> bool:
+    """Whether a report is there and is of the state after this round."""
+    return path.exists() and read_json(path)["round"] == number
 
 
 def joined(picked: Picked, verdicts: Mapping[str, Verdict]) -> list[Selected]:

@@ -5,7 +5,6 @@ margins [T + 1, N] float32    after 0, 1, ... T rounds: the implicit reward of t
 prompts [N] uint64            a digest of the pair's prompt, the same in every run that is judged on it
 """
 
-import hashlib
 import io
 import pathlib
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from activedpo_jax.data.digests import digests_of_bytes
 from activedpo_jax.files import write_atomic
 from activedpo_jax.hosts import on_first
 
@@ -29,11 +29,8 @@ class Outcomes(NamedTuple):
 
 def prompt_digests(prompt_tokens: Sequence[np.ndarray]) -> np.ndarray:
     """[N] uint64, of each prompt's tokens."""
-    found = [
-        hashlib.blake2b(np.ascontiguousarray(tokens, np.int32).tobytes(), digest_size=8).digest()
-        for tokens in prompt_tokens
-    ]
-    return np.frombuffer(b"".join(found), "<u8")
+    found = digests_of_bytes(np.ascontiguousarray(tokens, np.int32).tobytes() for tokens in prompt_tokens)
+    return np.ascontiguousarray(found[:, :2]).view(np.uint64)[:, 0]
 
 
 class OutcomesWriter:

@@ -28,6 +28,11 @@ class Run(NamedTuple):
     failure: failures.Failure | None
     is_done: bool  # and not failed
 
+    @property
+    def state(self) -> str:
+        """In words."""
+        return "failed" if self.failure else "done" if self.is_done else "not done"
+
 
 def read_run(config: ml_collections.ConfigDict, folder: pathlib.Path, strategy: str, seed: int) -> Run:
     """What there is of a run in the work directory `folder`."""
@@ -112,7 +117,7 @@ def _run(metric: str, run: Run) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "strategy": run.strategy,
         "seed": run.seed,
-        "state": "failed" if run.failure else "done" if run.is_done else "not done",
+        "state": run.state,
         "rounds": max(0, len(rounds) - 1),
         "accuracy": rounds[-1]["accuracy"] if rounds else None,
         "metric": None,

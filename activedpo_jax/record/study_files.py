@@ -20,8 +20,7 @@ def csv_of(everything: Sequence[Run]) -> str:
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for run in everything:
-        state = "failed" if run.failure else "done" if run.is_done else "not done"
-        head = {"strategy": run.strategy, "seed": run.seed, "state": state}
+        head = {"strategy": run.strategy, "seed": run.seed, "state": run.state}
         head |= {"error": run.failure.error if run.failure else ""}
         rounds: list[Any] = list(run.summary["rounds"]) or [{}]
         for entry in rounds:

@@ -69,6 +69,7 @@ def one_by_one(rule: Rule, vectors: jax.Array, of_rows: Any, available: jax.Arra
     of_rows = jax.tree.unflatten(jax.tree.structure(of_rows), leaves)
     local = functools.partial(_local, rule, num_picks, axes)
     cut = P(axes)
+    # Unchecked: what begins the same on every device may differ afterwards, and picks are the same by construction.
     rows, scores = jax.shard_map(local, mesh=mesh, in_specs=(cut, cut, cut, cut), out_specs=P(), check_vma=False)(
         vectors, of_rows, available, finite
     )
