@@ -10,6 +10,7 @@ DIR/<strategy>/seed<seed>/     one folder per run if there are several; a single
     summary.json               see `RunSummary`
     heldout.npz                see `outcomes`
     evaluation.json(l)         on request, see `evaluation.on_policy`
+    calibration.json           on request, see `evaluation.calibration`
 """
 
 import dataclasses
